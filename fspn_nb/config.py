@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'PRESETS', 'ClipCfg', 'ActorCfg', 'SynthCfg', 'ModelCfg', 'TrainCfg', 'EvalCfg', 'RunCfg', 'flatten',
-           'check', 'change', 'diff', 'finediving', 'run_id', 'save_cfg', 'load_cfg']
+           'check', 'change', 'diff', 'finediving', 'run_id', 'save_cfg', 'load_cfg', 'check_parameters', 'split_list',
+           'plan_runs']
 
 # %% ../nbs/01_config.ipynb #0521ecd7
 import hashlib,json
@@ -216,3 +217,37 @@ def load_cfg(
     try: values = json.loads(Path(path).read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f'{path}: need the JSON of a run, got something else ({e})') from e
     return check(_build(RunCfg, values, path))
+
+# %% ../nbs/01_config.ipynb #08bef191
+def check_parameters(
+    names, # What the notebook defines, e.g. `dir()`
+    known, # What its parameters cell defines
+)->None:
+    "Raise a `ValueError` for a parameter that the notebook does not have"
+    shell = {'In','Out','exit','quit','open','get_ipython'}
+    if strange := sorted(n for n in set(names)-set(known)-shell if not n.startswith('_')):
+        raise ValueError(f'unknown parameter {", ".join(strange)}; this notebook has {", ".join(sorted(known))}')
+
+# %% ../nbs/01_config.ipynb #4479964b
+def split_list(
+    text:str, # 'i3d_mlp, fspn'
+    name:str, # The parameter, for the message
+)->list[str]: # ['i3d_mlp','fspn']
+    "Comma-separated values, each once and in order"
+    items = list(dict.fromkeys(o.strip() for o in str(text).split(',') if o.strip()))
+    if not items: raise ValueError(f'{name} needs at least one value, got {text!r}')
+    return items
+
+# %% ../nbs/01_config.ipynb #6125cb89
+def plan_runs(
+    base:RunCfg, # What all runs share
+    methods:str, # 'i3d_mlp,fspn'
+    setting:str='both', # One of the three settings, or 'both': Table IX's two
+    seeds:str='0', # '0,1,2'
+    per_difficulty:bool=False, # With 'both': also `w_dd`
+)->list[RunCfg]: # Checked, setting by setting
+    "One run per setting, method and seed"
+    settings = {'both': ['wo_dn','w_dn']+['w_dd']*bool(per_difficulty)}.get(setting, [setting])
+    try: numbers = [int(s) for s in split_list(seeds, 'seeds')]
+    except ValueError as e: raise ValueError(f'seeds must be whole numbers separated by commas, got {seeds!r}') from e
+    return [check(change(base, setting=s, model__name=m, seed=n)) for s in settings for m in split_list(methods, 'methods') for n in numbers]

@@ -101,20 +101,18 @@ def iou_hits(
     iou = temporal_iou(pred_steps, true_steps)
     return {a: float(100*(iou >= a).mean()) for a in at}
 
-# %% ../nbs/50_metrics.ipynb #ef6a405d
+# %% ../nbs/50_metrics.ipynb #a6b6b25a
 def _quiet(metric):
     "`metric`, but NaN where a resample leaves it undefined"
-    def f(a, b):
+    def _f(a, b):
         try: return metric(a, b)
         except ValueError: return float('nan')
-    return f
-
-# %% ../nbs/50_metrics.ipynb #ee997004
+    return _f
 def _percentile(draws, level):
     "Percentile interval of the finite `draws`, and a warning that says why it was needed"
     sound = draws[np.isfinite(draws)]
     lost = len(draws)-len(sound)
-    if np.ptp(sound) if len(sound) else True:
+    if lost or np.ptp(draws):
         warnings.warn(f'BCa is undefined here ({lost} of {len(draws)} resamples degenerate); percentile interval of the others', stacklevel=3)
     if 2*lost > len(draws): return float('nan'),float('nan')
     return tuple(float(o) for o in np.quantile(sound, [(1-level)/2, (1+level)/2]))
@@ -154,7 +152,7 @@ def summarise(
         out |= {name: f(pred, true), f'{name}_lo': lo, f'{name}_hi': hi}
     return out|{'n': len(pred)}
 
-# %% ../nbs/50_metrics.ipynb #2fc9b6c8
+# %% ../nbs/50_metrics.ipynb #bc14ba32
 def floor_predictions(
     train:pd.DataFrame, # Training dives: columns action, score (points), difficulty
     test:pd.DataFrame, # Test dives: the same columns
@@ -162,20 +160,21 @@ def floor_predictions(
     "What three predictors that see no frame say about `test`"
     for name,df in (('train', train), ('test', test)):
         lost = {'action', 'score', 'difficulty'}-set(df.columns)
-        if lost or not len(df): raise ValueError(f"need rows with action, score and difficulty in {name}, got {len(df)} rows without {sorted(lost)}")
+        if lost or not len(df): raise ValueError(f"need rows with action, score and difficulty in {name}, got {len(df)} rows that lack: {', '.join(sorted(lost)) or 'nothing'}")
     mean,by = train.score.mean(),train.groupby('action').score.mean()
     out = {'constant mean': np.full(len(test), mean), 'action-type mean': test.action.map(by).fillna(mean).to_numpy(float)}
     dd = [pd.to_numeric(o.difficulty).to_numpy(float) for o in (train, test)]
     if all((o > 0).all() for o in dd): out['mean(score/difficulty) x difficulty'] = (train.score/dd[0]).mean()*dd[1]
     return out
 
-# %% ../nbs/50_metrics.ipynb #6c6afa6f
+# %% ../nbs/50_metrics.ipynb #833ec417
+_SEES = {'constant mean': 'wo_dn', 'action-type mean': 'w_dn', 'mean(score/difficulty) x difficulty': 'w_dd'}
+
 def score_floors(
     train:pd.DataFrame, # Training dives: columns action, score (points), difficulty
     test:pd.DataFrame, # Test dives: the same columns
     n:int=2000, # Resamples of the intervals
 )->pd.DataFrame: # One row per predictor: floor, setting, then the columns of `summarise`
     "Both metrics of the predictors that see no frame"
-    sees = dict(zip(('constant mean', 'action-type mean', 'mean(score/difficulty) x difficulty'), ('wo_dn', 'w_dn', 'w_dd')))
     rows = floor_predictions(train, test).items()
-    return pd.DataFrame([dict(floor=k, setting=sees[k], **summarise(v, test.score, n=n)) for k,v in rows])
+    return pd.DataFrame([dict(floor=k, setting=_SEES[k], **summarise(v, test.score, n=n)) for k,v in rows])

@@ -80,20 +80,24 @@ def paper_table(
     if key in _KNOWN: raise KeyError(f'Table {key} ({_KNOWN[key]}) is known but not entered yet; ask for one of {have}')
     raise KeyError(f"need a table of the paper by Roman number (I to XI), got {name!r}; entered are {have}")
 
-# %% ../nbs/02_paper.ipynb #19e8bd9f
+# %% ../nbs/02_paper.ipynb #fa147e89
 LEDGER = """
 D-01 | Tables I and IV give the same parts different results | I3D+IAP 0.891/0.468 in I, 0.932/0.314 in IV; SMT+MTF 0.936/0.289 in I, 0.891/0.468 in IV | both kept as printed; ours stands beside each table on its own | none (data)
-D-02 | The ablation's baseline and its full model come from different settings | 0.850/0.583 is I3D+MLP w/o DN of Table IX (printed again as USDL w/DN), 0.942/0.278 is FSPN w/DN | every run carries its setting and is compared inside it only; the copied USDL cells stay, marked in `note` | RunCfg setting
+D-02 | The ablation's baseline and its full model come from different settings | 0.850/0.583 is I3D+MLP w/o DN of Table IX (printed again as USDL w/DN), 0.942/0.278 is FSPN w/DN | every run carries its setting and is compared inside it only; the copied USDL cells stay, marked in `note` | RunCfg.setting
 D-03 | Sentences disagree with the tables they describe | R_L2 gain over TSA 0.530 in words, 0.342-0.278 = 0.064 in the table; extra FLOPs 0.1 M against 0.01 M; FSPN-S 0.4 M against 0.48 M | the tables count | none (data)
 D-04 | The temperature of the group contrast has no effect as printed | Eq. 7 divides an already exponentiated similarity by tau, so tau cancels in the ratio | exp(cos/tau) | ModelCfg.tau
 D-05 | Some of the head counts tried do not fit the widths | 6, 10 and 12 heads divide none of 64, 128, 256, and the parameter count is said not to change | the width of a head is independent of the number of channels | ModelCfg.head_dim
-D-06 | M means three things | frames of the actor in Sec. IV-B3, video pairs in Eq. 17, exemplars in the papers it follows | M exemplars from the training split, their predictions averaged | EvalCfg votes
+D-06 | M means three things | frames of the actor in Sec. IV-B3, video pairs in Eq. 17, exemplars in the papers it follows | M exemplars from the training split, their predictions averaged | EvalCfg.exemplars
 D-07 | Eq. 19 has no square | released code of CoRe and TSA squares; TSA's released predictions give 0.337 squared and 4.01 unsquared, the table says 0.342 | squared, over the range of the true test scores | relative_l2(p=1)
 D-08 | Three averages of Table X do not follow from their rows | Fisher's z gives 0.8433 for CoRe (printed 0.8401), 0.8734 for FSPN (0.8724), 0.8795 for PCLA (0.879); FSPN's mean R_L2 is 1.54 (1.56) | averages are recomputed from the rows | fisher_mean
 D-09 | Sizes leave the backbone out without saying so | 1.5 M operations and 0.4 to 3.75 M parameters cannot hold an I3D | sizes are given with and without the backbone, and say which | none (reporting)
-D-10 | Where LayerNorm and the residual sit in a block | Eq. 9 has the norm inside the attention product, the text before and after it; the residual is the scene although the actor is the query | norm before attention and before the MLP; the scene carries the residual | none yet
-D-11 | No schedule, no validation split, no rule for the epoch that counts | 200 epochs, batch 8, 1e-4 for I3D, 1e-3 for the rest; the peers pick the epoch on test, rho and R_L2 apart | the last epoch counts, or the best on a validation split; both metrics from the same one, the rule printed under every table | RunCfg epoch rule
+D-10 | Where LayerNorm and the residual sit in a block | Eq. 9 has the norm inside the attention product, the text before and after it; the residual is the scene although the actor is the query | norm before attention and before the MLP; the scene carries the residual | residual of CrossBlock (D-30)
+D-11 | No schedule, no validation split, no rule for the epoch that counts | 200 epochs, batch 8, 1e-4 for I3D, 1e-3 for the rest; the peers pick the epoch on test, rho and R_L2 apart | the last epoch counts, or the best on a validation split; both metrics from the same one, the rule printed under every table | EvalCfg.epoch_rule, TrainCfg.val_share
 D-12 | FSPN-S and FSPN-M are never defined | one, two, three stages (64, 128, 256) fit the parameter counts; yet 64 channels alone have 0.9182 in Fig. 7 and FSPN-S has 0.932 | S, M, full = 1, 2, 3 stages | ModelCfg.stages
+D-13 | The paper does not define step targets for dives with 4-5 labels (791 of 3,000) | TSA's code: labels of the 96 sampled frames, t1 = first frame of the 2nd distinct label, t2 = first frame of the LAST distinct label (by first appearance) | same; middle steps merge into the second | steps_on_axis (data.records)
+D-14 | Real annotations contain odd values: 6 samples with transitions outside or out of order (-1, 99/133 past the end), 1 whose runs and transitions differ, 15 ending on label 35 instead of 36 | measured on the release | kept and reported as they are; transitions never feeds a target (labels do) | none
+D-15 | Three annotation files repeat score, difficulty, type, steps; the field's loaders open one of them | they agree on all 3,000 dives | all three are read and compared, a difference is an error | read_finediving
+D-16 | Frames may be missing, fewer than labels, or numbered otherwise; released loaders assume consecutive numbers and len(labels) = files | FineDiving issues 1, 7 | such samples are excluded only with allow_missing=True | check_samples(allow_missing=)
 """
 
 # %% ../nbs/02_paper.ipynb #6711e595

@@ -19,12 +19,12 @@ def fault_costs(
     if unknown: raise ValueError(f"unknown faults {unknown}; the price list has {', '.join(PRICES)}")
     return {k:PRICES[k]*v for k,v in faults.items()}
 
-# %% ../../nbs/07_data.judging.ipynb #a89b1c30
+# %% ../../nbs/07_data.judging.ipynb #bef09d27
 def draw_faults(
     rng:np.random.Generator, # Source of chance
 )->dict[str,float]: # Severity in 0..1 by fault, in the order of `PRICES`
     "Severities of one dive: a common form value plus scatter; splash mostly follows rotation"
-    form = .05+.8*rng.beta(1.5, 2.9)
+    form = .06+.8*rng.beta(2.2, 4.7)
     rotation,own,shape,legs,feet = np.clip(form+rng.normal(0, .15, 5), 0, 1)
     return {k:float(v) for k,v in zip(PRICES, (rotation, .65*rotation+.35*own, shape, legs, feet))}
 

@@ -1,0 +1,194 @@
+"Metrics against other people's numbers: released predictions, SciPy, the averages that the paper prints, real score sheets"
+import pickle
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from fspn_nb.metrics import (bootstrap_ci, cs_area, cumulative_score, fisher_mean, floor_predictions, iou_hits, relative_l2, score_floors,
+                             spearman, summarise, temporal_iou)
+
+# Table X: six correlations (diving, vault, big ski, big snow, sync 3 m, sync 10 m) and the average as printed
+AVERAGES = {
+    'C3D-LSTM': ([.6047, .5636, .4593, .5029, .7912, .6927], .6165),
+    'C3D-SVR': ([.7902, .6824, .5209, .4006, .5937, .9120], .6937),
+    'ST-GCN': ([.3286, .5770, .1681, .1234, .6600, .6483], .4433),
+    'JRG': ([.7630, .7358, .6006, .5405, .9013, .9254], .7849),
+    'Asymmetric': ([.7419, .7296, .5890, .4960, .9298, .9043], .7789),
+    'USDL': ([.8099, .7570, .6538, .7109, .9166, .8878], .8102),
+    'TSA-Net': ([.8379, .8004, .6657, .6962, .9493, .9334], .8476),
+    'Adaptive': ([.8306, .7593, .7208, .6940, .9588, .9298], .8500),
+    'TAP': ([.8969, .8043, .7336, .6965, .9456, .9545], .8715),
+    'UD-AQA': ([.8532, .7663, .6836, .5596, .9281, .9438], .8318),
+    'H-GCN': ([.8867, .7917, .7326, .6447, .9213, .9424], .8501),
+    'I3D+MLP': ([.7438, .7342, .5190, .5103, .8915, .8703], .7472),
+}
+# The three whose row gives another average than the one printed (D-08): row, printed, recomputed
+SLIPS = {
+    'CoRe': ([.8824, .7746, .7115, .6624, .9442, .9078], .8401, .8433),
+    'PCLA': ([.8697, .8759, .7754, .5778, .9629, .9541], .8790, .8795),
+    'FSPN': ([.8786, .8343, .6736, .7265, .9556, .9545], .8724, .8734),
+}
+
+
+@pytest.mark.parametrize('name', AVERAGES)
+def test_fisher_mean_reproduces_printed_averages(name):
+    rhos, printed = AVERAGES[name]
+    assert fisher_mean(rhos) == pytest.approx(printed, abs=1.5e-4)
+
+
+@pytest.mark.parametrize('name', SLIPS)
+def test_d08_three_averages_do_not_follow_from_their_rows(name):
+    rhos, printed, own = SLIPS[name]
+    assert fisher_mean(rhos) == pytest.approx(own, abs=6e-5)
+    assert abs(fisher_mean(rhos)-printed) > 4e-4
+
+
+def test_released_tsa_predictions(shared):
+    pred, true = (np.load(shared('data', 'finediving', 'oracle', f'tsa_{o}.npy'), allow_pickle=False) for o in ('pred', 'true'))
+    assert len(true) == 749
+    assert spearman(pred, true) == pytest.approx(.92124, abs=5e-6)
+    assert relative_l2(pred, true) == pytest.approx(.0033699, abs=5e-8)
+    assert relative_l2(pred, true, p=1) == pytest.approx(.04011, abs=5e-6)
+    got = summarise(pred, true, n=300)
+    assert got['spearman_lo'] < .9203 < got['spearman_hi'] and got['n'] == 749
+
+
+class _Plain(pickle.Unpickler):
+    "Dicts, tuples, strings, numbers and numpy arrays; nothing else"
+    def find_class(self, module, name):
+        if module.split('.')[0] == 'numpy' and name in ('_reconstruct', 'ndarray', 'dtype', 'scalar', '_frombuffer'): return super().find_class(module, name)
+        raise pickle.UnpicklingError(f'{module}.{name}')
+
+
+@pytest.fixture(scope='module')
+def sheet(shared):
+    "FineDiving's real score sheet: train and test frames, and the cuts of the test dives on the 96-frame axis"
+    folder = shared('data', 'finediving', 'Annotations')
+    def load(name):
+        with open(folder/name, 'rb') as f: return _Plain(f).load()
+    notes = load('fine-grained_annotation_aqa.pkl')
+    frames = [pd.DataFrame([dict(action=notes[k][0], score=float(notes[k][1]), difficulty=float(notes[k][2])) for k in map(tuple, load(f'{s}_split.pkl'))]) for s in ('train', 'test')]
+    cuts = []
+    for k in map(tuple, load('test_split.pkl')):
+        labels = np.asarray(notes[k][4])
+        labels = labels[np.linspace(0, len(labels)-1, 96).astype(int)]
+        seen = list(dict.fromkeys(labels.tolist()))
+        cuts.append([labels.tolist().index(seen[1]), labels.tolist().index(seen[-1])])
+    return *frames, np.array(cuts)
+
+
+def test_floors_on_the_real_score_sheet(sheet):
+    train, test, _ = sheet
+    floors = score_floors(train, test, n=100).set_index('floor')
+    assert floors.n.tolist() == [749]*3
+    assert floors.loc['action-type mean', 'spearman'] == pytest.approx(.588, abs=5e-4)
+    assert 100*floors.loc['action-type mean', 'relative_l2'] == pytest.approx(1.335, abs=5e-4)
+    dd = floors.loc['mean(score/difficulty) x difficulty']
+    assert (dd.spearman, 100*dd.relative_l2) == (pytest.approx(.560, abs=5e-4), pytest.approx(1.392, abs=5e-4))
+    assert np.isnan(floors.loc['constant mean', 'spearman'])
+
+
+def test_constant_cuts_are_a_strong_baseline_on_real_steps(sheet):
+    cuts = sheet[2]
+    hits = iou_hits(np.tile([29, 62], (len(cuts), 1)), cuts)
+    assert (hits[.5], hits[.75]) == (pytest.approx(78.5, abs=.05), pytest.approx(32.44, abs=.05)) # TSA's parser: 82.51, 34.31
+
+
+def test_spearman_is_scipys_with_ties():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        a, b = rng.integers(0, 9, 50), rng.normal(size=50)
+        assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
+
+
+@pytest.mark.parametrize('pred, true, word', [([], [], 'length'), ([1, 2], [1, 2, 3], 'length'), ([[1, 2]], [[1, 2]], 'length'),
+                                              ([1, np.inf], [1, 2], '1 bad predictions'), ([1, 2], [np.nan, 2], '1 bad true')])
+@pytest.mark.parametrize('f', [spearman, relative_l2, cs_area, lambda a, b: cumulative_score(a, b, [1]), summarise])
+def test_bad_vectors_are_named(f, pred, true, word):
+    with pytest.raises(ValueError, match=word): f(pred, true)
+
+
+@pytest.mark.parametrize('lo, hi', [(5, 5), (6, 5), (np.nan, 5)])
+def test_empty_score_range(lo, hi):
+    with pytest.raises(ValueError, match='empty score range'): relative_l2([1, 2], [3, 4], lo, hi)
+
+
+@pytest.mark.parametrize('rhos', [[], [1.], [.5, -1], [np.nan, .5]])
+def test_fisher_mean_refuses_what_has_no_z(rhos):
+    with pytest.raises(ValueError, match='strictly between'): fisher_mean(rhos)
+
+
+def test_cumulative_score_never_falls_and_counts_the_threshold():
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(60, 15, (2, 300))
+    curve = cumulative_score(a, b, np.linspace(0, 100, 50))
+    assert (np.diff(curve) >= 0).all() and curve[-1] == 100
+    assert cumulative_score([1.], [3.], 2).tolist() == [100.]
+
+
+@pytest.mark.parametrize('p, t, iou', [((20, 60), (20, 60), 1), ((0, 10), (20, 60), 0), ((20, 20), (20, 60), 0), ((60, 20), (20, 60), 0),
+                                       ((20, 40), (20, 60), .5), ((0, 96), (24, 72), .5)])
+def test_temporal_iou(p, t, iou):
+    assert temporal_iou([p], [t]) == pytest.approx([iou])
+
+
+def test_temporal_iou_refuses_nonsense():
+    with pytest.raises(ValueError, match='as many'): temporal_iou([[1, 2]], [[1, 2], [3, 4]])
+    with pytest.raises(ValueError, match='first is 1'): temporal_iou([[1, 2], [3, 4]], [[1, 2], [4, 4]])
+    with pytest.raises(ValueError, match='bad rows'): temporal_iou([[np.nan, 2]], [[1, 2]])
+
+
+def test_bootstrap_covers_and_repeats():
+    "Of forty splits with a known correlation, the 95 % interval misses it a few times at most"
+    missed = 0
+    for seed in range(40):
+        z = np.random.default_rng(seed).multivariate_normal([0, 0], [[1, .8], [.8, 1]], 80)
+        lo, hi = bootstrap_ci(spearman, *z.T, n=200, seed=seed)
+        missed += not lo <= 6/np.pi*np.arcsin(.4) <= hi
+    assert missed <= 6
+    assert bootstrap_ci(spearman, *z.T, n=200, seed=3) == bootstrap_ci(spearman, *z.T, n=200, seed=3) != bootstrap_ci(spearman, *z.T, n=200, seed=4)
+
+
+def test_bootstrap_keeps_pairs_together():
+    true = np.arange(40.)
+    lo, hi = bootstrap_ci(spearman, true, true, n=100)
+    assert lo == pytest.approx(1) and hi == pytest.approx(1)
+
+
+@pytest.mark.parametrize('pred, true', [([1., 2.], [3., 4.]), ([1., 1., 2.], [2., 2., 1.]), ([1., 2., 3.], [1., 3., 2.])])
+def test_tiny_splits_warn_or_give_nan_but_never_raise(pred, true):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        got = summarise(pred, true, n=100)
+    assert got['n'] == len(pred)
+    assert any('degenerate' in str(o.message) for o in said)
+    assert np.isnan(got['spearman_lo']) or -1 <= got['spearman_lo'] <= got['spearman_hi'] <= 1
+
+
+def test_constant_predictor_has_an_error_but_no_order():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        got = summarise(np.full(30, 60.), np.arange(30.), n=100)
+    assert np.isnan([got[f'spearman{o}'] for o in ('', '_lo', '_hi')]).all() and got['relative_l2_lo'] < got['relative_l2'] < got['relative_l2_hi']
+
+
+def test_a_bug_in_a_metric_is_not_swallowed():
+    def broken(pred, true): raise ValueError('mine')
+    with pytest.raises(ValueError, match='mine'): bootstrap_ci(broken, [1., 2.], [1., 2.])
+
+
+def test_interval_keeps_the_range_of_the_split():
+    rng = np.random.default_rng(0)
+    true = np.r_[0., 104.4, rng.normal(66, 5, 98)] # two extremes that most resamples lose
+    pred = true+rng.normal(0, 5, 100)
+    assert summarise(pred, true, n=200)['relative_l2_hi'] < .7*bootstrap_ci(relative_l2, pred, true, n=200)[1]
+
+
+def test_floors_name_what_is_missing():
+    ok = pd.DataFrame(dict(action=['a', 'b'], score=[1., 2.], difficulty=[1., 2.]))
+    for train, test, word in ((ok[:0], ok, 'train, got 0 rows'), (ok, ok.drop(columns='action'), 'test, got 2 rows that lack: action')):
+        with pytest.raises(ValueError, match=word): floor_predictions(train, test)
+    assert len(floor_predictions(ok.assign(difficulty=[0., 1.]), ok)) == 2

@@ -1,0 +1,56 @@
+"What a stranger meets first: the package, its commands, the README"
+import re
+import subprocess
+import sys
+import tomllib
+from configparser import ConfigParser
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def settings():
+    p = ConfigParser(delimiters=['='])
+    p.read(ROOT/'settings.ini', encoding='utf-8')
+    return p['DEFAULT']
+
+
+def test_pins_that_work_together():
+    dev = settings()['dev_requirements']
+    assert 'nbdev==2.4.14' in dev and 'execnb==0.1.18' in dev and 'fastcore>=1.12.24,<2' in dev
+
+
+def test_lock_file_has_every_requirement():
+    locked = {line.split('==')[0].lower() for line in (ROOT/'requirements.lock').read_text().splitlines() if '==' in line}
+    wanted = {re.split(r'[=<>\[]', r)[0].lower() for r in (settings()['requirements']+' '+settings()['dev_requirements']).split()}
+    assert wanted <= locked, f'not in requirements.lock: {wanted-locked}'
+    assert not re.search(r'file:|/(home|root|work|tmp)/', (ROOT/'requirements.lock').read_text())
+
+
+def test_every_dynamic_field_is_given_by_setup():
+    dynamic = set(tomllib.loads((ROOT/'pyproject.toml').read_text())['project']['dynamic'])
+    assert {'version','dependencies','optional-dependencies','scripts'} <= dynamic
+
+
+def test_readme_names_every_notebook_and_both_commands():
+    text = (ROOT/'README.md').read_text()
+    assert 'make run' in text and 'make test' in text and 'papermill nbs/run_finediving.ipynb' in text
+    missing = [p.stem for p in (ROOT/'nbs').glob('*.ipynb') if p.stem not in text]
+    assert not missing, f'not in the map of README: {missing}'
+
+
+def test_readme_shows_only_files_that_exist():
+    links = re.findall(r'\]\(([^)#:]+)\)', (ROOT/'README.md').read_text())
+    assert links and not [link for link in links if not (ROOT/link).exists()]
+
+
+def test_citation():
+    import yaml
+    cff = yaml.safe_load((ROOT/'CITATION.cff').read_text())
+    assert cff['preferred-citation']['doi'] == '10.1109/TIP.2023.3331212' and cff['version'] == settings()['version']
+
+
+def test_training_needs_no_notebook_tools():
+    code = ("import sys; sys.modules.update({k: None for k in ('nbdev','fastcore','papermill','nbformat','IPython','av')}); "
+            'import fspn_nb.train, fspn_nb.evaluate')
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
