@@ -41,7 +41,7 @@ class SynthCfg:
     n_test:int=60 # Test dives
     seed:int=0 # Seed of the release
 
-# %% ../nbs/01_config.ipynb #133acfa3
+# %% ../nbs/01_config.ipynb #81bbc872
 @dataclass(frozen=True)
 class ModelCfg:
     "One method and its parts"
@@ -52,7 +52,12 @@ class ModelCfg:
     head_dim:int=0 # Width of one head; 0: ceil(width / heads), so that 6, 10 and 12 run (D-05)
     widths:tuple[int,...]=(64,128,256) # Channels of the stages (Sec. III-C1)
     sub_actions:int=3 # S: never stated; FineDiving has three steps in most dives
+    order_prior:float=3. # Log odds that a sub-action loses one window away from its own; 0: none (D-23)
+    tokens:str='bands' # What the transformer sees: 'bands', tokens_per_step of each sub-action, or 'frames', all T (D-26)
+    tokens_per_step:int=8 # Tokens per sub-action for tokens='bands' (D-26)
     tau:float=.1 # Temperature of Eq. 7; never stated (D-04)
+    residual:str='scene' # Stream that the blocks continue: 'scene' (Eq. 9) or 'actor' (D-30)
+    fusion:int=192 # Common width of the multiscale fusion; meets the printed 3.75 M (D-33)
     intervals:int=16 # I: never stated; CoRe's 16 leaves
     pairing:str='exemplar' # 'exemplar': predict the difference to an exemplar; 'absolute': Eqs. 1-16 to the letter
     decode:str='argmax' # 'argmax' of the intervals as CoRe, or 'expected' value over them
@@ -110,11 +115,11 @@ class RunCfg:
     train:TrainCfg=field(default_factory=TrainCfg)
     eval:EvalCfg=field(default_factory=EvalCfg)
 
-# %% ../nbs/01_config.ipynb #9fe438b7
+# %% ../nbs/01_config.ipynb #15bf2112
 CHOICES = {
     'dataset': ('finediving',), 'preset': ('smoke','demo','paper'), 'setting': ('wo_dn','w_dn','w_dd'),
     'clip.orientation': ('correct','peer'), 'actor.source': ('auto','truth','boxes','none'),
-    'model.name': ('fspn','fspn_m','fspn_s','i3d_mlp'), 'model.pairing': ('exemplar','absolute'), 'model.decode': ('argmax','expected'),
+    'model.name': ('fspn','fspn_m','fspn_s','i3d_mlp'), 'model.pairing': ('exemplar','absolute'), 'model.tokens': ('bands','frames'), 'model.residual': ('scene','actor'), 'model.decode': ('argmax','expected'),
     'train.optimiser': ('adam','adamw'), 'train.schedule': ('constant','one_cycle'), 'train.backbone': ('frozen','finetune'),
     'train.precision': ('fp32','bf16'), 'eval.epoch_rule': ('last','best_val')}
 

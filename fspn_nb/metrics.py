@@ -152,24 +152,31 @@ def summarise(
         out |= {name: f(pred, true), f'{name}_lo': lo, f'{name}_hi': hi}
     return out|{'n': len(pred)}
 
-# %% ../nbs/50_metrics.ipynb #bc14ba32
+# %% ../nbs/50_metrics.ipynb #dce0099f
+def _sheet(df, name):
+    "Raise a `ValueError` unless the score sheet `df` has rows and what a floor reads"
+    lost = {'action', 'score', 'difficulty'}-set(df.columns)
+    if lost or not len(df): raise ValueError(f"need rows with action, score and difficulty in {name}, got {len(df)} rows that lack: {', '.join(sorted(lost)) or 'nothing'}")
+
+# %% ../nbs/50_metrics.ipynb #aebc421d
 def floor_predictions(
     train:pd.DataFrame, # Training dives: columns action, score (points), difficulty
     test:pd.DataFrame, # Test dives: the same columns
 )->dict[str,np.ndarray]: # Predictor's name -> points, shape (len(test),)
     "What three predictors that see no frame say about `test`"
-    for name,df in (('train', train), ('test', test)):
-        lost = {'action', 'score', 'difficulty'}-set(df.columns)
-        if lost or not len(df): raise ValueError(f"need rows with action, score and difficulty in {name}, got {len(df)} rows that lack: {', '.join(sorted(lost)) or 'nothing'}")
+    _sheet(train, 'train')
+    _sheet(test, 'test')
     mean,by = train.score.mean(),train.groupby('action').score.mean()
     out = {'constant mean': np.full(len(test), mean), 'action-type mean': test.action.map(by).fillna(mean).to_numpy(float)}
     dd = [pd.to_numeric(o.difficulty).to_numpy(float) for o in (train, test)]
     if all((o > 0).all() for o in dd): out['mean(score/difficulty) x difficulty'] = (train.score/dd[0]).mean()*dd[1]
     return out
 
-# %% ../nbs/50_metrics.ipynb #833ec417
+# %% ../nbs/50_metrics.ipynb #45b46f9d
+# The setting whose knowledge a floor uses
 _SEES = {'constant mean': 'wo_dn', 'action-type mean': 'w_dn', 'mean(score/difficulty) x difficulty': 'w_dd'}
 
+# %% ../nbs/50_metrics.ipynb #62690632
 def score_floors(
     train:pd.DataFrame, # Training dives: columns action, score (points), difficulty
     test:pd.DataFrame, # Test dives: the same columns

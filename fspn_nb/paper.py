@@ -80,7 +80,7 @@ def paper_table(
     if key in _KNOWN: raise KeyError(f'Table {key} ({_KNOWN[key]}) is known but not entered yet; ask for one of {have}')
     raise KeyError(f"need a table of the paper by Roman number (I to XI), got {name!r}; entered are {have}")
 
-# %% ../nbs/02_paper.ipynb #fa147e89
+# %% ../nbs/02_paper.ipynb #16601830
 LEDGER = """
 D-01 | Tables I and IV give the same parts different results | I3D+IAP 0.891/0.468 in I, 0.932/0.314 in IV; SMT+MTF 0.936/0.289 in I, 0.891/0.468 in IV | both kept as printed; ours stands beside each table on its own | none (data)
 D-02 | The ablation's baseline and its full model come from different settings | 0.850/0.583 is I3D+MLP w/o DN of Table IX (printed again as USDL w/DN), 0.942/0.278 is FSPN w/DN | every run carries its setting and is compared inside it only; the copied USDL cells stay, marked in `note` | RunCfg.setting
@@ -98,6 +98,12 @@ D-13 | The paper does not define step targets for dives with 4-5 labels (791 of 
 D-14 | Real annotations contain odd values: 6 samples with transitions outside or out of order (-1, 99/133 past the end), 1 whose runs and transitions differ, 15 ending on label 35 instead of 36 | measured on the release | kept and reported as they are; transitions never feeds a target (labels do) | none
 D-15 | Three annotation files repeat score, difficulty, type, steps; the field's loaders open one of them | they agree on all 3,000 dives | all three are read and compared, a difference is an error | read_finediving
 D-16 | Frames may be missing, fewer than labels, or numbered otherwise; released loaders assume consecutive numbers and len(labels) = files | FineDiving issues 1, 7 | such samples are excluded only with allow_missing=True | check_samples(allow_missing=)
+D-40 | Size of the logits' window is given for 224 pixels only | the Kinetics head averages 2 x 7 x 7; the AQA papers feed 112 pixels (4 x 4) | mean over all of time and space for every other size; clip vectors are always that mean | none (I3D.forward)
+D-41 | Input range of the backbone | DeepMind trained on [-1,1]; the released code of CoRe, TSA and TPT feeds ImageNet mean and deviation to the same weights; the paper says nothing | [-1,1] | to_input(stats='imagenet')
+D-42 | Rounding of the 96 frame positions | TSA spaces broadcast frame numbers and subtracts the first; float truncation then differs in 11 of 3000 dives, by at most 3 of 96 positions | spacing from 0 | frame_ids(first=...)
+D-43 | Orientation of the resized frame | a (height, width) pair is read as (width, height) in the peers' transform library: frames become 112 wide and 200 high | shorter side to the crop's size, proportions kept | ClipCfg.orientation='peer'
+D-44 | Actor boxes: margin, smoothing, shape | the paper names a detector and gives neither | square, margin .2 of the longer side, Gaussian over 2 frames | ActorCfg.pad, actor_boxes(sigma=...)
+D-45 | Which Kinetics weights | "pre-trained on Kinetics" only; the peers load ImageNet+Kinetics (71.1 %), the freely installable file is Kinetics from scratch (68.4 %) | rgb_scratch; every run records name and hash | RunCfg.weights (path of another checkpoint)
 """
 
 # %% ../nbs/02_paper.ipynb #6711e595

@@ -142,13 +142,13 @@ def test_temporal_iou_refuses_nonsense():
 
 
 def test_bootstrap_covers_and_repeats():
-    "Of forty splits with a known correlation, the 95 % interval misses it a few times at most"
+    "Of twenty splits with a known correlation, the 95 % interval misses it a few times at most"
     missed = 0
-    for seed in range(40):
+    for seed in range(20):
         z = np.random.default_rng(seed).multivariate_normal([0, 0], [[1, .8], [.8, 1]], 80)
         lo, hi = bootstrap_ci(spearman, *z.T, n=200, seed=seed)
         missed += not lo <= 6/np.pi*np.arcsin(.4) <= hi
-    assert missed <= 6
+    assert missed <= 4
     assert bootstrap_ci(spearman, *z.T, n=200, seed=3) == bootstrap_ci(spearman, *z.T, n=200, seed=3) != bootstrap_ci(spearman, *z.T, n=200, seed=4)
 
 

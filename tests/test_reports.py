@@ -1,6 +1,7 @@
 "Reports from run folders: sound ones, damaged ones, and the same bytes every time"
 import json
 import shutil
+from functools import cache
 
 import matplotlib
 matplotlib.use('Agg')
@@ -13,7 +14,8 @@ from fspn_nb.core import write_json
 from fspn_nb.metrics import score_floors, summarise
 from fspn_nb.report import figures, tables
 from fspn_nb.report.figures import plot_cs, plot_parse, plot_scatter, plot_table, save_figure
-from fspn_nb.report.tables import average_seeds, caption, collect, ours_vs_paper, read_predictions, read_run, readable, save_table, to_md
+from fspn_nb.report.tables import (average_seeds, caption, collect, ours_vs_paper, predictions_by_method, read_predictions, read_run, readable,
+                                   save_table, to_md)
 
 
 def sheet(n=40):
@@ -23,12 +25,19 @@ def sheet(n=40):
     return pd.DataFrame(dict(uid=[f'01/{i}' for i in range(n)], true=dd*rng.normal(22, 3, n), difficulty=dd, action=[f'{k}b' for k in kind]))
 
 
-def make_run(root, method='fspn', setting='w_dn', seed=0, miss=6., name=None, cfg=(), **changes):
+@cache
+def fake_predictions(seed, miss):
+    "Rows of a run that misses by `miss` points, and its scores"
     df = sheet().assign(split='test', seed=seed)
     df['pred'] = df.true+np.random.default_rng([seed, int(miss)]).normal(0, miss, len(df))
+    return df, summarise(df.pred, df.true, n=60)
+
+
+def make_run(root, method='fspn', setting='w_dn', seed=0, miss=6., name=None, cfg=(), **changes):
+    df, scores = fake_predictions(seed, miss)
     folder = root/'finediving'/(name or f'{method}_{setting}_s{seed}')
     meta = dict(method=method, setting=setting, seed=seed, mode='frozen', data='synthetic', epoch_rule='last', weights='rgb_scratch', preset='smoke', label='points')
-    write_json(folder/'metrics.json', summarise(df.pred, df.true, n=60)|meta|changes)
+    write_json(folder/'metrics.json', scores|meta|changes)
     write_json(folder/'config.json', dict(seed=seed, setting=setting, model=dict(name=method))|dict(cfg))
     write_json(folder/'provenance.json', {})
     val = df[:4].assign(split='val')
@@ -166,7 +175,7 @@ def test_rows_keep_the_papers_order(good, tmp_path):
     table = ours_vs_paper('IX', collect(root), score_floors(s, s, n=60))
     assert table.setting.tolist() == ['wo_dn']*7+['w_dn']*8+['w_dd']*2
     assert table[table.setting == 'wo_dn'].method.tolist() == ['usdl', 'musdl', 'core_tree', 'tsa', 'i3d_mlp', 'fspn', 'floor: constant mean']
-    assert table.label[table.method == 'fspn_s'].item() == 'fspn_s'
+    assert table.label[table.method == 'fspn_s'].item() == 'FSPN-S'
     assert table.rho_paper[table.setting == 'w_dd'].isna().all()
     assert 'target' in readable(table).columns
 
@@ -196,6 +205,15 @@ def test_order_of_folders_on_disk_does_not_matter(good):
     runs = collect(good)
     a, b = (ours_vs_paper('IX', r).drop(columns='note').to_csv() for r in (runs, runs.sample(frac=1, random_state=0)))
     assert a == b
+
+
+def test_predictions_by_method_keeps_configurations_apart(good, tmp_path):
+    root = tmp_path/'r'
+    shutil.copytree(good, root)
+    assert list(predictions_by_method(root, collect(root))) == ['I3D+MLP', 'FSPN (Ours)']
+    make_run(root, seed=7, name='heads', cfg=dict(heads=10))
+    names = list(predictions_by_method(root, collect(root)))
+    assert names == ['I3D+MLP', 'FSPN (Ours) (fspn_w_dn_s0)', 'FSPN (Ours) (heads)']
 
 
 def test_markdown_escapes_pipes():

@@ -14,13 +14,14 @@ from PIL import Image,ImageDraw
 from .motion import Dive,make_dive
 from .scenery import backdrop,draw_diver,draw_look,pool,tower
 
-# %% ../../nbs/09_data.render.ipynb #bac7e1bb
+# %% ../../nbs/09_data.render.ipynb #a4b2252a
 def _smooth(x, sigma):
     "(n,) values blurred by a Gaussian of `sigma` frames, ends held"
     r = int(3*sigma)
     w = np.exp(-.5*(np.arange(-r, r+1)/sigma)**2)
     return np.convolve(np.pad(x, r, mode='edge'), w/w.sum(), mode='valid')
 
+# %% ../../nbs/09_data.render.ipynb #478d0349
 def _camera(dive):
     "(n, 2) centre of the picture in metres, following the diver"
     mid = .5*(dive.joints.min(1)+dive.joints.max(1))
@@ -39,7 +40,7 @@ def _crossing(dive):
     gone = j[...,1].max(1) < 0
     return np.where(gone, x[~gone][-1], x)
 
-# %% ../../nbs/09_data.render.ipynb #df12e371
+# %% ../../nbs/09_data.render.ipynb #9e05b6b2
 class Splash(NamedTuple):
     "Drops of one entry"
     born:np.ndarray # (k,) frame on which a drop leaves the water
@@ -49,6 +50,7 @@ class Splash(NamedTuple):
     size:float # Severity, 0..1
     spot:float # Where the diver went in, metres
 
+# %% ../../nbs/09_data.render.ipynb #d87f2be8
 def draw_splash(
     dive:Dive, # Joints, `touch`, `slant` and the severity of 'splash'
     rng:np.random.Generator, # Source of chance
@@ -62,7 +64,7 @@ def draw_splash(
     start = np.interp(born-dive.touch, np.arange(9), cross)+rng.normal(0, .08+.2*s, k)
     return Splash(born, start, np.stack([side, np.sqrt(2*9.81*high)], -1), rng.uniform(.012, .034+.03*s, k), s, float(cross[2:7].mean()))
 
-# %% ../../nbs/09_data.render.ipynb #93225b59
+# %% ../../nbs/09_data.render.ipynb #54b8103f
 def _foam(draw, at, scale, p, age):
     "Foam and rings on the surface, `age` frames after the touch"
     grow,fade = 1-np.exp(-age/9),np.exp(-age/38)
@@ -73,6 +75,7 @@ def _foam(draw, at, scale, p, age):
         q = r*k*(.6+age/40)
         draw.ellipse((x-q, y-.25*q, x+q, y+.25*q), outline=(225,240,250,int(90*fade)), width=2)
 
+# %% ../../nbs/09_data.render.ipynb #77f09eeb
 def _column(draw, at, p, age):
     "The sheet of water in the middle of a splash"
     up = np.sin(np.pi*np.clip(age/(9+14*p.size), 0, 1))
@@ -92,11 +95,12 @@ def _drops(draw, at, scale, p, i, fps):
         draw.line((*tail, a, b), fill=(240,247,251,150), width=max(1, int(1.5*r)))
         draw.ellipse((a-r, b-r, a+r, b+r), fill=(246,250,252,215))
 
-# %% ../../nbs/09_data.render.ipynb #82804aaa
+# %% ../../nbs/09_data.render.ipynb #bc41ebd2
 _SS = 2 # drawn at twice the size, then averaged: smooth edges
 _FAR = .6 # speed of the background relative to the foreground
 _EDGE = 1.6 # height in the picture at which the deck behind the pool begins, metres
 
+# %% ../../nbs/09_data.render.ipynb #5463ee68
 def _sink(img, clear, at, scale):
     "Lays the water `clear` over what `img` shows below the surface, denser with depth"
     y = int(max(0, at(0, 0)[1]))
@@ -105,14 +109,15 @@ def _sink(img, clear, at, scale):
     mask = Image.fromarray(np.repeat(rows[:,None], img.width, 1))
     img.paste(clear.crop((0, y, *img.size)), (0, y), mask)
 
-# %% ../../nbs/09_data.render.ipynb #878ffd6d
+# %% ../../nbs/09_data.render.ipynb #0aaf787e
 def _board_tip(dive, i):
     "Height of the springboard's end: under the feet, then swinging freely"
     lift = dive.transitions[0]-3
     feet = float(dive.joints[i,:,1].min())
     return feet if i <= lift else 3+.16*np.exp(-(i-lift)/9)*np.cos(.9*(i-lift))
 
-def _frame(i, dive, look, cam, scene, splash, size, light):
+# %% ../../nbs/09_data.render.ipynb #9d6a4255
+def _frame(i, dive, look, cam, scene, splash, size):
     "Frame `i` as an image of `size`"
     back,pools,scale,origin = scene
     w,h = _SS*size[0],_SS*size[1]
@@ -126,7 +131,7 @@ def _frame(i, dive, look, cam, scene, splash, size, light):
     if dive.joints[i,:,1].max() > -1.3: draw_diver(draw, np.stack(at(*dive.joints[i].T), -1), dive.depth[i], scale, look)
     if wet: _sink(img, clear, at, scale)
     if age >= 0: _foam(draw, at, scale, splash, age); _column(draw, at, splash, age); _drops(draw, at, scale, splash, i, dive.fps)
-    return img.reduce(_SS).point(light)
+    return img.reduce(_SS)
 
 # %% ../../nbs/09_data.render.ipynb #2824fb14
 def _boxes(dive, points, scale, spot, size):
@@ -139,7 +144,7 @@ def _boxes(dive, points, scale, spot, size):
     box = np.concatenate([lo-.12*scale*~gone[:,None], hi+.12*scale*~gone[:,None]], 1)
     return np.clip(box, 0, [*size, *size]).astype(np.float32)
 
-# %% ../../nbs/09_data.render.ipynb #fd6c18f2
+# %% ../../nbs/09_data.render.ipynb #cef0656b
 def render(
     dive:Dive, # Joints in metres and everything else but pixels
     size:tuple[int,int]=(256,144), # Width and height, pixels
@@ -158,12 +163,14 @@ def render(
     back = backdrop((int(_SS*w+_FAR*big*5), int(_SS*h+_FAR*big*origin[1])), look, rng)
     pools = [pool((int(_SS*w+big*6), int(_SS*h/2+big*(_EDGE+.6))), look, rng, big) for _ in range(3)]
     splash,scene = draw_splash(dive, rng),(back, pools, big, origin)
-    light = [min(255, int(v*look.light)) for v in range(256)]*3
-    return replace(dive, frames=np.stack([np.asarray(_frame(i, dive, look, cam, scene, splash, size, light)) for i in range(len(cam))]))
+    film = np.stack([np.asarray(_frame(i, dive, look, cam, scene, splash, size)) for i in range(len(cam))])
+    light = np.minimum(255, np.arange(256)*look.light).astype(np.uint8)
+    return replace(dive, frames=light[film])
 
-# %% ../../nbs/09_data.render.ipynb #986134bc
+# %% ../../nbs/09_data.render.ipynb #9ac24cb5
 DEMO_SEED = 28 # seed of `demo_dive`
 
+# %% ../../nbs/09_data.render.ipynb #21427492
 def synth_dive(
     seed:int, # The only source of chance
     action:str|None=None, # Dive number of the catalogue; None: drawn as often as in FineDiving
@@ -174,6 +181,7 @@ def synth_dive(
     "The made-up dive of `seed`: film, boxes, joints, steps, faults, judges and score"
     return render(make_dive(seed, action, faults), size, draw)
 
+# %% ../../nbs/09_data.render.ipynb #9a4eae08
 @lru_cache(maxsize=1)
 def demo_dive()->Dive: # The same object each time; leave it unchanged
     "The dive that is carried through all notebooks: 5253b, four steps, middling"

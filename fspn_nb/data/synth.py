@@ -37,11 +37,12 @@ def plan_release(
         rows.append(((f'synth{video+1:02d}', k+1), start, seed*1_000_000+i, 'test' if i in test else 'train'))
     return rows
 
-# %% ../../nbs/17_data.synth.ipynb #f68424cf
+# %% ../../nbs/17_data.synth.ipynb #fa61d2e0
 def _code():
     "The drawing modules as syntax trees, comments and layout left out"
     return [ast.dump(ast.parse(inspect.getsource(m))) for m in (dives, judging, motion, render, scenery)]
 
+# %% ../../nbs/17_data.synth.ipynb #3b473557
 def release_key(
     n_train:int, # Dives of the train split
     n_test:int, # Dives of the test split
@@ -52,33 +53,33 @@ def release_key(
     text = json.dumps([_code(), plan_release(n_train, n_test, seed), list(size)])
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
-# %% ../../nbs/17_data.synth.ipynb #c35bbe84
+# %% ../../nbs/17_data.synth.ipynb #f502b2a1
 def _draw(job):
-    "Draws the dive of `job` = (root, key, start, seed, size), writes its frames and returns it without them"
+    "Draws the dive of `job` = (root, key, start, seed, size) and writes its frames"
     root,key,start,seed,size = job
-    dive = synth_dive(seed, size=size)
-    write_frames(root, key, start, dive.frames)
-    return render.replace(dive, frames=None)
+    return write_frames(root, key, start, synth_dive(seed, size=size).frames)
 
+# %% ../../nbs/17_data.synth.ipynb #71e4d718
 def _workers(n, workers):
     "How many processes to use for `n` dives; 1 means none but this"
     if workers is None: workers = min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(), n//8)
     return max(1, workers)
 
-# %% ../../nbs/17_data.synth.ipynb #fe9aee07
+# %% ../../nbs/17_data.synth.ipynb #1b572e40
 def _draw_all(jobs, workers):
-    "The dives of all `jobs` in order, drawn by `workers` processes"
+    "Draws all `jobs` with `workers` processes; returns the folders of their frames, in order"
     if workers == 1: return [_draw(j) for j in progress(jobs, 'dives drawn')]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context('spawn')) as pool:
         return list(progress(pool.map(_draw, jobs, chunksize=2), 'dives drawn', total=len(jobs)))
 
-# %% ../../nbs/17_data.synth.ipynb #2d28a359
+# %% ../../nbs/17_data.synth.ipynb #facaff95
 def _table(head, rows):
     "CSV text"
     out = io.StringIO()
     csv.writer(out, lineterminator='\n').writerows([head, *rows])
     return out.getvalue()
 
+# %% ../../nbs/17_data.synth.ipynb #2a3a5c5a
 def write_truth(
     root, # Folder of the release; `truth` is made in it
     dives:dict, # {uid: Dive with boxes}
@@ -93,9 +94,10 @@ def write_truth(
     np.savez_compressed(folder/'joints.npz', **{u:d.joints_px for u,d in dives.items()})
     return folder
 
-# %% ../../nbs/17_data.synth.ipynb #78fc4b96
+# %% ../../nbs/17_data.synth.ipynb #c472240a
 MARKER = 'synthetic.json' # last file of a finished synthetic release
 
+# %% ../../nbs/17_data.synth.ipynb #cac33d5d
 def _finished(root, key):
     "True if `root` holds the release `key`, False if it is free; anything else is an error"
     root = Path(root)
@@ -105,15 +107,17 @@ def _finished(root, key):
     if found != key: raise ValueError(f"need the synthetic release {key}, got {found} in {root}; choose another folder, or delete this one to have it drawn anew")
     return True
 
-# %% ../../nbs/17_data.synth.ipynb #a4828b95
+# %% ../../nbs/17_data.synth.ipynb #5d65bbb2
 def _sweep(root, hours=24):
     "Removes unfinished copies of `root` that were left behind more than `hours` ago"
     for old in root.parent.glob(f'.{root.name}.*.part'):
         if time.time()-old.stat().st_mtime > 3600*hours: shutil.rmtree(old, ignore_errors=True)
 
+# %% ../../nbs/17_data.synth.ipynb #2f030e69
 def _build(part, plan, key, size, workers):
     "Draws everything that belongs to a release into the folder `part`"
-    done = _draw_all([(part, k, start, s, size) for k,start,s,_ in plan], _workers(len(plan), workers))
+    _draw_all([(part, k, start, s, size) for k,start,s,_ in plan], _workers(len(plan), workers))
+    done = [synth_dive(s, size=size, draw=False) for _,_,s,_ in plan]
     split = {name:[k for k,_,_,o in plan if o == name] for name in ('train','test')}
     write_finediving(part, [(k, start, d) for (k,start,_,_),d in zip(plan, done)], split['train'], split['test'])
     write_truth(part, {f'{k[0]}/{k[1]}':d for (k,*_),d in zip(plan, done)})

@@ -115,13 +115,13 @@ class ScoreBins(nn.Module):
         p = logits.sigmoid() # Eq. 14 trains each interval for itself
         return (p*values).sum(-1)/p.sum(-1).clamp(min=1e-9)
 
-# %% ../../nbs/34_models.heads.ipynb #adf46257
+# %% ../../nbs/34_models.heads.ipynb #c1ae37d2
 class ScoreHead(nn.Module):
     "Interval classifier and in-interval regressor"
     def __init__(self,
         dim:int, # Width of the input
         intervals:int=16, # I; 1: a plain regressor without intervals (`bce=False`)
-        hidden:int=128, # First hidden width (D-36)
+        hidden:int=144, # First hidden width; 144 balances the three printed model sizes (D-36)
         dropout:float=0., # On the input
     ):
         super().__init__()

