@@ -53,7 +53,7 @@ def predictions(
                               difficulty=dd, action=[o.action for o in samples], split=split, seed=cfg.seed))[COLUMNS]
     return table, {k: v[[known.row[int(i)] for i in ids]].numpy() for k,v in known.extras.items()}
 
-# %% ../nbs/52_evaluate.ipynb #fe3efe87
+# %% ../nbs/52_evaluate.ipynb #2ccf85bb
 def parsing(
     table:pd.DataFrame, # From `predictions`
     extras:dict, # With 'transitions' (n,2)
@@ -64,7 +64,7 @@ def parsing(
     true = data.targets.steps[[row[u] for u in table.uid]].numpy()
     pred = extras['transitions'].round().astype(int)
     return pd.DataFrame(dict(uid=table.uid, split=table.split, pred_1=pred[:, 0], pred_2=pred[:, -1], true_1=true[:, 0], true_2=true[:, -1],
-                             tiou=np.round([temporal_iou(p[[0,-1]][None], t[[0,-1]][None]) for p,t in zip(pred, true)], 4)))
+                             tiou=temporal_iou(pred[:, [0,-1]], true).round(4)))
 
 # %% ../nbs/52_evaluate.ipynb #048423ed
 def evaluate(

@@ -80,7 +80,7 @@ def paper_table(
     if key in _KNOWN: raise KeyError(f'Table {key} ({_KNOWN[key]}) is known but not entered yet; ask for one of {have}')
     raise KeyError(f"need a table of the paper by Roman number (I to XI), got {name!r}; entered are {have}")
 
-# %% ../nbs/02_paper.ipynb #16601830
+# %% ../nbs/02_paper.ipynb #f1729e45
 LEDGER = """
 D-01 | Tables I and IV give the same parts different results | I3D+IAP 0.891/0.468 in I, 0.932/0.314 in IV; SMT+MTF 0.936/0.289 in I, 0.891/0.468 in IV | both kept as printed; ours stands beside each table on its own | none (data)
 D-02 | The ablation's baseline and its full model come from different settings | 0.850/0.583 is I3D+MLP w/o DN of Table IX (printed again as USDL w/DN), 0.942/0.278 is FSPN w/DN | every run carries its setting and is compared inside it only; the copied USDL cells stay, marked in `note` | RunCfg.setting
@@ -91,19 +91,24 @@ D-06 | M means three things | frames of the actor in Sec. IV-B3, video pairs in 
 D-07 | Eq. 19 has no square | released code of CoRe and TSA squares; TSA's released predictions give 0.337 squared and 4.01 unsquared, the table says 0.342 | squared, over the range of the true test scores | relative_l2(p=1)
 D-08 | Three averages of Table X do not follow from their rows | Fisher's z gives 0.8433 for CoRe (printed 0.8401), 0.8734 for FSPN (0.8724), 0.8795 for PCLA (0.879); FSPN's mean R_L2 is 1.54 (1.56) | averages are recomputed from the rows | fisher_mean
 D-09 | Sizes leave the backbone out without saying so | 1.5 M operations and 0.4 to 3.75 M parameters cannot hold an I3D | sizes are given with and without the backbone, and say which | none (reporting)
-D-10 | Where LayerNorm and the residual sit in a block | Eq. 9 has the norm inside the attention product, the text before and after it; the residual is the scene although the actor is the query | norm before attention and before the MLP; the scene carries the residual | residual of CrossBlock (D-30)
+D-10 | Where LayerNorm and the residual sit in a block | Eq. 9 has the norm inside the attention product, the text before and after it; the residual is the scene although the actor is the query | norm before attention and before the MLP; which stream carries the residual is D-30 | ModelCfg.residual
 D-11 | No schedule, no validation split, no rule for the epoch that counts | 200 epochs, batch 8, 1e-4 for I3D, 1e-3 for the rest; the peers pick the epoch on test, rho and R_L2 apart | the last epoch counts, or the best on a validation split; both metrics from the same one, the rule printed under every table | EvalCfg.epoch_rule, TrainCfg.val_share
 D-12 | FSPN-S and FSPN-M are never defined | one, two, three stages (64, 128, 256) fit the parameter counts; yet 64 channels alone have 0.9182 in Fig. 7 and FSPN-S has 0.932 | S, M, full = 1, 2, 3 stages | ModelCfg.stages
 D-13 | The paper does not define step targets for dives with 4-5 labels (791 of 3,000) | TSA's code: labels of the 96 sampled frames, t1 = first frame of the 2nd distinct label, t2 = first frame of the LAST distinct label (by first appearance) | same; middle steps merge into the second | steps_on_axis (data.records)
 D-14 | Real annotations contain odd values: 6 samples with transitions outside or out of order (-1, 99/133 past the end), 1 whose runs and transitions differ, 15 ending on label 35 instead of 36 | measured on the release | kept and reported as they are; transitions never feeds a target (labels do) | none
 D-15 | Three annotation files repeat score, difficulty, type, steps; the field's loaders open one of them | they agree on all 3,000 dives | all three are read and compared, a difference is an error | read_finediving
-D-16 | Frames may be missing, fewer than labels, or numbered otherwise; released loaders assume consecutive numbers and len(labels) = files | FineDiving issues 1, 7 | such samples are excluded only with allow_missing=True | check_samples(allow_missing=)
+D-16 | Frames may be missing, fewer than labels, or numbered otherwise; released loaders assume consecutive numbers and len(labels) = files | reports FineDiving#1 and #7 | such samples are excluded only with allow_missing=True | check_samples(allow_missing=)
 D-40 | Size of the logits' window is given for 224 pixels only | the Kinetics head averages 2 x 7 x 7; the AQA papers feed 112 pixels (4 x 4) | mean over all of time and space for every other size; clip vectors are always that mean | none (I3D.forward)
 D-41 | Input range of the backbone | DeepMind trained on [-1,1]; the released code of CoRe, TSA and TPT feeds ImageNet mean and deviation to the same weights; the paper says nothing | [-1,1] | to_input(stats='imagenet')
 D-42 | Rounding of the 96 frame positions | TSA spaces broadcast frame numbers and subtracts the first; float truncation then differs in 11 of 3000 dives, by at most 3 of 96 positions | spacing from 0 | frame_ids(first=...)
 D-43 | Orientation of the resized frame | a (height, width) pair is read as (width, height) in the peers' transform library: frames become 112 wide and 200 high | shorter side to the crop's size, proportions kept | ClipCfg.orientation='peer'
 D-44 | Actor boxes: margin, smoothing, shape | the paper names a detector and gives neither | square, margin .2 of the longer side, Gaussian over 2 frames | ActorCfg.pad, actor_boxes(sigma=...)
 D-45 | Which Kinetics weights | "pre-trained on Kinetics" only; the peers load ImageNet+Kinetics (71.1 %), the freely installable file is Kinetics from scratch (68.4 %) | rgb_scratch; every run records name and hash | RunCfg.weights (path of another checkpoint)
+D-50 | Neither paper nor release says what a judge deducts for which fault | judges decide by eye; FineDiving holds only totals | linear price list (rotation 3.0, splash 2.3, shape 1.6, legs 1.3, feet .8 points at severity 1), so costs of single faults are exact | data.judging.PRICES
+D-51 | Real judges' noise is unknown apart from the scatter within panels | 1,369 panels of seven: mean sd of the seven marks .33 | sd .3 before rounding to half points | draw_judges(noise=)
+D-52 | Panels of 3 and 5 judges and synchronised dives occur in FineDiving (1,631 of 3,000) | counted in the release | synthetic release has panels of seven only; final_score refuses others | none
+D-53 | Free-position dives (letter d) carry piked sub-actions in FineDiving | 6243d: 101 of 107 are '2 Soms.Pike' | letter d counts as Pike | data.dives._POSITION
+D-54 | What the true actor box is once the diver is under water | annotators and detectors differ | box of all joints above -0.5 m plus 12 cm; afterwards a fixed window at the spot of the splash | data.render._boxes
 """
 
 # %% ../nbs/02_paper.ipynb #6711e595

@@ -184,7 +184,7 @@ def test_every_frame_uses_its_own_box():
 
 
 def test_real_boxes_hold_the_diver(shared):
-    "Boxes of a real dive: read as a user would give them, cut, and springier than the scene (crops differ from the frame's square)"
+    "Boxes that people drew around a real diver, smoothed and cut: every crop has something in it"
     from torchvision.io import decode_jpeg,read_file
     table = pd.read_csv(shared('data', 'actor_frames', 'boxes.csv'))
     table = table[table.dive == 0]

@@ -133,7 +133,7 @@ def test_truth_fits_the_samples(release):
         own = boxes[boxes.uid == s.uid]
         assert own.frame.tolist() == list(range(s.n_frames)) and joints[s.uid].shape == (s.n_frames,16,2)
         assert own.x2.max() <= 64 and own.y2.max() <= 36
-    cost = faults[[f'{k}_cost' for k in PRICES]].sum(1)
+    cost = faults[[f'{k}_cost' for k in PRICES]].sum(axis=1)
     assert len(faults) == 5 and cost.between(0, 9).all()
 
 

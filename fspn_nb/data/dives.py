@@ -18,9 +18,9 @@ _TABLE = '''Forward|Back|Reverse|Inward|Arm.Forward|Arm.Back|Arm.Reverse|1 Som.S
 SUB_ACTIONS = dict(enumerate(_TABLE.replace('\n', '').split('|'), 1))
 _IDS = {name:i for i,name in SUB_ACTIONS.items()}
 
-# %% ../../nbs/04_data.dives.ipynb #02f8d55d
+# %% ../../nbs/04_data.dives.ipynb #a789bdee
 _DIRECTION = {'1':'Forward','2':'Back','3':'Reverse','4':'Inward'}
-_POSITION = dict(a='Straight', b='Pike', c='Tuck', d='Pike')
+_POSITION = dict(a='Straight', b='Pike', c='Tuck', d='Pike') # free dives carry piked labels (D-53)
 _CODES = (r'(?P<way>[1-4])[01](?P<som>\d{1,2})(?P<pos>[abcd])', r'5(?P<way>[1-4])(?P<som>\d)(?P<tw>\d{1,2})(?P<pos>[abcd])',
           r'(?P<arm>6)(?P<way>[1-3])(?P<som>\d)(?P<tw>\d?)(?P<pos>[abcd])')
 

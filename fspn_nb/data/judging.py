@@ -8,8 +8,8 @@ __all__ = ['PRICES', 'fault_costs', 'draw_faults', 'draw_judges', 'final_score']
 # %% ../../nbs/05_data.judging.ipynb #b702b943
 import numpy as np
 
-# %% ../../nbs/05_data.judging.ipynb #9bf84f3b
-PRICES = dict(rotation=3., splash=2.3, shape=1.6, legs=1.3, feet=.8) # judge points at severity 1 (D-S1)
+# %% ../../nbs/05_data.judging.ipynb #bcfa29f6
+PRICES = dict(rotation=3., splash=2.3, shape=1.6, legs=1.3, feet=.8) # judge points at severity 1 (D-50)
 
 def fault_costs(
     faults:dict[str,float], # Severity of each fault in 0..1
@@ -28,11 +28,11 @@ def draw_faults(
     rotation,own,shape,legs,feet = np.clip(form+rng.normal(0, .15, 5), 0, 1)
     return {k:float(v) for k,v in zip(PRICES, (rotation, .65*rotation+.35*own, shape, legs, feet))}
 
-# %% ../../nbs/05_data.judging.ipynb #062b7778
+# %% ../../nbs/05_data.judging.ipynb #222fea4e
 def draw_judges(
     rng:np.random.Generator, # Source of chance
     quality:float, # 10 minus all costs, judge points
-    noise:float=.3, # Standard deviation of one judge, points (.33 in FineDiving)
+    noise:float=.3, # Standard deviation of one judge, points (.33 in FineDiving; D-51)
 )->tuple[float,...]: # Seven marks in half points, 0..10
     "Seven marks around `quality`, in half points"
     marks = np.clip(quality+rng.normal(0, noise, 7), 0, 10)

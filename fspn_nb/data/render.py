@@ -133,9 +133,9 @@ def _frame(i, dive, look, cam, scene, splash, size):
     if age >= 0: _foam(draw, at, scale, splash, age); _column(draw, at, splash, age); _drops(draw, at, scale, splash, i, dive.fps)
     return img.reduce(_SS)
 
-# %% ../../nbs/09_data.render.ipynb #2824fb14
+# %% ../../nbs/09_data.render.ipynb #dbe1a570
 def _boxes(dive, points, scale, spot, size):
-    "(n, 4) x1,y1,x2,y2 in pixels: joints above -0.5 m and a margin; afterwards the spot of the splash, (n, 2)"
+    "(n, 4) x1,y1,x2,y2 in pixels: joints above -0.5 m and a margin; afterwards the spot of the splash (D-54)"
     seen = dive.joints[:,:,1] > -.5
     lo = np.where(seen[...,None], points, np.inf).min(1)
     hi = np.where(seen[...,None], points, -np.inf).max(1)
