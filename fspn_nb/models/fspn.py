@@ -6,7 +6,7 @@
 __all__ = ['CHOICES', 'choice', 'Parser', 'Fusion', 'Encoded', 'pair_input', 'align', 'Encoder', 'parse', 'Judge', 'FSPN',
            'build_fspn', 'fspn_s', 'fspn_m', 'fspn', 'part_sizes']
 
-# %% ../../nbs/35_models.fspn.ipynb #99b6048d
+# %% ../../nbs/35_models.fspn.ipynb #c25e3305
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,18 +18,20 @@ from ..config import ModelCfg
 from ..core import Batch,Output,need
 from ..losses.group import group_contrast
 from .heads import ScoreBins,ScoreHead,interval_loss
-from .iap import IAP,Adapter,band_tokens,transitions
+from .iap import IAP,Adapter,band_tokens,spread_clips,transitions
 from .mtf import MTF,Pool
 from .smt import SMT
 
-# %% ../../nbs/35_models.fspn.ipynb #8346405a
+# %% ../../nbs/35_models.fspn.ipynb #de4db3f0
 CHOICES = dict(
     tokens='bands', # What the transformer sees: 'bands' (S*n sub-action tokens) or 'frames' (all T) (D-26)
     tokens_per_step=8, # n (D-26)
-    residual='actor', # Stream that the blocks continue: 'actor', or 'scene' (Eq. 9 as printed) (D-30)
+    residual='scene', # Stream that the blocks continue: 'scene' (Eq. 9 as printed) or 'actor' (D-30)
+    skip=True, # Clip vectors also reach the tokens directly, past the up-sampling (D-26)
     order_prior=3., # Log odds that a sub-action loses one window away from its own (D-23)
-    fusion=256) # Common width of the fusion: that of the last stage (D-33)
+    fusion=192) # Common width of the fusion (D-33)
 
+# %% ../../nbs/35_models.fspn.ipynb #164a10c6
 def choice(
     cfg, # A `ModelCfg`
     name:str, # A key of `CHOICES`
@@ -37,7 +39,7 @@ def choice(
     "The field `name` of `cfg`, or the default of `CHOICES`"
     return getattr(cfg, name, CHOICES[name])
 
-# %% ../../nbs/35_models.fspn.ipynb #ea33355e
+# %% ../../nbs/35_models.fspn.ipynb #8ab538ac
 class Parser(nn.Module):
     "Clip vectors of any stream to tokens for the transformer, and the logits of the parse"
     def __init__(self,
@@ -47,9 +49,9 @@ class Parser(nn.Module):
     ):
         super().__init__()
         self.per_step,self.frames = choice(cfg, 'tokens_per_step'),choice(cfg, 'tokens') == 'frames'
-        self.adapter = Adapter(dim) if cfg.adapter else nn.Identity() # D-21
+        self.adapter = Adapter(dim) if cfg.adapter and cfg.iap else nn.Identity() # D-21
         self.iap = IAP(cfg.clips, cfg.frames, cfg.sub_actions, dim, choice(cfg, 'order_prior')) if cfg.iap else None
-        self.project = None if cfg.iap else nn.Linear(dim, width)
+        self.project = nn.Sequential(nn.LayerNorm(dim, elementwise_affine=False), nn.Linear(dim, width)) if choice(cfg, 'skip') or not cfg.iap else None
         count = cfg.clips if not cfg.iap else cfg.frames if self.frames else cfg.sub_actions*self.per_step
         self.width = width+cfg.sub_actions*(cfg.iap and self.frames)
         self.when = nn.Parameter(.02*torch.randn(count, self.width)) # D-38
@@ -57,9 +59,9 @@ class Parser(nn.Module):
     def forward(self,
         x:Tensor, # Clip vectors, (B,K,1024)
     )->tuple[Tensor,Tensor|None]: # Tokens (B,T',width); logits (B,T,S), None without IAP
-        x = self.adapter(x)
         if self.iap is None: return self.project(x)+self.when,None
-        tokens,g = self.iap(x) # Eq. 4
+        tokens,g = self.iap(self.adapter(x)) # Eq. 4
+        if self.project: tokens = tokens+spread_clips(self.project(x), tokens.shape[1])
         bands = g.softmax(-1) # A_s, D-22
         if self.frames: return torch.cat([tokens, bands.to(tokens.dtype)], -1)+self.when,g
         return band_tokens(tokens, bands, self.per_step)+self.when,g # f-bar
@@ -239,7 +241,7 @@ class FSPN(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training): score = self.judge.score(query, exemplar, other)
         return Output(score, losses, {} if self.training else parse(coded.extras, len(batch)))
 
-# %% ../../nbs/35_models.fspn.ipynb #0ea4a43d
+# %% ../../nbs/35_models.fspn.ipynb #6b1d7818
 def build_fspn(
     cfg:ModelCfg, # The method and its switches
     labels, # Training labels, (n,)
@@ -253,6 +255,7 @@ def build_fspn(
     if cfg.pairing == 'absolute': return FSPN(cfg, ScoreBins.fit_labels(y, cfg.intervals))
     return FSPN(cfg, ScoreBins.fit_pairs(y, groups, cfg.intervals, top))
 
+# %% ../../nbs/35_models.fspn.ipynb #0735d760
 def fspn_s(
     cfg:ModelCfg=ModelCfg(), # Everything but the number of stages
     bins:ScoreBins|None=None, # Intervals
@@ -260,6 +263,7 @@ def fspn_s(
     "FSPN-S: one stage, 64 channels"
     return FSPN(replace(cfg, stages=1), bins)
 
+# %% ../../nbs/35_models.fspn.ipynb #63064ee6
 def fspn_m(
     cfg:ModelCfg=ModelCfg(), # Everything but the number of stages
     bins:ScoreBins|None=None, # Intervals
@@ -267,6 +271,7 @@ def fspn_m(
     "FSPN-M: two stages, 64 and 128 channels"
     return FSPN(replace(cfg, stages=2), bins)
 
+# %% ../../nbs/35_models.fspn.ipynb #9f730f5b
 def fspn(
     cfg:ModelCfg=ModelCfg(), # Everything but the number of stages
     bins:ScoreBins|None=None, # Intervals

@@ -39,7 +39,7 @@ class LabelScale(nn.Module):
         "Network units to labels"
         return z*self.sd+self.mean
 
-# %% ../../nbs/40_models.i3d_mlp.ipynb #e8539885
+# %% ../../nbs/40_models.i3d_mlp.ipynb #9a393f65
 class I3DMLP(nn.Module):
     "Mean over the clips, then a three-layer MLP"
     uses_exemplar,needs = False,('scene',)
@@ -78,6 +78,7 @@ class I3DMLP(nn.Module):
         if batch.label is None: return Output(score)
         return Output(score.detach() if self.training else score, {'mse': F.mse_loss(self.scale.shrink(score), self.scale.shrink(batch.label))})
 
+# %% ../../nbs/40_models.i3d_mlp.ipynb #48bc2cac
 def build_i3d_mlp(
     cfg:ModelCfg, # Only `dropout` is used
     labels, # Training labels, (n,)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['double_conv', 'UpSample', 'Adapter', 'order_prior', 'IAP', 'window_edges', 'representatives', 'transitions',
-           'band_tokens']
+           'band_tokens', 'spread_clips']
 
 # %% ../../nbs/30_models.iap.ipynb #87da80d7
 import torch
@@ -41,13 +41,13 @@ class UpSample(nn.Module):
         for block in self.blocks[1:]: x = block(F.max_pool1d(x, 2))
         return x
 
-# %% ../../nbs/30_models.iap.ipynb #948a18e3
+# %% ../../nbs/30_models.iap.ipynb #f918eee1
 class Adapter(nn.Sequential):
     "LayerNorm and a linear map: lets the parser choose which features are neighbours when the backbone is frozen"
     def __init__(self,
         dim:int=1024, # Width of a clip vector (I3D)
     ):
-        super().__init__(nn.LayerNorm(dim), nn.Linear(dim, dim))
+        super().__init__(nn.LayerNorm(dim, elementwise_affine=False), nn.Linear(dim, dim)) # a gain in the norm would be the layer's own
 
 # %% ../../nbs/30_models.iap.ipynb #281f247f
 def order_prior(
@@ -127,3 +127,11 @@ def band_tokens(
     near = (1-(n*phase[...,None]-j).abs()).clamp(min=0)*w[...,None] # (B,T,S,n)
     near = (near/near.sum(1, keepdim=True).clamp(min=1e-6)).flatten(2)
     return near.mT.to(tokens.dtype) @ tokens
+
+# %% ../../nbs/30_models.iap.ipynb #10e81269
+def spread_clips(
+    x:Tensor, # One vector per clip, (B,K,C)
+    frames:int=96, # T
+)->Tensor: # One vector per frame, (B,T,C)
+    "Clip vectors stretched over the frames, linearly interpolated"
+    return F.interpolate(x.mT, size=frames, mode='linear', align_corners=False).mT

@@ -9,12 +9,12 @@ __all__ = ['MTF', 'Pool']
 import torch
 from torch import nn,Tensor
 
-# %% ../../nbs/33_models.mtf.ipynb #3cdc3a57
+# %% ../../nbs/33_models.mtf.ipynb #adc7dd6f
 class MTF(nn.Module):
     "Project every stage to one width, add each to the next, concatenate"
     def __init__(self,
         widths:tuple[int,...]=(64,128,256), # Channels of the stages
-        dim:int=256, # Common width (D-33)
+        dim:int=192, # Common width (D-33)
     ):
         super().__init__()
         self.project = nn.ModuleList(nn.Linear(w, dim) for w in widths) # the W^n of Eq. 11-12
@@ -28,16 +28,19 @@ class MTF(nn.Module):
         for project,x in zip(self.project[1:], maps[1:]): fused.append(fused[-1]+project(x)) # Eq. 12
         return torch.cat(fused, -1) # Eq. 13
 
-# %% ../../nbs/33_models.mtf.ipynb #7361c51d
+# %% ../../nbs/33_models.mtf.ipynb #96fd2782
 class Pool(nn.Module):
-    "Mean over the tokens, then LayerNorm"
+    "Mean over the tokens, then batch normalisation"
     def __init__(self,
         dim:int, # Channels of the fused map
     ):
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.BatchNorm1d(dim)
 
     def forward(self,
         x:Tensor, # Fused map, (B,T',dim)
     )->Tensor: # One feature per dive, (B,dim)
-        return self.norm(x.mean(1)) # Sec. III-D1
+        x = x.mean(1) # Sec. III-D1
+        if self.training and len(x) > 1: return self.norm(x)
+        n = self.norm # a single dive: running statistics
+        return nn.functional.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias, False, 0., n.eps)
