@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pick_device', 'pick_backbone', 'load_backbone', 'frozen_encoder', 'Prepared', 'substitutes', 'prepare']
 
-# %% ../nbs/21_prepare.ipynb #fd044662
+# %% ../nbs/21_prepare.ipynb #c2e12958
 import json
 from dataclasses import dataclass,replace
 from functools import partial
@@ -19,7 +19,7 @@ from .core import file_hash
 from .data.features import cache_features
 from .data.loaders import (ClipSource,Pools,Release,Targets,boxes_of,exemplar_pools,load_samples,
                                   read_targets,split_indices)
-from .models.i3d import I3D,encode_clips,fold,kinetics_weights,load_kinetics
+from .models.i3d import I3D,encode_clips,fast_dtype,fold,kinetics_weights,load_kinetics
 
 # %% ../nbs/21_prepare.ipynb #3efd7791
 def pick_device(
@@ -51,19 +51,20 @@ def load_backbone(
     if weights == 'random': return model, dict(name='random', sha256='random', layout='none')
     return model, load_kinetics(model, weights or None)
 
-# %% ../nbs/21_prepare.ipynb #07581ddb
+# %% ../nbs/21_prepare.ipynb #cf9db3c2
 def frozen_encoder(
     weights:str, # As in `load_backbone`
     device:torch.device, # Where clips are encoded
 ):
-    "(encode, key, loaded): clips to features, the hash that files them, and the weights' provenance; I3D is built at the first call"
+    "(encode, key): clips to features, and the name that files them; I3D is built at the first call, in bf16 where the hardware has it"
+    dtype = fast_dtype(device)
     path = None if weights == 'random' else weights or kinetics_weights()
     key = 'random' if path is None else file_hash(path)
     made = {}
     def encode(clips):
         if not made: made['model'] = fold(load_backbone(weights)[0]).to(device)
-        return encode_clips(made['model'], clips)
-    return encode, f'{key}-{device.type}'
+        return encode_clips(made['model'], clips, dtype=dtype)
+    return encode, f"{key}-{device.type}-{str(dtype).removeprefix('torch.')}"
 
 # %% ../nbs/21_prepare.ipynb #522b57d1
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def substitutes(
     if weights == 'random': found.append('weights: a random backbone, asked for by name')
     return found
 
-# %% ../nbs/21_prepare.ipynb #ea3060ff
+# %% ../nbs/21_prepare.ipynb #f02200b2
 def _source(cfg, release, boxes, device):
     "(source, backbone, provenance of the weights) for the mode of `cfg`"
     if cfg.train.backbone == 'finetune':
@@ -104,7 +105,7 @@ def _source(cfg, release, boxes, device):
     encode,key = frozen_encoder(cfg.weights, device)
     source = cache_features(release.samples, cfg, boxes, encode, key)
     name = cfg.weights if cfg.weights == 'random' else 'file' if cfg.weights else 'rgb_scratch'
-    return source, None, dict(name=name, sha256=key.split('-')[0], file='' if name != 'file' else cfg.weights.split('/')[-1])
+    return source, None, dict(name=name, sha256=key.split('-')[0], precision=key.split('-')[-1], file='' if name != 'file' else cfg.weights.split('/')[-1])
 
 # %% ../nbs/21_prepare.ipynb #9323ccf7
 def _reads(cfg):

@@ -71,7 +71,8 @@ def test_imports_point_backwards():
                 if isinstance(node, ast.ImportFrom):
                     assert all(a.name != '*' for a in node.names), f'{path.name}: import *'
                     if node.module and node.module.startswith('fspn_nb.'):
-                        assert number[node.module] < path.name, f'{path.name} imports {node.module} from {number[node.module]}'
+                        modules = [node.module] if node.module in number else [f'{node.module}.{a.name}' for a in node.names]
+                        for m in modules: assert number[m] < path.name, f'{path.name} imports {m} from {number[m]}'
 
 
 def test_library_needs_no_notebook_tools():

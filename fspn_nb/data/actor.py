@@ -81,7 +81,7 @@ def _grid(squares, side, w, h):
     x,y = (x1+(x2-x1)*step)*(2/w)-1,(y1+(y2-y1)*step)*(2/h)-1
     return torch.stack([x[:, None].expand(-1, side, -1), y[:, :, None].expand(-1, -1, side)], -1)
 
-# %% ../../nbs/16_data.actor.ipynb #c0e37d31
+# %% ../../nbs/16_data.actor.ipynb #f71bdca5
 def crop_actor(
     frames:Tensor, # (T,H,W,3) uint8, as on disk
     boxes:np.ndarray, # (T,4) corners in pixels of these frames
@@ -95,7 +95,7 @@ def crop_actor(
     fine = max(1, ceil(float((squares[:, 2]-squares[:, 0]).max())/size)) # source pixels per pixel of the crop
     h,w = frames.shape[1:3]
     x = F.grid_sample(frames.permute(0, 3, 1, 2).float(), _grid(squares, size*fine, w, h), padding_mode='border', align_corners=False)
-    return F.avg_pool2d(x, fine).round_().clamp_(0, 255).byte()
+    return (F.avg_pool2d(x, fine) if fine > 1 else x).round_().clamp_(0, 255).byte()
 
 # %% ../../nbs/16_data.actor.ipynb #0d6da273
 def actor_boxes(

@@ -6,7 +6,7 @@
 __all__ = ['CHOICES', 'choice', 'Parser', 'Fusion', 'Encoded', 'pair_input', 'align', 'Encoder', 'parse', 'Judge', 'FSPN',
            'build_fspn', 'fspn_s', 'fspn_m', 'fspn', 'part_sizes']
 
-# %% ../../nbs/35_models.fspn.ipynb #c25e3305
+# %% ../../nbs/35_models.fspn.ipynb #99b6048d
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,18 +18,17 @@ from ..config import ModelCfg
 from ..core import Batch,Output,need
 from ..losses.group import group_contrast
 from .heads import ScoreBins,ScoreHead,interval_loss
-from .iap import IAP,Adapter,band_tokens,spread_clips,transitions
+from .iap import IAP,Adapter,band_tokens,transitions
 from .mtf import MTF,Pool
 from .smt import SMT
 
-# %% ../../nbs/35_models.fspn.ipynb #de4db3f0
+# %% ../../nbs/35_models.fspn.ipynb #2753b277
 CHOICES = dict(
     tokens='bands', # What the transformer sees: 'bands' (S*n sub-action tokens) or 'frames' (all T) (D-26)
     tokens_per_step=8, # n (D-26)
-    residual='scene', # Stream that the blocks continue: 'scene' (Eq. 9 as printed) or 'actor' (D-30)
-    skip=True, # Clip vectors also reach the tokens directly, past the up-sampling (D-26)
+    residual='actor', # Stream that the blocks continue: 'actor', or 'scene' (Eq. 9 as printed) (D-30)
     order_prior=3., # Log odds that a sub-action loses one window away from its own (D-23)
-    fusion=192) # Common width of the fusion (D-33)
+    fusion=256) # Common width of the fusion: that of the last stage (D-33)
 
 # %% ../../nbs/35_models.fspn.ipynb #164a10c6
 def choice(
@@ -39,7 +38,7 @@ def choice(
     "The field `name` of `cfg`, or the default of `CHOICES`"
     return getattr(cfg, name, CHOICES[name])
 
-# %% ../../nbs/35_models.fspn.ipynb #8ab538ac
+# %% ../../nbs/35_models.fspn.ipynb #dc8b59d5
 class Parser(nn.Module):
     "Clip vectors of any stream to tokens for the transformer, and the logits of the parse"
     def __init__(self,
@@ -51,7 +50,7 @@ class Parser(nn.Module):
         self.per_step,self.frames = choice(cfg, 'tokens_per_step'),choice(cfg, 'tokens') == 'frames'
         self.adapter = Adapter(dim) if cfg.adapter and cfg.iap else nn.Identity() # D-21
         self.iap = IAP(cfg.clips, cfg.frames, cfg.sub_actions, dim, choice(cfg, 'order_prior')) if cfg.iap else None
-        self.project = nn.Sequential(nn.LayerNorm(dim, elementwise_affine=False), nn.Linear(dim, width)) if choice(cfg, 'skip') or not cfg.iap else None
+        self.project = None if cfg.iap else nn.Sequential(nn.LayerNorm(dim, elementwise_affine=False), nn.Linear(dim, width))
         count = cfg.clips if not cfg.iap else cfg.frames if self.frames else cfg.sub_actions*self.per_step
         self.width = width+cfg.sub_actions*(cfg.iap and self.frames)
         self.when = nn.Parameter(.02*torch.randn(count, self.width)) # D-38
@@ -61,7 +60,6 @@ class Parser(nn.Module):
     )->tuple[Tensor,Tensor|None]: # Tokens (B,T',width); logits (B,T,S), None without IAP
         if self.iap is None: return self.project(x)+self.when,None
         tokens,g = self.iap(self.adapter(x)) # Eq. 4
-        if self.project: tokens = tokens+spread_clips(self.project(x), tokens.shape[1])
         bands = g.softmax(-1) # A_s, D-22
         if self.frames: return torch.cat([tokens, bands.to(tokens.dtype)], -1)+self.when,g
         return band_tokens(tokens, bands, self.per_step)+self.when,g # f-bar

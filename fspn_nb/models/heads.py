@@ -132,13 +132,13 @@ class ScoreBins(nn.Module):
         "What the logits and positions say in label units"
         return pick(self.lo+(self.hi-self.lo)*positions, logits, how)
 
-# %% ../../nbs/34_models.heads.ipynb #adf46257
+# %% ../../nbs/34_models.heads.ipynb #e3d52baf
 class ScoreHead(nn.Module):
     "Interval classifier and in-interval regressor"
     def __init__(self,
         dim:int, # Width of the input
         intervals:int=16, # I; 1: a plain regressor without intervals (`bce=False`)
-        hidden:int=128, # First hidden width (D-36)
+        hidden:int=144, # First hidden width; balances the three printed model sizes (D-36)
         dropout:float=0., # On the input
     ):
         super().__init__()

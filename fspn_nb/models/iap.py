@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['double_conv', 'UpSample', 'Adapter', 'order_prior', 'IAP', 'window_edges', 'representatives', 'transitions',
-           'band_tokens', 'spread_clips']
+           'band_tokens']
 
 # %% ../../nbs/30_models.iap.ipynb #87da80d7
 import torch
@@ -127,11 +127,3 @@ def band_tokens(
     near = (1-(n*phase[...,None]-j).abs()).clamp(min=0)*w[...,None] # (B,T,S,n)
     near = (near/near.sum(1, keepdim=True).clamp(min=1e-6)).flatten(2)
     return near.mT.to(tokens.dtype) @ tokens
-
-# %% ../../nbs/30_models.iap.ipynb #10e81269
-def spread_clips(
-    x:Tensor, # One vector per clip, (B,K,C)
-    frames:int=96, # T
-)->Tensor: # One vector per frame, (B,T,C)
-    "Clip vectors stretched over the frames, linearly interpolated"
-    return F.interpolate(x.mT, size=frames, mode='linear', align_corners=False).mT

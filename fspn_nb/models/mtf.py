@@ -9,12 +9,12 @@ __all__ = ['MTF', 'Pool']
 import torch
 from torch import nn,Tensor
 
-# %% ../../nbs/33_models.mtf.ipynb #adc7dd6f
+# %% ../../nbs/33_models.mtf.ipynb #3cdc3a57
 class MTF(nn.Module):
     "Project every stage to one width, add each to the next, concatenate"
     def __init__(self,
         widths:tuple[int,...]=(64,128,256), # Channels of the stages
-        dim:int=192, # Common width (D-33)
+        dim:int=256, # Common width (D-33)
     ):
         super().__init__()
         self.project = nn.ModuleList(nn.Linear(w, dim) for w in widths) # the W^n of Eq. 11-12

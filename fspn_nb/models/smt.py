@@ -61,14 +61,14 @@ class CrossAttention(nn.Module):
         found = F.scaled_dot_product_attention(q, k, v) # Eq. 9, softmax(QK'/sqrt(d_k))V
         return self.out(found.transpose(1, 2).flatten(2))
 
-# %% ../../nbs/32_models.smt.ipynb #86415f2f
+# %% ../../nbs/32_models.smt.ipynb #8d647e98
 class CrossBlock(nn.Module):
     "One block of Fig. 4: actor-to-scene attention, then an MLP of two layers"
     def __init__(self,
         dim:int, # C: channels of both inputs
         heads:int=8, # Attention heads (Table III)
         head_dim:int=0, # Channels per head; 0: ceil(dim/heads) (D-05)
-        residual:str='scene', # Which stream the block continues: 'scene' (Eq. 9 as printed) or 'actor' (D-30)
+        residual:str='actor', # Which stream the block continues: 'actor', or 'scene' (Eq. 9 as printed) (D-30)
         ratio:int=4, # Hidden width of the MLP over C (TSA's decoder)
     ):
         super().__init__()
@@ -88,7 +88,7 @@ class CrossBlock(nn.Module):
         x = x+self.attn(self.norm_a(fa), self.norm_i(fi)) # Eq. 9
         return x+self.mlp(self.norm_m(x)) # Eq. 10
 
-# %% ../../nbs/32_models.smt.ipynb #2593971b
+# %% ../../nbs/32_models.smt.ipynb #3c3f8cc7
 class Stage(nn.Module):
     "A convolution on both streams, then `blocks` blocks"
     def __init__(self,
@@ -97,7 +97,7 @@ class Stage(nn.Module):
         blocks:int=3, # L: transformer blocks (Table II)
         heads:int=8, # Attention heads (Table III)
         head_dim:int=0, # Channels per head; 0: ceil(dim/heads) (D-05)
-        residual:str='scene', # Which stream continues: 'scene' (Eq. 9 as printed) or 'actor' (D-30)
+        residual:str='actor', # Which stream continues: 'actor', or 'scene' (Eq. 9 as printed) (D-30)
     ):
         super().__init__()
         self.conv,self.residual = TokenConv(c_in, dim),residual
@@ -113,7 +113,7 @@ class Stage(nn.Module):
             else: fa = block(fa, fi)
         return fa,fi
 
-# %% ../../nbs/32_models.smt.ipynb #95787d24
+# %% ../../nbs/32_models.smt.ipynb #45278bc8
 class SMT(nn.Module):
     "N stages of growing width; one map per stage"
     def __init__(self,
@@ -122,7 +122,7 @@ class SMT(nn.Module):
         blocks:int=3, # L: transformer blocks per stage (Table II)
         heads:int=8, # Attention heads (Table III)
         head_dim:int=0, # Channels per head; 0: ceil(width/heads) (D-05)
-        residual:str='scene', # Which stream continues: 'scene' (Eq. 9 as printed) or 'actor' (D-30)
+        residual:str='actor', # Which stream continues: 'actor', or 'scene' (Eq. 9 as printed) (D-30)
     ):
         super().__init__()
         if not widths: raise ValueError('need at least one stage, got widths=(); use smt=False to leave the transformer out')
