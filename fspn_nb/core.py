@@ -119,16 +119,16 @@ def need(
     if lacking: raise ValueError(f'{who} needs {", ".join(names)}, but this batch has no {", ".join(lacking)}; '
                                  'choose a method that does without, or a reader that provides it')
 
-# %% ../nbs/00_core.ipynb #516ac8ee
+# %% ../nbs/00_core.ipynb #4968e86d
 def to_device(
     batch:Batch, # Anywhere
     device:str|torch.device, # Where it is wanted
 )->Batch: # A new batch; the old one is left alone
     "`batch` and its exemplars on `device`"
-    def move(v):
+    def _move(v):
         if isinstance(v, Batch): return to_device(v, device)
         return v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
-    return Batch(**{f.name: move(getattr(batch, f.name)) for f in fields(batch)})
+    return Batch(**{f.name: _move(getattr(batch, f.name)) for f in fields(batch)})
 
 # %% ../nbs/00_core.ipynb #2589f7ae
 @dataclass

@@ -51,7 +51,7 @@ def load_backbone(
     if weights == 'random': return model, dict(name='random', sha256='random', layout='none')
     return model, load_kinetics(model, weights or None)
 
-# %% ../nbs/21_prepare.ipynb #cf9db3c2
+# %% ../nbs/21_prepare.ipynb #55810584
 def frozen_encoder(
     weights:str, # As in `load_backbone`
     device:torch.device, # Where clips are encoded
@@ -61,10 +61,10 @@ def frozen_encoder(
     path = None if weights == 'random' else weights or kinetics_weights()
     key = 'random' if path is None else file_hash(path)
     made = {}
-    def encode(clips):
+    def _encode(clips):
         if not made: made['model'] = fold(load_backbone(weights)[0]).to(device)
         return encode_clips(made['model'], clips, dtype=dtype)
-    return encode, f"{key}-{device.type}-{str(dtype).removeprefix('torch.')}"
+    return _encode, f"{key}-{device.type}-{str(dtype).removeprefix('torch.')}"
 
 # %% ../nbs/21_prepare.ipynb #522b57d1
 @dataclass(frozen=True)

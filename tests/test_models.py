@@ -74,7 +74,7 @@ def test_baseline_keeps_the_contract():
 @pytest.mark.parametrize('choice', [dict(tokens='frames'), dict(tokens_per_step=5), dict(residual='scene'), dict(residual='actor'), dict(order_prior=0.), dict(fusion=64)], ids=name_of)
 def test_choices_that_the_paper_leaves_open(choice):
     from types import SimpleNamespace
-    cfg = SimpleNamespace(**{**vars(ModelCfg()), 'stages': 1, **choice})
+    cfg = replace(ModelCfg(), stages=1, **choice)
     conform(FSPN(cfg, ScoreBins.fit_pairs(LABELS)), batch_of())
 
 

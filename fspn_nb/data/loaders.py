@@ -224,7 +224,7 @@ class FeatureSource:
         ids = torch.as_tensor(ids)
         return self.scene[ids], self.actor[ids]
 
-# %% ../../nbs/18_data.loaders.ipynb #4ed78314
+# %% ../../nbs/18_data.loaders.ipynb #4e8f1b1a
 def make_batch(
     source, # `ClipSource` or `FeatureSource`
     targets:Targets, # Of the same samples
@@ -234,10 +234,10 @@ def make_batch(
 )->Batch:
     "A batch of the dives `ids`, with one exemplar each when given"
     role = lambda r: None if epoch is None else (epoch, 3+r)
-    def part(which, r):
+    def _part(which, r):
         scene,actor = source.fetch(which, role(r))
         t = torch.as_tensor(which)
         return Batch(scene, actor, targets.label[t], targets.difficulty[t], targets.steps[t], uid=tuple(targets.uid[i] for i in which))
-    batch = part(ids, 0)
-    if exemplars is not None: batch.exemplar = part(exemplars, 1)
+    batch = _part(ids, 0)
+    if exemplars is not None: batch.exemplar = _part(exemplars, 1)
     return batch

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn,Tensor
 
-# %% ../../nbs/30_models.iap.ipynb #b4cd7986
+# %% ../../nbs/30_models.iap.ipynb #4c0a8fd0
 def double_conv(
     c_in:int, # Channels in: moments before the block
     c_out:int, # Channels out: moments after the block
 )->nn.Sequential:
     "Two 3-wide convolutions along the feature axis, each with batch normalisation and ReLU"
-    def conv(i,o): return nn.Conv1d(i, o, 3, padding=1, bias=False),nn.BatchNorm1d(o),nn.ReLU(inplace=True)
-    return nn.Sequential(*conv(c_in, c_out), *conv(c_out, c_out))
+    def _conv(i,o): return nn.Conv1d(i, o, 3, padding=1, bias=False),nn.BatchNorm1d(o),nn.ReLU(inplace=True)
+    return nn.Sequential(*_conv(c_in, c_out), *_conv(c_out, c_out))
 
 # %% ../../nbs/30_models.iap.ipynb #326f367b
 class UpSample(nn.Module):
