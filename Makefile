@@ -39,6 +39,7 @@ $(ENV): settings.ini setup.py pyproject.toml requirements.lock
 	@echo "== building .venv with $$($(PYTHON) --version): PyTorch and the rest, about 5 GB"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3,11) and "need Python 3.11 or newer, got "+sys.version.split()[0]+"; call make PYTHON=/path/to/python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv || echo "   uv is not to be had, going on with pip"
 	@if test -x $(BIN)/uv; then install="$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python"; \
 	  else install="$(BIN)/python -m pip install -q --disable-pip-version-check"; fi; \
