@@ -172,11 +172,11 @@ def diff(
     a,b = flatten(base),flatten(cfg)
     return {k: (a[k], b[k]) for k in a if a[k] != b[k]}
 
-# %% ../nbs/01_config.ipynb #074645b5
+# %% ../nbs/01_config.ipynb #5cc14bb9
 _FROZEN = dict(train__backbone='frozen', train__optimiser='adamw', train__schedule='one_cycle', train__weight_decay=.01,
                train__batch=16, model__decode='expected', model__dropout=.1)
 PRESETS = {
-    'paper': dict(model__adapter=False, model__residual='scene'),
+    'paper': dict(model__adapter=False, model__residual='scene', train__workers=8),
     'demo': dict(_FROZEN, train__epochs=20, train__val_share=.1),
     'smoke': dict(_FROZEN, train__epochs=2, train__batch=4, synth__n_train=10, synth__n_test=6, eval__exemplars=3)}
 

@@ -17,11 +17,11 @@ from ..metrics import cs_area,cumulative_score,relative_l2,spearman
 _BLUE,_RED,_GREEN,_ORANGE,_GREY = '#0072B2','#D55E00','#009E73','#E69F00','#666666'
 _LINES = [(_RED,'-'),(_BLUE,'--'),(_GREEN,'-.'),(_ORANGE,':'),('#CC79A7',(0,(5,1,1,1,1,1))),('black',(0,(1,3)))]
 
-# %% ../../nbs/61_report.figures.ipynb #f7c6da0d
-def _says(data):
-    "`data` as words for a title"
+# %% ../../nbs/61_report.figures.ipynb #4a777251
+def _says(data, note=''):
+    "`data` and `note` as words for a title"
     if data not in ('real','synthetic'): raise ValueError(f"need data='real' or 'synthetic', so that the title can say it, got {data!r}")
-    return f'{data} data'
+    return f'{data} data'+(f'\n{note}' if note else '')
 
 # %% ../../nbs/61_report.figures.ipynb #d5bfcd4b
 def _limits(preds):
@@ -41,13 +41,14 @@ def _panel(ax, name, df, lim):
     ax.set(xlim=lim, ylim=lim, aspect='equal', xticks=range(0, 121, 20), yticks=range(0, 121, 20))
     ax.set(xlim=lim, ylim=lim)
 
-# %% ../../nbs/61_report.figures.ipynb #e3d8b735
+# %% ../../nbs/61_report.figures.ipynb #00ea6194
 def plot_scatter(
     preds:dict, # Method's name -> frame with columns true and pred (judge points)
     data:str, # 'real' | 'synthetic', for the title
+    note:str='', # What else the title must say: setting, mode, weights, seeds, epoch rule
 ):
     "Predicted against true scores, one panel per method; returns the figure"
-    said,n = _says(data),len(preds)
+    said,n = _says(data, note),len(preds)
     if not n: raise ValueError('need at least one method to draw, got none')
     fig,axs = plt.subplots(1, n, figsize=(.5+2.4*n, 2.9), sharex=True, sharey=True, squeeze=False, layout='constrained')
     lim = _limits(preds)
@@ -57,14 +58,15 @@ def plot_scatter(
     fig.suptitle(f'Predicted and true scores, {said}', fontsize='medium')
     return fig
 
-# %% ../../nbs/61_report.figures.ipynb #d39ba947
+# %% ../../nbs/61_report.figures.ipynb #3b47fbb8
 def plot_cs(
     preds:dict, # Method's name -> frame with columns true and pred (judge points)
     data:str, # 'real' | 'synthetic', for the title
+    note:str='', # What else the title must say: setting, mode, weights, seeds, epoch rule
     top:float=20., # Right end of the axis, judge points
 ):
     "Share of dives within an error, against that error; returns the figure"
-    said,grid = _says(data),np.linspace(0, top, 401)
+    said,grid = _says(data, note),np.linspace(0, top, 401)
     if not 0 < len(preds) <= len(_LINES): raise ValueError(f'need at least one method and at most {len(_LINES)} to tell their lines apart, got {len(preds)}')
     fig,ax = plt.subplots(figsize=(5.6, 3.2), layout='constrained')
     for (color,dash),(name,df) in zip(_LINES, preds.items()):
@@ -103,7 +105,7 @@ def _probs(probs, names):
     if not ((probs >= 0) & (probs <= 1)).all(): raise ValueError('need probabilities between 0 and 1, got something else; logits go through a softmax first')
     return probs
 
-# %% ../../nbs/61_report.figures.ipynb #b4f6af8f
+# %% ../../nbs/61_report.figures.ipynb #5460709c
 def plot_parse(
     frames, # (F,H,W,3) uint8 frames of the dive, spread over the same time; None: no strip
     probs, # (T,S) probability of each sub-action at each step
@@ -111,10 +113,11 @@ def plot_parse(
     pred_steps, # Predicted ones
     names:tuple[str,...], # S names of the sub-actions
     data:str, # 'real' | 'synthetic', for the title
+    note:str='', # What else the title must say: setting, mode, weights, seeds, epoch rule
     n:int=8, # Frames in the strip
 ):
     "Probability bands of one dive under its frames, true and predicted cuts marked; returns the figure"
-    said,probs = _says(data),_probs(probs, names)
+    said,probs = _says(data, note),_probs(probs, names)
     (T,S),high = probs.shape,[] if frames is None else [7*np.shape(frames)[1]/(n*np.shape(frames)[2])]
     fig,axs = plt.subplots(len(high)+S, 1, figsize=(7, .75+sum(high)+.5*S), height_ratios=[*high, *[.5]*S], squeeze=False, layout='constrained')
     if high: _strip(axs[0,0], frames, T, n)
