@@ -51,7 +51,7 @@ def load_backbone(
     if weights == 'random': return model, dict(name='random', sha256='random', layout='none')
     return model, load_kinetics(model, weights or None)
 
-# %% ../nbs/21_prepare.ipynb #55810584
+# %% ../nbs/21_prepare.ipynb #11a964cc
 def frozen_encoder(
     weights:str, # As in `load_backbone`
     device:torch.device, # Where clips are encoded
@@ -64,7 +64,8 @@ def frozen_encoder(
     def _encode(clips):
         if not made: made['model'] = fold(load_backbone(weights)[0]).to(device)
         return encode_clips(made['model'], clips, dtype=dtype)
-    return _encode, f"{key}-{device.type}-{str(dtype).removeprefix('torch.')}"
+    where = f'cpu{torch.get_num_threads()}' if device.type == 'cpu' else device.type # sums over two threads round otherwise than over one
+    return _encode, f"{key}-{where}-{str(dtype).removeprefix('torch.')}"
 
 # %% ../nbs/21_prepare.ipynb #522b57d1
 @dataclass(frozen=True)
