@@ -54,3 +54,18 @@ def test_training_needs_no_notebook_tools():
     code = ("import sys; sys.modules.update({k: None for k in ('nbdev','fastcore','papermill','nbformat','IPython','av')}); "
             'import fspn_nb.train, fspn_nb.evaluate')
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
+
+
+def test_status_in_readme_is_what_the_committed_runs_say():
+    import pandas as pd
+    status = (ROOT/'README.md').read_text().split('<!-- status:begin -->')[1].split('<!-- status:end -->')[0]
+    table = pd.read_csv(ROOT/'reports'/'tables'/'table_09.csv')
+    ours = {f'{r.rho:.4f} [{r.rho_lo:.3f}, {r.rho_hi:.3f}]' for r in table.itertuples() if r.rho == r.rho}
+    shown = re.findall(r'-?\d\.\d{4} \[-?\d\.\d{3}, -?\d\.\d{3}\]', status)
+    assert len(shown) >= 6 and set(shown) <= ours, f'in README but not in reports: {set(shown)-ours}'
+
+
+def test_committed_numbers_follow_from_committed_predictions():
+    from fspn_nb.report.tables import collect
+    runs = collect(ROOT/'reports', strict=True)
+    assert {'fspn','i3d_mlp'} <= set(runs.method)
