@@ -31,14 +31,15 @@ def pick_device(
     except (RuntimeError, AssertionError) as e: raise ValueError(f"need a device that exists, got {device!r}; use 'auto' or 'cpu' ({str(e).splitlines()[0]})") from e
     return torch.device(device)
 
-# %% ../nbs/21_prepare.ipynb #a822ee5e
+# %% ../nbs/21_prepare.ipynb #7db1c3e5
 def pick_backbone(
     backbone:str, # 'auto' | 'frozen' | 'finetune'
     device:torch.device, # Where training will run
+    preset:str='paper', # The demo and the smoke run are frozen by definition
 )->str: # 'frozen' | 'finetune'
-    "The mode that `backbone` means on `device`"
+    "The mode that `backbone` means on `device` for `preset`"
     if backbone not in ('auto','frozen','finetune'): raise ValueError(f"backbone must be one of auto, frozen, finetune, got {backbone!r}")
-    return backbone if backbone != 'auto' else 'finetune' if device.type == 'cuda' else 'frozen'
+    return backbone if backbone != 'auto' else 'finetune' if device.type == 'cuda' and preset == 'paper' else 'frozen'
 
 # %% ../nbs/21_prepare.ipynb #4686064c
 def load_backbone(

@@ -24,22 +24,23 @@ from .models.zoo import create_model
 from .predict import predict
 from .prepare import Prepared,prepare
 
-# %% ../nbs/51_train.ipynb #7f0075f7
+# %% ../nbs/51_train.ipynb #f38571bc
 def lift(
     backbone:nn.Module, # I3D
     batch:Batch, # Frames (B,K,3,L,H,W) uint8, or features
+    streams:tuple[str,...]=('scene','actor'), # Which streams the head reads; the others stay frames
 )->Batch: # Features (B,K,1024)
     "`batch` and its exemplars as clip features"
     if batch.scene.ndim != 6: return batch
     parts = [batch] if batch.exemplar is None else [batch, batch.exemplar]
-    clips = torch.cat([x for p in parts for x in (p.scene, p.actor)]) # (2B or 4B,K,3,L,H,W)
+    clips = torch.cat([getattr(p, s) for p in parts for s in streams]) # (B to 4B,K,3,L,H,W)
     f = backbone.features(to_input(clips.flatten(0, 1))).mean((2,3,4)).unflatten(0, clips.shape[:2]) # (..,K,1024)
-    f = iter(f.chunk(2*len(parts)))
-    lifted = [Batch(**{**vars(p), 'scene': next(f), 'actor': next(f)}) for p in parts]
+    f = iter(f.chunk(len(streams)*len(parts)))
+    lifted = [Batch(**vars(p)|{s: next(f) for s in streams}) for p in parts]
     if batch.exemplar is not None: lifted[0].exemplar = lifted[1]
     return lifted[0]
 
-# %% ../nbs/51_train.ipynb #dffefc0f
+# %% ../nbs/51_train.ipynb #18544456
 class WithBackbone(nn.Module):
     "A method with I3D in front; keeps the contract of the zoo"
     def __init__(self,
@@ -50,6 +51,7 @@ class WithBackbone(nn.Module):
         super().__init__()
         self.backbone,self.head,self.freeze_bn = backbone,head,freeze_bn
         self.uses_exemplar,self.needs = head.uses_exemplar,head.needs
+        self.streams = tuple(s for s in ('scene','actor') if s in head.needs)
 
     def train(self,
         mode:bool=True, # As in PyTorch
@@ -61,7 +63,7 @@ class WithBackbone(nn.Module):
 
     def encode(self,
         batch:Batch, # Frames or features
-    ): return self.head.encode(lift(self.backbone, batch))
+    ): return self.head.encode(lift(self.backbone, batch, self.streams))
 
     def score(self,
         *features, # As the head's
@@ -69,7 +71,7 @@ class WithBackbone(nn.Module):
 
     def forward(self,
         batch:Batch, # Frames or features
-    )->Output: return self.head(lift(self.backbone, batch))
+    )->Output: return self.head(lift(self.backbone, batch, self.streams))
 
 # %% ../nbs/51_train.ipynb #9fbd9f08
 def build(
