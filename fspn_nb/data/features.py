@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['feature_key', 'dive_features', 'cache_features']
 
-# %% ../../nbs/19_data.features.ipynb #b77a59e6
-import hashlib,json
+# %% ../../nbs/19_data.features.ipynb #ddf635ef
+import ast,hashlib,inspect,json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from ..config import RunCfg
 from ..core import data_cache,progress,write_atomic
-from .loaders import FeatureSource,dive_clips
+from . import actor,clips
+from .loaders import FeatureSource,axis_of,dive_clips
 from .records import Sample
 
 # %% ../../nbs/19_data.features.ipynb #e0ca7bf0
@@ -24,7 +26,13 @@ def _digest(*parts):
     "Twelve hexadecimal digits of all `parts`"
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
-# %% ../../nbs/19_data.features.ipynb #44e5bb61
+# %% ../../nbs/19_data.features.ipynb #7261fc8a
+@cache
+def _transform():
+    "What the code that makes clips does, as a digest"
+    return _digest([ast.dump(ast.parse(inspect.getsource(o))) for o in (clips, actor, axis_of, dive_clips)])
+
+# %% ../../nbs/19_data.features.ipynb #4bd7db4f
 def feature_key(
     sample:Sample, # With its frames on disk
     cfg:RunCfg, # `clip` and `actor.pad` are read
@@ -34,7 +42,7 @@ def feature_key(
     "The name under which the features of `sample` are filed"
     sizes = [(f, (sample.folder/f).stat().st_size) for f in sample.files]
     crop = None if boxes is None else hashlib.sha256(np.ascontiguousarray(boxes, np.float64)).hexdigest()
-    return f"{sample.uid.replace('/','_')}-{_digest(weights, vars(cfg.clip), cfg.actor.pad, crop, sizes)}.safetensors"
+    return f"{sample.uid.replace('/','_')}-{_digest(weights, _transform(), vars(cfg.clip), cfg.actor.pad, crop, sizes)}.safetensors"
 
 # %% ../../nbs/19_data.features.ipynb #572909fa
 def dive_features(
