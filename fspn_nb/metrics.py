@@ -6,11 +6,12 @@
 __all__ = ['spearman', 'relative_l2', 'fisher_mean', 'cumulative_score', 'cs_area', 'temporal_iou', 'iou_hits', 'bootstrap_ci',
            'summarise', 'floor_predictions', 'score_floors']
 
-# %% ../nbs/50_metrics.ipynb #42a6e4ed
+# %% ../nbs/50_metrics.ipynb #821b459a
 import warnings
 from functools import partial
 import numpy as np,pandas as pd
 from scipy import stats
+from .protocols import PROTOCOLS
 
 # %% ../nbs/50_metrics.ipynb #4c0776ec
 def _pair(pred, true):
@@ -172,16 +173,13 @@ def floor_predictions(
     if all((o > 0).all() for o in dd): out['mean(score/difficulty) x difficulty'] = (train.score/dd[0]).mean()*dd[1]
     return out
 
-# %% ../nbs/50_metrics.ipynb #45b46f9d
-# The setting whose knowledge a floor uses
-_SEES = {'constant mean': 'wo_dn', 'action-type mean': 'w_dn', 'mean(score/difficulty) x difficulty': 'w_dd'}
-
-# %% ../nbs/50_metrics.ipynb #62690632
+# %% ../nbs/50_metrics.ipynb #1c557634
 def score_floors(
     train:pd.DataFrame, # Training dives: columns action, score (points), difficulty
     test:pd.DataFrame, # Test dives: the same columns
     n:int=2000, # Resamples of the intervals
+    sees:dict=PROTOCOLS['finediving'].floors, # Predictor -> the setting whose knowledge it uses; others are left out
 )->pd.DataFrame: # One row per predictor: floor, setting, then the columns of `summarise`
     "Both metrics of the predictors that see no frame"
     rows = floor_predictions(train, test).items()
-    return pd.DataFrame([dict(floor=k, setting=_SEES[k], **summarise(v, test.score, n=n)) for k,v in rows])
+    return pd.DataFrame([dict(floor=k, setting=sees[k], **summarise(v, test.score, n=n)) for k,v in rows if k in sees])

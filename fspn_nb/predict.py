@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Encoded', 'encode_dives', 'voters', 'predict']
 
-# %% ../nbs/49_predict.ipynb #04e8c8b4
+# %% ../nbs/49_predict.ipynb #ac597843
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor,nn
 
 from .core import to_device
-from .data.loaders import make_batch,pick_exemplars
+from .data.exemplars import pick_exemplars
+from .data.loaders import make_batch
 from .prepare import Prepared
 
 # %% ../nbs/49_predict.ipynb #758b2de6

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pick_device', 'pick_backbone', 'load_backbone', 'frozen_encoder', 'Prepared', 'substitutes', 'prepare']
 
-# %% ../nbs/21_prepare.ipynb #c2e12958
+# %% ../nbs/21_prepare.ipynb #152e9b83
 import json
 from dataclasses import dataclass,replace
 from functools import partial
@@ -17,9 +17,10 @@ from torch import nn
 from .config import RunCfg
 from .core import file_hash
 from .data.features import cache_features
-from .data.loaders import (ClipSource,Pools,Release,Targets,boxes_of,exemplar_pools,load_samples,
-                                  read_targets,split_indices)
+from .data.exemplars import Pools,exemplar_pools
+from .data.loaders import ClipSource,Release,Targets,boxes_of,load_samples,read_targets,split_indices
 from .models.i3d import I3D,encode_clips,fast_dtype,fold,kinetics_weights,load_kinetics
+from .protocols import setting_of
 
 # %% ../nbs/21_prepare.ipynb #3efd7791
 def pick_device(
@@ -82,7 +83,7 @@ class Prepared:
     device:torch.device # Where the head trains
     provenance:dict # What went in, for the report
 
-# %% ../nbs/21_prepare.ipynb #7bd4ff2c
+# %% ../nbs/21_prepare.ipynb #68fc0db7
 def substitutes(
     release:Release, # Samples
     actor:str, # Source of the boxes
@@ -94,7 +95,7 @@ def substitutes(
     if release.excluded: found.append(f'data: {len(release.excluded)} samples left out, their frames are missing')
     if actor == 'none': found.append('actor: the whole frame, no boxes were given')
     if actor == 'truth': found.append('actor: true boxes of the synthetic release')
-    if pools.orphans: found.append(f'exemplars: any training dive votes for {len(pools.orphans)} dives whose action type has no training dive')
+    if pools.orphans: found.append(f'exemplars: any training dive votes for {len(pools.orphans)} dives whose group has no training dive')
     if weights == 'random': found.append('weights: a random backbone, asked for by name')
     return found
 
@@ -109,12 +110,12 @@ def _source(cfg, release, boxes, device):
     name = cfg.weights if cfg.weights == 'random' else 'file' if cfg.weights else 'rgb_scratch'
     return source, None, dict(name=name, sha256=key.split('-')[0], precision=key.split('-')[-1], file='' if name != 'file' else cfg.weights.split('/')[-1])
 
-# %% ../nbs/21_prepare.ipynb #9323ccf7
+# %% ../nbs/21_prepare.ipynb #8515d54f
 def _reads(cfg):
     "The settings that decide which frames or features a run sees"
-    return cfg.dataset,cfg.data_root,cfg.allow_missing,cfg.weights,cfg.clip,cfg.actor,cfg.synth,cfg.train.backbone
+    return cfg.dataset,setting_of(cfg.dataset, cfg.setting).only,cfg.data_root,cfg.allow_missing,cfg.weights,cfg.clip,cfg.actor,cfg.synth,cfg.train.backbone
 
-# %% ../nbs/21_prepare.ipynb #4aa137d6
+# %% ../nbs/21_prepare.ipynb #02a44689
 def prepare(
     cfg:RunCfg, # The run
     device:str='auto', # As in `pick_device`
@@ -126,8 +127,8 @@ def prepare(
     release = like.release if same else load_samples(cfg)
     actor,boxes = boxes_of(release, cfg.actor)
     parts = split_indices(release.samples, cfg.train.val_share, cfg.seed)
-    targets = read_targets(release.samples, cfg.setting, cfg.clip.frames)
-    pools = exemplar_pools(release.samples, parts['train'], cfg.setting)
+    targets = read_targets(release.samples, cfg)
+    pools = exemplar_pools(release.samples, parts['train'], setting_of(cfg.dataset, cfg.setting))
     if same and like.backbone is None: source,backbone,loaded = like.source,None,like.provenance['weights']
     else: source,backbone,loaded = _source(cfg, release, boxes, device)
     provenance = dict(data=release.kind, release=release.root.name, counts={k: len(v) for k,v in parts.items()}, excluded=list(release.excluded),

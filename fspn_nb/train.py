@@ -6,7 +6,7 @@
 __all__ = ['lift', 'WithBackbone', 'build', 'make_optimiser', 'make_schedule', 'train_step', 'train_epoch', 'save_ckpt',
            'load_ckpt', 'environment', 'validate', 'fit', 'resume', 'main']
 
-# %% ../nbs/51_train.ipynb #20cbf936
+# %% ../nbs/51_train.ipynb #af680def
 import argparse,io,json,os,platform,subprocess,time
 from pathlib import Path
 
@@ -17,12 +17,14 @@ from torch import Tensor,nn
 
 from .config import RunCfg,check,diff,load_cfg,run_id,save_cfg
 from .core import Batch,Output,progress,repo_root,reports_dir,seed_all,to_device,write_atomic,write_json
-from .data.loaders import make_batch,plan_epoch
+from .data.exemplars import group_of,plan_epoch
+from .data.loaders import make_batch
 from .metrics import spearman
 from .models.i3d import to_input
 from .models.zoo import create_model
 from .predict import predict
 from .prepare import Prepared,prepare
+from .protocols import setting_of
 
 # %% ../nbs/51_train.ipynb #f38571bc
 def lift(
@@ -73,14 +75,14 @@ class WithBackbone(nn.Module):
         batch:Batch, # Frames or features
     )->Output: return self.head(lift(self.backbone, batch, self.streams))
 
-# %% ../nbs/51_train.ipynb #9fbd9f08
+# %% ../nbs/51_train.ipynb #3ad466fc
 def build(
     data:Prepared, # Training labels, pools, backbone
 )->nn.Module: # On `data.device`
     "The untrained method of `data.cfg`; its first weights depend on the seed alone"
     cfg,train = data.cfg,data.parts['train']
     seed_all(cfg.seed)
-    groups = ['all' if cfg.setting == 'wo_dn' else data.release.samples[i].action for i in train]
+    groups = [group_of(data.release.samples[i], setting_of(cfg.dataset, cfg.setting)) for i in train]
     head = create_model(cfg.model.name, cfg.model, data.targets.label[torch.as_tensor(train)], groups)
     model = head if data.backbone is None else WithBackbone(data.backbone, head, cfg.train.freeze_bn)
     return model.to(data.device)

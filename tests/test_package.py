@@ -22,7 +22,7 @@ def test_pins_that_work_together():
 
 def test_lock_file_has_every_requirement():
     locked = {line.split('==')[0].lower() for line in (ROOT/'requirements.lock').read_text().splitlines() if '==' in line}
-    wanted = {re.split(r'[=<>\[]', r)[0].lower() for r in (settings()['requirements']+' '+settings()['dev_requirements']).split()}
+    wanted = {re.split(r'[=<>\[]', r)[0].lower() for k,v in settings().items() if k.endswith('requirements') for r in v.split()}
     assert wanted <= locked, f'not in requirements.lock: {wanted-locked}'
     assert not re.search(r'file:|/(home|root|work|tmp)/', (ROOT/'requirements.lock').read_text())
 
@@ -30,6 +30,13 @@ def test_lock_file_has_every_requirement():
 def test_every_dynamic_field_is_given_by_setup():
     dynamic = set(tomllib.loads((ROOT/'pyproject.toml').read_text())['project']['dynamic'])
     assert {'version','dependencies','optional-dependencies','scripts'} <= dynamic
+
+
+def test_console_commands_exist():
+    import importlib
+    for line in settings()['console_scripts'].split():
+        module, _, name = line.split('=')[1].partition(':')
+        assert callable(getattr(importlib.import_module(module), name)), line
 
 
 def test_readme_names_every_notebook_and_both_commands():
@@ -51,7 +58,7 @@ def test_citation():
 
 
 def test_training_needs_no_notebook_tools():
-    code = ("import sys; sys.modules.update({k: None for k in ('nbdev','fastcore','papermill','nbformat','IPython','av')}); "
+    code = ("import sys; sys.modules.update({k: None for k in ('nbdev','fastcore','papermill','nbformat','IPython','av','captum','onnxruntime')}); "
             'import fspn_nb.train, fspn_nb.evaluate')
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
 

@@ -63,7 +63,7 @@ def folder(good, tmp_path):
 def test_collect_reads_every_run(good):
     runs = collect(good, strict=True)
     assert len(runs) == 8 and (runs.problem == '').all() and runs.run.is_monotonic_increasing
-    assert (runs.n == 40).all() and runs.config.nunique() == 4
+    assert (runs.n == 40).all() and runs.config.nunique() == 2
 
 
 def edit(file, **changes):

@@ -1,14 +1,19 @@
 "Made-up dives and the release made of them: what would bore a reader of the notebooks"
 import json,shutil
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from fspn_nb.data import synth
+from fspn_nb.data.actor import read_boxes
+from fspn_nb.data.aqa7 import read_aqa7
 from fspn_nb.data.dives import ACTIONS,parse_code,step_ids
 from fspn_nb.data.finediving import read_finediving
 from fspn_nb.data.judging import PRICES,fault_costs,final_score
 from fspn_nb.data.motion import SLANT,Moments,make_dive
+from fspn_nb.data.mtl_aqa import read_mtl_aqa
 from fspn_nb.data.records import check_samples
 from fspn_nb.data.synth import demo_dive,plan_release,release_key,synth_dive,synth_release
 
@@ -161,15 +166,15 @@ def test_foreign_folder_is_left_alone(tmp_path):
 
 def test_interrupted_release_leaves_nothing(tmp_path, monkeypatch):
     "A failure half-way leaves neither the release nor a partial copy, and the next call succeeds"
-    real,calls = synth.write_frames,[]
-    def failing(*args, **kw):
+    real,calls = synth.FORMATS['finediving'],[]
+    def failing(*args):
         calls.append(1)
         if len(calls) == 3: raise OSError('disk full')
-        return real(*args, **kw)
-    monkeypatch.setattr(synth, 'write_frames', failing)
+        return real.frames(*args)
+    monkeypatch.setitem(synth.FORMATS, 'finediving', replace(real, frames=failing))
     with pytest.raises(OSError, match='disk full'): synth_release(tmp_path/'r', **SMALL)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(synth, 'write_frames', real)
+    monkeypatch.setitem(synth.FORMATS, 'finediving', real)
     assert json.loads((synth_release(tmp_path/'r', **SMALL)/synth.MARKER).read_text())['train'] == 3
 
 
@@ -190,5 +195,27 @@ def test_pool_draws_the_same(tmp_path, release):
 
 
 def test_splits_never_share_a_seed():
-    seeds = [{r[2] for r in plan_release(50, 30, s)} for s in range(3)]
+    seeds = [{r.seed for r in plan_release(50, 30, s)} for s in range(3)]
     assert all(len(s) == 80 for s in seeds) and not seeds[0] & seeds[1] and not seeds[1] & seeds[2]
+
+
+@pytest.mark.parametrize('dataset, read, n', [('mtl_aqa', read_mtl_aqa, 5), ('aqa7', read_aqa7, 12)])
+def test_the_other_formats_read_back_with_their_truth(tmp_path, dataset, read, n):
+    "Every sample is whole, has one box per frame file, and the score that was made up for it"
+    small = dict(SMALL, n_train=1, n_test=1) if dataset == 'aqa7' else SMALL
+    root = synth_release(tmp_path/'r', dataset, **{k: v for k,v in small.items() if k != 'dataset'})
+    samples,boxes,faults = check_samples(read(root)),read_boxes(root/'truth/boxes.csv'),pd.read_csv(root/'truth/faults.csv').set_index('uid')
+    made = {synth.FORMATS[dataset].uid(j): synth.FORMATS[dataset].make(j, (64,36), False) for j in plan_release(small['n_train'], small['n_test'], small['seed'], dataset)}
+    assert len(samples) == n and set(boxes) == set(faults.index) == {s.uid for s in samples} == set(made)
+    for s in samples:
+        assert len(s.files) == 103 and boxes[s.uid].shape == (103,4) and s.score == pytest.approx(made[s.uid].score)
+        cost = faults.loc[s.uid, [c for c in faults if c.endswith('_cost')]].astype(float).sum()
+        assert cost == pytest.approx(sum(made[s.uid].costs.values()), abs=.01)
+
+
+def test_mtl_window_is_the_same_by_number_and_by_position(tmp_path):
+    "The peers count back in the sorted list of a broadcast's frames; a gapless release gives them our frames"
+    root = synth_release(tmp_path/'r', 'mtl_aqa', **{k: v for k,v in SMALL.items() if k != 'dataset'})
+    for s in read_mtl_aqa(root):
+        listed = sorted(p.name for p in s.folder.iterdir())
+        assert tuple(listed[s.end_frame-103:s.end_frame]) == s.files and len(s.before) == len(s.after) == 3

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['frame_ids', 'clip_starts', 'to_clips', 'load_frames', 'resize_crop']
 
-# %% ../../nbs/15_data.clips.ipynb #8bafd50c
+# %% ../../nbs/15_data.clips.ipynb #48de640e
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from torchvision.io import ImageReadMode,decode_jpeg
 from torchvision.transforms.v2 import functional as V
 
 from .records import Sample
+from ..protocols import PROTOCOLS
 
 # %% ../../nbs/15_data.clips.ipynb #ca71e6aa
 def frame_ids(
@@ -26,15 +27,13 @@ def frame_ids(
     if n < 1 or keep < 1: raise ValueError(f'need at least one frame to choose from and one to keep, got n={n}, keep={keep}')
     return np.linspace(first, first+n-1, keep).astype(int)-first
 
-# %% ../../nbs/15_data.clips.ipynb #ddc5089e
+# %% ../../nbs/15_data.clips.ipynb #903467cc
 def clip_starts(
     dataset:str, # 'finediving', 'mtl_aqa' or 'aqa7'
 )->tuple[int,...]: # First frame of each clip
     "Where the released code of the peers starts its clips"
-    starts = tuple(range(0, 90, 10))
-    if dataset == 'finediving': return starts
-    if dataset in ('mtl_aqa', 'aqa7'): return (*starts, 86)
-    raise ValueError(f"dataset is 'finediving', 'mtl_aqa' or 'aqa7', got {dataset!r}")
+    if dataset not in PROTOCOLS: raise ValueError(f"dataset is 'finediving', 'mtl_aqa' or 'aqa7', got {dataset!r}")
+    return PROTOCOLS[dataset].starts
 
 # %% ../../nbs/15_data.clips.ipynb #1c4989a9
 def to_clips(

@@ -45,6 +45,19 @@ def _entry(value, fields, where):
     if gone:=[o for o in fields if o not in value]: raise wrong_value(where, f'the field {gone[0]!r}', value)
     return {o:checked(value[o], _KIND[o], f'{where}, {o}') for o in fields}
 
+# %% ../../nbs/12_data.finediving.ipynb #ec426ca8
+def _fault(bad, key, message):
+    "Raises `message`, or notes it in `bad` as the fault of dive `key`"
+    if bad is None: raise ValueError(message)
+    bad.setdefault(key, message)
+
+def _tried(bad, key, f, *args):
+    "`f(*args)`; None after a fault that was noted in `bad`"
+    try: return f(*args)
+    except ValueError as e:
+        if bad is None: raise
+        bad.setdefault(key, str(e))
+
 # %% ../../nbs/12_data.finediving.ipynb #abd19504
 def _load(folder, name, kind):
     "The content of one file, which must be of type `kind` and not empty"
@@ -53,18 +66,19 @@ def _load(folder, name, kind):
     if not isinstance(value, kind) or not value: raise wrong_value(path, f'a {kind.__name__} that is not empty', value)
     return value
 
-# %% ../../nbs/12_data.finediving.ipynb #8a63c48c
-def _records(folder, name):
+# %% ../../nbs/12_data.finediving.ipynb #99c94f8b
+def _records(folder, name, bad=None):
     "All dives of one annotation file: {(video, index): {field: value}}"
     where = f'{Path(folder)/name}.pkl'
-    return {(k:=_key(key, where)):_entry(value, _FIELDS[name], f'{where}, {k}') for key,value in _load(folder, name, dict).items()}
+    return {(k:=_key(key, where)):_tried(bad, k, _entry, value, _FIELDS[name], f'{where}, {k}') for key,value in _load(folder, name, dict).items()}
 
-# %% ../../nbs/12_data.finediving.ipynb #3fb60983
+# %% ../../nbs/12_data.finediving.ipynb #5feb3b90
 def _differ(key, what, values):
     "Raises unless all of `values` ({file: value}) are one"
     (first,a),*rest = values.items()
     for name,b in rest:
         if a == b: continue
+        if isinstance(a, tuple) and len(a) != len(b): a,b = f'{len(a)} values',f'{len(b)} values'
         if isinstance(a, tuple) and len(a) == len(b): a,b = next((f'{x} at position {i}',y) for i,(x,y) in enumerate(zip(a, b)) if x != y)
         raise ValueError(f"{key}: {what} is {str(a)[:80]} in {first} and {str(b)[:80]} in {name}; need one value, so take all files from one release")
 
@@ -81,28 +95,31 @@ def _merge(key, rec, table):
     if dive['dive_score'] < 0 or dive['difficulty'] <= 0: raise ValueError(f"{key}: need score >= 0 and difficulty > 0, got {dive['dive_score']}, {dive['difficulty']}; correct the annotations")
     return dive
 
-# %% ../../nbs/12_data.finediving.ipynb #2cd56dda
-def _splits(folder, known):
+# %% ../../nbs/12_data.finediving.ipynb #eb4abb88
+def _splits(folder, known, bad=None):
     "{key: 'train' or 'test'} in the order of the split files; every dive exactly once"
     out = {}
     for name in _SPLITS:
         for key in (_key(o, f'{Path(folder)/name}.pkl') for o in _load(folder, name, list)):
-            if key in out: raise ValueError(f"{name}: need every dive once in train and test together, got {key} again; take both split files from one release")
-            if key not in known: raise ValueError(f"{name}: need annotated dives, got {key}, which is in no annotation file; take split and annotations from one release")
-            out[key] = name.split('_')[0]
-    if rest:=[o for o in known if o not in out]: raise ValueError(f"need every dive in a split, got {len(rest)} in none ({rest[0]}, ...); take splits and annotations from one release")
+            if key in out: _fault(bad, key, f"{name}: need every dive once in train and test together, got {key} again; take both split files from one release")
+            if key not in known: _fault(bad, key, f"{name}: need annotated dives, got {key}, which is in no annotation file; take split and annotations from one release")
+            out.setdefault(key, name.split('_')[0])
+    rest = [o for o in known if o not in out]
+    for o in rest: _fault(bad, o, f"need every dive in a split, got {len(rest)} in none ({o}, ...); take splits and annotations from one release")
     return out
 
-# %% ../../nbs/12_data.finediving.ipynb #8ba9a597
-def _annotations(folder):
-    "{key: (split, merged fields)} of a folder with the six files"
-    files = {name:_records(folder, name) for name in _FIELDS}
+# %% ../../nbs/12_data.finediving.ipynb #59075226
+def _annotations(folder, bad=None):
+    "{key: (split, merged fields)} of a folder with the six files; None for the fields of a dive in `bad`"
+    files = {name:_records(folder, name, bad) for name in _FIELDS}
     first,*rest = files
     for name in rest:
-        if odd:=sorted(files[first].keys() ^ files[name].keys()):
-            raise ValueError(f"{first} and {name}: need the same dives, got {len(odd)} that only one has ({odd[0]}, ...); take all files from one release")
+        odd = sorted(files[first].keys() ^ files[name].keys())
+        for o in odd: _fault(bad, o, f"{first} and {name}: need the same dives, got {len(odd)} that only one has ({o}, ...); take all files from one release")
     table = checked(_load(folder, _TABLE, dict), 'names', f'{Path(folder)/_TABLE}.pkl')
-    return {k:(split,_merge(k, {name:o[k] for name,o in files.items()}, table)) for k,split in _splits(folder, files[first]).items()}
+    splits = _splits(folder, files[first], bad)
+    merged = lambda k: None if k in (bad or ()) else _tried(bad, k, _merge, k, {name:o[k] for name,o in files.items()}, table)
+    return {k:(split,merged(k)) for k,split in splits.items()}
 
 # %% ../../nbs/12_data.finediving.ipynb #3d824e3c
 def _frame_files(folder):
@@ -128,16 +145,21 @@ def _sample(root, key, split, o):
     return Sample(f'{key[0]}/{key[1]}', split, o['action_type'], o['dive_score'], o['difficulty'], folder, _frame_files(folder) if folder else (), o['frames_labels'],
                   o['steps_transit_frames'], o['sub-action_types'], o['judge_scores'], o['start_frame'], o['end_frame'])
 
-# %% ../../nbs/12_data.finediving.ipynb #2bbcfb71
+# %% ../../nbs/12_data.finediving.ipynb #aa469526
 def read_finediving(
     root, # Folder of the release, with `FINADiving_MTL_256s`; None: annotations only, all samples without frames
     annotations=None, # Folder of the six pickles; None: `root/Annotations`
+    problems=None, # None: the first wrong entry raises; a list: each is added as (uid, message) and its dive left out
 )->list[Sample]: # Train samples, then test samples, each in the order of the split file
     "The dives of a FineDiving release; every field is checked, frames are only listed (see `check_samples`)"
     if root is None and annotations is None: raise ValueError('need the root of a release or the folder of its annotations, got neither; pass one')
     if annotations is None: annotations = _below(root, 'Annotations', 'pass the folder of the pickles as `annotations`')
     if root is not None: root = _below(root, FRAMES, 'to read annotations without frames, pass root=None and the folder as `annotations`')
-    return [_sample(root, k, *v) for k,v in _annotations(annotations).items()]
+    bad = None if problems is None else {}
+    dives = {k:v for k,v in _annotations(annotations, bad).items() if k not in (bad or ())}
+    if not dives: raise ValueError(f"{annotations}: need at least one dive without a fault, got {len(bad)} with one ({next(iter(bad.values()))})")
+    if bad: problems.extend((f'{video}/{index}',why) for (video,index),why in bad.items())
+    return [_sample(root, k, *v) for k,v in dives.items()]
 
 # %% ../../nbs/12_data.finediving.ipynb #ac85606c
 def _dumps(value):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-# %% ../../nbs/10_data.records.ipynb #2ddfb0a3
+# %% ../../nbs/10_data.records.ipynb #60282a1d
 @dataclass(frozen=True)
 class Sample:
     "One annotated video of any dataset"
@@ -27,8 +27,11 @@ class Sample:
     transitions:tuple[int,...]=() # Last frame of each step before the last, 0-based, as released
     sub_actions:dict[int,str]=field(default_factory=dict, hash=False) # Name of each sub-action id
     judges:tuple[float,...]|None=None # One mark per judge, 0-10
-    start_frame:int|None=None # Number of the first annotated frame in the broadcast
-    end_frame:int|None=None # Number of the last annotated frame, inclusive
+    start_frame:int|None=None # Number in the broadcast of the first frame that belongs to the sample
+    end_frame:int|None=None # Number of the last one, inclusive
+    annotated:tuple[int,int]|None=None # First and last annotated frame where the protocol reads others (MTL-AQA: 103 back from the end)
+    before:tuple[str,...]=() # Frames just before `files`, for temporal jitter in training
+    after:tuple[str,...]=() # Frames just after `files`
 
     @property
     def n_frames(self)->int: # Frames

@@ -1,0 +1,390 @@
+"What the checker finds in real annotations, in damaged releases and in hostile files"
+import io
+import os
+import pickle
+import random
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from test_formats import EDITS, edit
+
+from fspn_nb.data.aqa7 import write_aqa7
+from fspn_nb.data.check import COLUMNS, KINDS, check_release, look_at, main, shared_dives, summary
+from fspn_nb.data.finediving import FRAMES, read_finediving, write_finediving
+from fspn_nb.data.motion import make_dive
+from fspn_nb.data.mtl_aqa import read_mtl_aqa, write_mtl_aqa, write_video_frames
+from fspn_nb.protocols import SPORTS
+
+AQA, FINE, COARSE = 'fine-grained_annotation_aqa', 'FineDiving_fine-grained_annotation', 'FineDiving_coarse_annotation'
+
+
+def film(i, n=None):
+    "Small frames in a colour of their own"
+    return np.full((n or len(make_dive(i).labels), 24, 32, 3), 30+37*i % 200, np.uint8)
+
+
+def release(root, n=5):
+    "A FineDiving release of `n` made-up dives, the last two for testing"
+    dives = [(('26', i+1), 400*i+1000, replace(make_dive(i), frames=film(i))) for i in range(n)]
+    keys = [k for k, *_ in dives]
+    write_finediving(root, dives, keys[:-2], keys[-2:])
+    return root
+
+
+@pytest.fixture
+def small(tmp_path):
+    "Root of a fresh small release"
+    return release(tmp_path/'fd')
+
+
+def frames(root, i):
+    "Paths of the frames of dive 26/i"
+    return sorted((root/FRAMES/'26'/str(i)).iterdir())
+
+
+def harm(findings):
+    "[(uid, kind)] of what is missing or wrong"
+    return [(o.uid, o.kind) for o in findings.itertuples() if o.severity != 'note']
+
+
+def shorten(root, i, name=FINE):
+    "Take the last label from dive 26/i in one of the three files"
+    edit(root, name, lambda v: v['26', i].update(frames_labels=v['26', i]['frames_labels'][:-1]))
+
+
+# ---- real annotations
+
+def test_real_finediving_names_what_has_no_frames(shared, tmp_path, capsys):
+    root = shared('data', 'finediving')
+    assert main(['finediving', str(root), '--csv', str(tmp_path/'f.csv')]) == 1
+    df = pd.read_csv(tmp_path/'f.csv', keep_default_na=False)
+    assert list(df.columns) == list(COLUMNS)
+    bare = {o.uid for o in read_finediving(root) if not o.files}
+    assert len(bare) == 2988 and set(df[df.severity != 'note'].uid) == bare and (df[df.severity != 'note'].kind == 'no frames').all()
+    text = capsys.readouterr().out
+    assert '2,988 x no frames' in text and '12 without a fault (6 train, 6 test)' in text and 'as released' in text
+    assert df[df.kind == 'no frames'].file.str.startswith(str(root/FRAMES)).all()
+
+
+def test_real_frames_decode(shared):
+    df = check_release('finediving', shared('data', 'finediving'), decode=True)
+    assert set(df[df.severity != 'note'].kind) == {'no frames'}
+
+
+def test_real_overlap(shared):
+    "The counts of leaking dives, from both sides"
+    fd, mtl = shared('data', 'finediving'), shared('data', 'mtl_aqa', 'info')
+    want = {'train here, test there': 268, 'test here, train there': 249, 'test in both': 76}
+    got = Counter(check_release('finediving', None, fd/'Annotations', against=('mtl_aqa', mtl.parent)).kind)
+    assert {k: got[k] for k in want} == want and got['marks'] == 121 and got['one exemplar'] == 5
+    back = Counter(check_release('mtl_aqa', None, mtl, against=('finediving', fd)).kind)
+    assert (back['train here, test there'], back['test here, train there'], back['test in both']) == (249, 268, 76) and back['marks'] == 27
+
+
+def test_real_overlap_of_the_notebook(shared):
+    "The matrix in the figure; the same dive has the same name, often another first frame, and always the same score"
+    fd, mtl = read_finediving(shared('data', 'finediving')), read_mtl_aqa(None, shared('data', 'mtl_aqa', 'info'))
+    both = shared_dives(fd, mtl)
+    assert Counter(zip(both.split, both.other_split)) == {('train', 'train'): 776, ('train', 'test'): 268, ('test', 'train'): 249, ('test', 'test'): 76}
+    assert (both.uid.str.replace('/0', '/') == both.other.str.replace('/0', '/')).all() and both.other.is_unique
+    assert sum(o.span[0]-o.other_span[0] == 1 and o.span[1] == o.other_span[1] for o in both.itertuples()) == 972
+    score = {o.uid: o.score for o in mtl}
+    assert all(o.score == score[u] for o, u in zip((o for o in fd if o.uid in set(both.uid)), both.other))
+
+
+def test_real_marks(shared):
+    "How many real dives the rules reproduce, by size of the panel, and how many of the rest would fit another difficulty"
+    df = check_release('finediving', None, shared('data', 'finediving')/'Annotations')
+    marks = df[df.kind == 'marks']
+    panel = {o.uid: len(o.judges) for o in read_finediving(None, shared('data', 'finediving')/'Annotations')}
+    assert Counter(marks.uid.map(panel)) == {7: 100, 3: 13, 5: 8} # one of the hundred has an impossible mark that does not count
+    assert marks.detail.str.contains('they would with difficulty').sum() == 79
+    assert 'frames not looked at' in summary(df)
+
+
+def test_real_aqa7_lists(shared):
+    df = check_release('aqa7', shared('data', 'aqa7'))
+    assert Counter(df.kind) == {'samples': 1, 'no frames': 1106} and '(803 train, 303 test), as released' in df[df.kind == 'samples'].detail.item()
+
+
+# ---- a small release, damaged
+
+def test_a_clean_release_is_fit_for_use(small, capsys):
+    for extra in ([], ['--decode'], ['--workers', '1']): assert main(['finediving', str(small), *extra]) == 0
+    out = capsys.readouterr().out
+    assert 'a part of it, or synthetic' in out and 'this release can be used' in out and '5 without a fault (3 train, 2 test)' in out
+
+
+@pytest.mark.parametrize('decode', [False, True])
+def test_three_accidents_give_three_findings(small, decode, tmp_path, capsys):
+    a, b = frames(small, 1)[7], frames(small, 4)[50]
+    a.write_bytes(a.read_bytes()[:-40]); b.unlink(); shorten(small, 3)
+    assert main(['finediving', str(small), '--csv', str(tmp_path/'f.csv'), *['--decode']*decode]) == 1
+    df = pd.read_csv(tmp_path/'f.csv', keep_default_na=False)
+    assert sorted(harm(df)) == [('26/1', 'cut off'), ('26/3', 'wrong entry'), ('26/4', 'frames missing')]
+    by = df.set_index('kind')
+    assert by.loc['cut off', 'file'] == str(a) and str(int(b.stem)) in by.loc['frames missing', 'detail'] and by.loc['frames missing', 'file'] == str(b.parent)
+    assert 'frames_labels is' in by.loc['wrong entry', 'detail'] and FINE in by.loc['wrong entry', 'detail']
+    out = capsys.readouterr().out
+    assert all(o in out for o in ('26/1', '26/3', '26/4', str(a), '1 missing, 2 wrong')) and '2 without a fault (1 train, 1 test)' in out
+
+
+def renumber(root, step):
+    "Dive 26/2 with all numbers moved by `step`"
+    files = frames(root, 2)
+    for o in files[::-1] if step > 0 else files: o.rename(o.with_name(f'{int(o.stem)+step:05d}.jpg'))
+
+
+def picture(w, h):
+    "A JPEG as bytes"
+    out = io.BytesIO()
+    Image.fromarray(np.full((h, w, 3), 200, np.uint8)).save(out, 'jpeg')
+    return out.getvalue()
+
+
+def copied(root):
+    "Dive 26/2 shows the film of 26/1"
+    for o, p in zip(frames(root, 2), frames(root, 1)): o.write_bytes(p.read_bytes())
+    for o in frames(root, 2)[len(frames(root, 1)):]: o.write_bytes(frames(root, 1)[-1].read_bytes())
+    mid = len(frames(root, 2))//2
+    frames(root, 2)[mid].write_bytes(frames(root, 1)[len(frames(root, 1))//2].read_bytes())
+
+
+def pipe(root):
+    o = frames(root, 2)[3]
+    o.unlink(); os.mkfifo(o)
+
+
+def hollow(root):
+    o = frames(root, 2)[3]
+    data = o.read_bytes()
+    o.write_bytes(data[:200]+data[-2:])
+
+
+def same_span(root):
+    start, end = (read_finediving(root)[0].start_frame, read_finediving(root)[0].end_frame)
+    n = end-start+1
+    labels = read_finediving(root)[0].labels
+    other = {k: v for k, v in read_finediving(root)[0].sub_actions.items()}
+    edit(root, AQA, lambda v: v['26', 2].__setitem__(4, np.array(labels)))
+    edit(root, FINE, lambda v: v['26', 2].update({'frames_labels': np.array(labels), 'sub-action_types': other}))
+    edit(root, COARSE, lambda v: v['26', 2].update(start_frame=start, end_frame=end))
+    for o in frames(root, 2): o.unlink()
+    for i in range(n): (root/FRAMES/'26'/'2'/f'{start+i:05d}.jpg').write_bytes(picture(32, 24))
+
+
+DAMAGE = {
+    'no frames': (lambda r: [o.unlink() for o in frames(r, 2)], 'none of'),
+    'frames missing': (lambda r: [o.unlink() for o in frames(r, 2)[10:15]], '5 of '),
+    'off by one': (lambda r: renumber(r, 1), 'numbers start one later than annotated'),
+    'other numbers': (lambda r: renumber(r, -1399), '1..'),
+    'too many frames': (lambda r: (frames(r, 2)[0].parent/'01399.jpg').write_bytes(picture(32, 24)), '1 beyond'),
+    'number twice': (lambda r: (frames(r, 2)[0].parent/'001400.jpg').write_bytes(picture(32, 24)), '001400.jpg and 01400.jpg'),
+    'empty file': (lambda r: frames(r, 2)[3].write_bytes(b''), '01403.jpg: 0 bytes'),
+    'no JPEG': (lambda r: [o.write_bytes(b'<html>please sign in</html>') for o in frames(r, 2)], '<html>'),
+    'cut off': (lambda r: [o.write_bytes(o.read_bytes()[:400]) for o in frames(r, 2)[5:9]], '4 of '),
+    'unreadable': (pipe, '01403.jpg'),
+    'frame sizes': (lambda r: frames(r, 2)[3].write_bytes(picture(24, 32)), '1 of 24x32'),
+    'same frames': (copied, 'those of 26/1'),
+    'same span': (same_span, 'are also 26/1'),
+}
+
+
+@pytest.mark.parametrize('decode', [False, True])
+@pytest.mark.parametrize('kind', DAMAGE)
+def test_each_kind_of_damage_is_named_once(small, kind, decode):
+    damage, words = DAMAGE[kind]
+    damage(small)
+    df = check_release('finediving', small, decode=decode)
+    assert harm(df) == [('26/2', kind)]
+    assert words in df.detail[0] and df.todo[0] == KINDS[kind][1]
+
+
+def test_frames_one_earlier(small):
+    renumber(small, -1)
+    assert 'one earlier' in check_release('finediving', small).detail[0]
+
+
+def test_only_decoding_sees_a_hollow_frame(small):
+    hollow(small)
+    assert harm(check_release('finediving', small)) == []
+    assert harm(check_release('finediving', small, decode=True)) == [('26/2', 'unreadable')]
+
+
+def test_decoding_refuses_a_giant(small):
+    o = frames(small, 2)[3]
+    data = bytearray(o.read_bytes())
+    at = data.index(b'\xff\xc0')
+    data[at+5:at+9] = b'\xff\xff\xff\xff'
+    o.write_bytes(data)
+    assert ('26/2', 'unreadable') in harm(check_release('finediving', small, decode=True))
+
+
+def test_notes_do_no_harm(small):
+    "Marks that do not make the score, a lone exemplar, none at all: said, and the exit status stays 0"
+    for name in (AQA, FINE, COARSE): edit(small, name, lambda v: v['26', 2].__setitem__(1, 99.9) if isinstance(v['26', 2], list) else v['26', 2].update(dive_score=99.9))
+    df = check_release('finediving', small)
+    assert harm(df) == [] and 'stored 99.9' in df[df.kind == 'marks'].detail.item() and df[df.kind == 'marks'].uid.item() == '26/2'
+    assert {'one exemplar', 'no exemplar'} & set(df.kind)
+    assert main(['finediving', str(small)]) == 0
+
+
+def test_many_samples_are_counted_not_listed(tmp_path):
+    root = release(tmp_path/'fd', 8)
+    for i in range(1, 8): [o.unlink() for o in frames(root, i)]
+    text = summary(check_release('finediving', root), names=2)
+    assert '7 x no frames: 26/1, 26/2, ...' in text and '26/3' not in text and '1 without a fault (0 train, 1 test)' in text
+
+
+# ---- the tolerant reader
+
+@pytest.mark.parametrize('what', EDITS)
+def test_a_wrong_entry_is_one_problem(tmp_path, what):
+    "All single faults that stop the strict reader: exactly one problem, the other dives readable; or an error, where the whole file is concerned"
+    root = release(tmp_path/'fd')
+    name, change, _ = EDITS[what]
+    if name: edit(root, name, change)
+    else:
+        edit(root, AQA, lambda v: v['26', 2].__setitem__(2, 0.))
+        for o in (FINE, COARSE): edit(root, o, lambda v: v['26', 2].update(difficulty=0.))
+    with pytest.raises(ValueError): read_finediving(root)
+    problems = []
+    if what in ('key as text', 'other step name'):
+        with pytest.raises(ValueError): read_finediving(root, problems=problems)
+        assert not problems and [o[1] for o in harm(check_release('finediving', root))] == ['unreadable release']
+        return
+    uid = {'unknown': '99/1', 'uncovered': '26/1'}.get(what, '26/2')
+    got = [o.uid for o in read_finediving(root, problems=problems)]
+    assert [o for o, _ in problems] == [uid] and got == [f'26/{i}' for i in range(1, 6) if f'26/{i}' != uid]
+    assert harm(check_release('finediving', root)) == [(uid, 'wrong entry')]
+
+
+@pytest.mark.parametrize('name', [AQA, FINE])
+def test_labels_shortened_in_one_file(small, name):
+    if name == AQA: edit(small, AQA, lambda v: v['26', 3].__setitem__(4, v['26', 3][4][:-1]))
+    else: shorten(small, 3)
+    problems = []
+    assert len(read_finediving(small, problems=problems)) == 4
+    (uid, why), = problems
+    assert uid == '26/3' and 'values in' in why and name in why
+    with pytest.raises(ValueError, match=r"\('26', 3\): frames_labels"): read_finediving(small)
+
+
+def test_several_problems_at_once(small):
+    shorten(small, 1); shorten(small, 3)
+    edit(small, COARSE, lambda v: v.pop(('26', 4)) and None)
+    edit(small, 'test_split', lambda v: [*v, ('26', 1), ('99', 1)])
+    problems = [('before', 'kept')]
+    assert [o.uid for o in read_finediving(small, problems=problems)] == ['26/2', '26/5']
+    assert sorted(o for o, _ in problems) == ['26/1', '26/3', '26/4', '99/1', 'before']
+    for i in (2, 5): shorten(small, i)
+    with pytest.raises(ValueError, match='at least one dive without a fault'): read_finediving(small, problems=[])
+
+
+# ---- the other two releases
+
+@pytest.fixture
+def mtl(tmp_path):
+    "Root of an MTL-AQA release of four dives in one broadcast"
+    root = tmp_path/'mtl'
+    ends = [160+200*i for i in range(4)]
+    write_mtl_aqa(root, [((1, i+1), e, make_dive(i)) for i, e in enumerate(ends)], [(1, 1), (1, 2), (1, 3)], [(1, 4)])
+    noise = np.random.default_rng(0).integers(0, 255, (ends[-1]+6, 12, 16, 3)).astype(np.uint8)
+    write_video_frames(root, 1, 1, noise)
+    return root
+
+
+def test_mtl_aqa(mtl):
+    assert harm(check_release('mtl_aqa', mtl, decode=True)) == []
+    folder = next((mtl/'new'/'new_total_frames_256s').iterdir())
+    name = lambda n: folder/f'{n:08d}.jpg'
+    name(150).unlink(); name(350).write_bytes(name(350).read_bytes()[:300]); (folder/'000540.jpg').write_bytes(name(540).read_bytes())
+    df = check_release('mtl_aqa', mtl)
+    assert sorted(harm(df)) == [('01/1', 'frames missing'), ('01/2', 'cut off'), ('01/3', 'wrong entry')]
+    assert '1 of 103: 150' in df[df.kind == 'frames missing'].detail.item()
+
+
+def test_synthetic_overlap(mtl, tmp_path):
+    "A FineDiving release whose first dives lie in MTL-AQA's first broadcast"
+    dives = [(('01', i+1), 160+200*i-len(make_dive(i).labels)+2, make_dive(i)) for i in range(3)]
+    write_finediving(tmp_path/'fd', [(k, s-1, d) for k, s, d in dives], [('01', 1)], [('01', 2), ('01', 3)])
+    df = check_release('mtl_aqa', mtl, against=('finediving', tmp_path/'fd'))
+    assert df[df.kind == 'train here, test there'].uid.tolist() == ['01/2', '01/3'] and harm(df) == []
+    edit(tmp_path/'fd', COARSE, lambda v: v['01', 2].update(dive_score=1.5))
+    df = check_release('mtl_aqa', mtl, against=('finediving', tmp_path/'fd'))
+    assert df[df.kind == 'train here, test there'].uid.tolist() == ['01/3'] and df[df.kind == 'other release'].detail.item().startswith('1 entries of FineDiving')
+
+
+def test_aqa7(tmp_path):
+    acts = [((sport, i), SimpleNamespace(score=o.lo+i, frames=film(7*o.id+i, 103))) for sport, o in SPORTS.items() for i in (1, 2)]
+    write_aqa7(tmp_path, acts, [k for k, _ in acts if k[1] == 1], [k for k, _ in acts if k[1] == 2])
+    df = check_release('aqa7', tmp_path, decode=True)
+    assert harm(df) == [] and '6 train, 6 test' in df.detail[0]
+    folder = tmp_path/'diving-out'/'001'
+    (folder/'img_00050.jpg').unlink(); (tmp_path/'gym_vault-out'/'002'/'img_00103.jpg').write_bytes(b'')
+    assert sorted(harm(check_release('aqa7', tmp_path))) == [('diving/001', 'frames missing'), ('gym_vault/002', 'empty file')]
+
+
+# ---- the command
+
+def test_wrong_places_are_one_finding(small, tmp_path, capsys):
+    for root, words in ((tmp_path/'nowhere', 'no folder'), (small/FRAMES, 'did you mean'), (tmp_path, 'did you mean')):
+        assert main(['finediving', str(root)]) == 1
+        out = capsys.readouterr().out
+        assert words in out and '1 missing, 0 wrong' in out
+    (small/'Annotations'/f'{FINE}.pkl').write_bytes(b'\x80\x03cut')
+    assert harm(check_release('finediving', small)) == [('', 'unreadable release')]
+    (small/'Annotations'/f'{FINE}.pkl').unlink()
+    assert harm(check_release('finediving', small)) == [('', 'not there')]
+
+
+def test_annotations_elsewhere(small, tmp_path):
+    (small/'Annotations').rename(tmp_path/'notes')
+    assert main(['finediving', str(small)]) == 1
+    assert main(['finediving', str(small), '--annotations', str(tmp_path/'notes')]) == 0
+
+
+@pytest.mark.parametrize('args', [[], ['finediving'], ['jigsaws', '.'], ['finediving', '.', '--against', 'mtl_aqa'], ['finediving', '.', '--against', 'finediving=.'],
+                                  ['aqa7', '.', '--against', 'mtl_aqa=.'], ['finediving', '.', '--workers', '0'], ['finediving', '.', '--workers', 'x'],
+                                  ['finediving', '.', '--csv', 'no/such/folder/f.csv'], ['finediving', '.', '--csv', '.']])
+def test_usage_ends_with_two(args, capsys):
+    with pytest.raises(SystemExit) as e: main(args)
+    assert e.value.code == 2 and 'usage: fspn_check' in capsys.readouterr().err
+
+
+def test_a_missing_other_release_is_said(small, tmp_path, capsys):
+    assert main(['finediving', str(small), '--against', f'mtl_aqa={tmp_path/"nowhere"}']) == 1
+    assert 'mtl_aqa: ' in capsys.readouterr().out
+
+
+# ---- hostile frames, and many of them
+
+def test_no_file_breaks_the_look(tmp_path):
+    "Random damage to a JPEG, with and without decoding: always an answer of a known kind"
+    rng, good, path = random.Random(0), picture(32, 24), tmp_path/'1.jpg'
+    for i in range(400):
+        data = bytearray(good)
+        for _ in range(rng.randrange(1, 6)): data[rng.randrange(len(data))] = rng.randrange(256)
+        path.write_bytes(data[:rng.choice([len(data), rng.randrange(len(data))])])
+        for decode in (False, True): assert look_at(path, decode)[0] in ('', *KINDS)
+    for other in (tmp_path, tmp_path/'none', tmp_path/'1.jpg'/'x'): assert look_at(other)[0] == 'unreadable'
+    (tmp_path/'loop').symlink_to('loop')
+    assert look_at(tmp_path/'loop')[0] == 'unreadable'
+
+
+def test_copies_among_ten_thousand_files(tmp_path):
+    "Every sample has the same picture; nothing else is wrong with them"
+    dive = make_dive(0)
+    n = len(dive.labels)
+    write_finediving(tmp_path, [(('01', i), 1000*i, dive) for i in range(10000//n)], [('01', 0)], [('01', i) for i in range(1, 10000//n)])
+    path = tmp_path/'one.jpg'
+    path.write_bytes(picture(256, 256))
+    for i in range(10000//n):
+        (folder := tmp_path/FRAMES/'01'/str(i)).mkdir(parents=True)
+        for k in range(n): os.link(path, folder/f'{1000*i+k:05d}.jpg')
+    assert {o for _, o in harm(check_release('finediving', tmp_path))} == {'same frames'}

@@ -1,0 +1,468 @@
+"What the MTL-AQA reader makes of the real annotations, of damaged trees and of hostile files"
+import os
+import pickle
+import pickletools
+import random
+import time
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from fspn_nb.data import mtl_aqa
+from fspn_nb.data.finediving import read_finediving
+from fspn_nb.data.motion import make_dive
+from fspn_nb.data.mtl_aqa import FRAMES, describe, judge_mismatches, read_mtl_aqa, write_mtl_aqa, write_video_frames
+from fspn_nb.data.records import check_samples, frame_problem, samples_frame
+from fspn_nb.data.untrusted import load_pickle
+from fspn_nb.metrics import floor_predictions, relative_l2, spearman
+
+CORE, MUSDL, TRAIN, TEST = 'final_annotations_dict_with_dive_number', 'augmented_final_annotations_dict', 'train_split_0', 'test_split_0'
+FOUR = (CORE, MUSDL, TRAIN, TEST)
+REAL = dict(samples=1412, train=1059, test=353, action_types=58, difficulties=23, lone=1, zeros=2, judges_off=27, short=732, long=654)
+KEYS = [(5, 1), (5, 2), (26, 7), (26, 8)]
+ENDS = [130, 330, 150, 400]
+
+
+def grey(n): return np.full((n, 8, 12, 3), 90, np.uint8)
+
+
+def tree(root):
+    "Annotations of four made-up dives from two broadcasts, the last one in the test split; returns the dives"
+    dives = [(k, end, make_dive(i)) for i, (k, end) in enumerate(zip(KEYS, ENDS))]
+    write_mtl_aqa(root, dives, KEYS[:-1], KEYS[-1:])
+    return dives
+
+
+@pytest.fixture
+def small(tmp_path):
+    "Root of a fresh small release without frames"
+    tree(tmp_path/'mtl')
+    return tmp_path/'mtl'
+
+
+@pytest.fixture(scope='session')
+def real(shared):
+    "The real samples, read once"
+    return read_mtl_aqa(None, annotations=shared('data', 'mtl_aqa', 'info'))
+
+
+@pytest.fixture(scope='session')
+def sheets(real):
+    "Train and test dives as tables"
+    return [samples_frame([o for o in real if o.split == split]) for split in ('train', 'test')]
+
+
+def edit(root, name, change):
+    "Replace the content of one pickle by `change(content)` (None: changed in place)"
+    path = root/'info'/f'{name}.pkl'
+    value = load_pickle(path)
+    new = change(value)
+    path.write_bytes(pickle.dumps(value if new is None else new, protocol=3))
+
+
+def empty_frames(root, video, numbers, padding=8):
+    "Files with the names of frames"
+    folder = root/FRAMES/f'{video:02d}'
+    folder.mkdir(parents=True, exist_ok=True)
+    for n in numbers: (folder/f'{n:0{padding}d}.jpg').touch()
+    return folder
+
+
+# ---- the real release
+
+def test_real_counts(real):
+    got = describe(real)
+    assert {k: got[k] for k in REAL} == REAL and got['with_frames'] == 0
+    assert len({o.uid.split('/')[0] for o in real}) == 15
+    assert all(o.n_frames == 103 and o.end_frame == o.annotated[1] and len(o.judges) == 7 and o.folder is None and o.files == () for o in real)
+    n = np.array([o.annotated[1]-o.annotated[0] for o in real])
+    assert (n.min(), n.max(), round(n.mean())) == (54, 273, 106)
+    by = {o.uid: o for o in real}
+    assert [by[o].annotated[1]-by[o].annotated[0] for o in ('26/108', '05/42')] == [54, 273]
+    assert min(o.start_frame for o in real) > 1000 # no real window begins before the broadcast
+
+
+def test_real_scores_and_groups(sheets):
+    train, test = sheets
+    assert (train.score.max(), test.score.max(), train.score.min(), test.score.min()) == (102.6, 104.5, 0, 0)
+    assert (test[test.score == 0].uid.tolist(), train[train.score == 0].uid.tolist()) == (['17/35'], ['17/164'])
+    assert set(test.difficulty) <= set(train.difficulty) and set(test.action) <= set(train.action) and test.difficulty.nunique() == 19
+    small = {k: n for k, n in train.difficulty.value_counts().items() if n < 8}
+    assert small == {1.5: 1, 2.3: 2, 2.6: 4, 4.1: 4, 2.1: 5, 2.4: 5, 3.9: 6, 1.8: 7}
+    assert train[train.difficulty == 1.5].uid.tolist() == ['07/7']
+    score, dd = np.concatenate([train.score, test.score]), np.concatenate([train.difficulty, test.difficulty])
+    assert np.corrcoef(score, dd)[0, 1] == pytest.approx(.62, abs=5e-3) and (score/dd).max() < 29.01
+
+
+def test_real_figures_of_the_notebook(real):
+    "The histograms that the notebook prints are those of the annotations"
+    score, dd = np.array([(o.score, o.difficulty) for o in real]).T
+    assert np.histogram(score, np.arange(0, 106, 5))[0].tolist() == [2, 1, 0, 2, 7, 10, 33, 51, 80, 71, 84, 94, 125, 163, 191, 162, 131, 111, 61, 25, 8]
+    assert np.histogram(np.round(score/dd, 6), np.arange(0, 31, 1.5))[0].tolist() == [2, 0, 1, 1, 3, 5, 9, 25, 37, 29, 54, 71, 88, 145, 223, 249, 234, 141, 78, 17]
+    spans = [o.annotated[1]-o.annotated[0]+1 for o in real]
+    assert np.histogram(spans, np.arange(50, 281, 10))[0].tolist() == [2, 9, 72, 285, 296, 236, 156, 106, 86, 73, 48, 21, 10, 5, 3, 1, 1, 0, 1, 0, 0, 0, 1]
+
+
+def test_real_judges_are_reported_and_not_repaired(real):
+    wrong = judge_mismatches(real).set_index('uid')
+    assert len(wrong) == 27 and not wrong.odd_marks.any() and wrong.gap.idxmax() == '01/70'
+    assert wrong.loc['01/70', ['stored', 'computed']].tolist() == [18.15, 37.95]
+    assert len(judge_mismatches(real, tolerance=0)) == 30 # three scores were rounded to one decimal
+    assert next(o for o in real if o.uid == '01/70').score == 18.15
+    dd = {o.uid: o.difficulty for o in real}
+    assert sum(abs(gap/dd[uid]-.5) < 1e-6 for uid, gap in wrong.gap.items()) == 15
+    test = [o for o in real if o.split == 'test']
+    assert spearman([sum(sorted(o.judges)[2:5])*o.difficulty for o in test], [o.score for o in test]) == pytest.approx(.9998, abs=5e-5)
+
+
+def test_real_floors_without_a_frame(sheets):
+    train, test = sheets
+    floors = {k: (spearman(v, test.score), 100*relative_l2(v, test.score)) for k, v in floor_predictions(train, test).items() if k != 'constant mean'}
+    assert floors['mean(score/difficulty) x difficulty'] == (pytest.approx(.5595, abs=5e-5), pytest.approx(2.067, abs=5e-4))
+    assert floors['action-type mean'] == (pytest.approx(.5963, abs=5e-5), pytest.approx(2.004, abs=5e-4))
+    assert 100*relative_l2(np.full(len(test), train.score.mean()), test.score) == pytest.approx(3.02, abs=5e-3)
+
+
+@pytest.mark.parametrize('setting, n, top, edges', [
+    ('w/ DD', 67_562, 30, [0, .912, 1.5, 2.5, 3, 4.5, 6, 8.5, 30]), ('w/o DD', 560_211, 100, [0, 3.6, 7.35, 11.2, 15.7, 20.8, 27.2, 36.3, 100])])
+def test_real_intervals_are_those_of_the_literature(sheets, setting, n, top, edges):
+    from fspn_nb.models.heads import ScoreBins, pair_differences
+    train = sheets[0]
+    labels, groups = (train.score/train.difficulty, train.difficulty.tolist()) if setting == 'w/ DD' else (train.score, None)
+    assert len(pair_differences(labels.to_numpy(), groups)) == n
+    bins = ScoreBins.fit_pairs(labels.to_numpy(), groups, top=top)
+    assert np.allclose([0, *bins.hi[8:].tolist()], edges, atol=6e-4)
+
+
+def part(shared, tmp_path, *names):
+    "A folder with some of the real files"
+    for name in names: (tmp_path/f'{name}.pkl').write_bytes(shared('data', 'mtl_aqa', 'info', f'{name}.pkl').read_bytes())
+    return tmp_path
+
+
+def test_real_annotations_without_cores_file(real, shared, tmp_path):
+    "The composed dive number is the released one in all 1,412 dives; the typing error at (4, 49) is still there"
+    samples = read_mtl_aqa(None, part(shared, tmp_path, MUSDL, TRAIN, TEST))
+    assert sum(a.action == b.action for a, b in zip(samples, real)) == len(samples) == 1412
+    odd = [(a.uid, a.judges[3], b.judges[3]) for a, b in zip(samples, real) if replace(a, judges=b.judges) == b and a.judges != b.judges]
+    assert odd == [('04/49', 45, 4.5)] and sum(a != b for a, b in zip(samples, real)) == 1
+    wrong = judge_mismatches(samples).set_index('uid')
+    assert len(wrong) == 28 and wrong.loc['04/49', ['gap', 'odd_marks']].tolist() == [0, 1]
+
+
+def test_real_annotations_without_musdls_file(real, shared, tmp_path):
+    assert read_mtl_aqa(None, part(shared, tmp_path, CORE, TRAIN, TEST)) == real
+
+
+def test_real_dive_numbers_are_composed(real, shared):
+    "One half somersault is counted as none in 27 dives, and 16 of these carry another letter than in FineDiving, which has the same broadcasts"
+    other = {o.uid: o for o in read_finediving(None, annotations=shared('data', 'finediving', 'Annotations'))}
+    pairs = Counter()
+    for o in real:
+        twin = other.get(f"{o.uid[:2]}/{o.uid[3:]}")
+        if o.action[:3] in ('100', '200', '300') or o.action == '201B':
+            assert twin.score == o.score and abs(twin.end_frame-o.end_frame) < 3
+            pairs[o.action, twin.action] += 1
+    assert pairs == {('100B', '101b'): 1, ('200B', '201b'): 2, ('200D', '201b'): 5, ('300B', '301b'): 8, ('300D', '301b'): 11, ('201B', '205b'): 1}
+
+
+def test_real_annotations_are_read_fast(shared):
+    start = time.perf_counter()
+    assert len(read_mtl_aqa(None, shared('data', 'mtl_aqa', 'info'))) == 1412
+    assert time.perf_counter()-start < 8 # half a second on an idle core
+
+
+def test_real_root_without_frames_says_what_to_do(shared):
+    root = shared('data', 'mtl_aqa')
+    if (root/FRAMES).exists(): pytest.skip('frames are there')
+    with pytest.raises(FileNotFoundError, match='root=None'): read_mtl_aqa(root)
+
+
+def test_real_release_survives_our_writer(shared, tmp_path, monkeypatch):
+    "The real values through our writer: same types, same order of dives and fields, the same opcodes but for NumPy 2's truth values"
+    theirs = {name: load_pickle(shared('data', 'mtl_aqa', 'info', f'{name}.pkl')) for name in FOUR}
+    plain = {k: v | dict(judge_scores=np.array(v['judge_scores'])) for k, v in theirs[CORE].items()}
+    monkeypatch.setattr(mtl_aqa, '_record', lambda key, end, dive: dict(plain[key]))
+    folder = write_mtl_aqa(tmp_path, ((k, None, None) for k in plain), theirs[TRAIN], theirs[TEST])
+    ops = lambda path: [o.name for o, _, _ in pickletools.genops(path.read_bytes())]
+    for name in FOUR:
+        ours = load_pickle(folder/f'{name}.pkl')
+        real = shared('data', 'mtl_aqa', 'info', f'{name}.pkl')
+        assert (folder/f'{name}.pkl').read_bytes()[:2] == real.read_bytes()[:2] == (b'\x80\x04' if name == CORE else b'\x80\x03')
+        assert list(ours) == list(theirs[name])
+        if name in (TRAIN, TEST): assert (folder/f'{name}.pkl').read_bytes() == real.read_bytes()
+        else:
+            shape = lambda o: [(k, type(v), getattr(v, 'dtype', None)) for k, v in o.items()]
+            assert all(shape(ours[k]) == shape(theirs[name][k]) for k in theirs[name])
+            assert Counter(ops(folder/f'{name}.pkl'))-Counter(ops(real)) <= Counter(NEWFALSE=1, NEWTRUE=1)
+            assert b'numpy.core.multiarray' in (folder/f'{name}.pkl').read_bytes()
+    assert len(read_mtl_aqa(None, folder)) == 1412
+
+
+# ---- round trip
+
+def test_round_trip(tmp_path):
+    dives = tree(tmp_path)
+    for video in (5, 26): write_video_frames(tmp_path, video, 1, grey(401))
+    samples = check_samples(read_mtl_aqa(tmp_path))
+    for s, (key, end, d) in zip(samples, dives):
+        assert (s.uid, s.split) == (f'{key[0]:02d}/{key[1]}', 'test' if key == KEYS[-1] else 'train')
+        assert (s.action, s.score, s.difficulty, s.judges) == (d.action.upper(), d.score, d.difficulty, d.judges)
+        assert (s.start_frame, s.end_frame, s.annotated) == (end-102, end, (end-len(d.labels)+1, end))
+        assert [int(o[:-4]) for o in s.files] == list(range(end-102, end+1))
+        assert [int(o[:-4]) for o in s.before] == [end-105, end-104, end-103]
+        assert [int(o[:-4]) for o in s.after] == [n for n in (end+1, end+2, end+3) if n <= 401]
+        by_position = sorted(os.listdir(s.folder))[end-103:end] # what the peers read
+        assert by_position == list(s.files)
+
+
+@pytest.mark.parametrize('name', [CORE, MUSDL])
+def test_either_file_is_enough(small, name):
+    both = read_mtl_aqa(small)
+    (small/'info'/f'{name}.pkl').unlink()
+    assert read_mtl_aqa(small) == both
+    edit(small, MUSDL if name == CORE else CORE, lambda v: v[KEYS[0]].update(final_score=1.))
+    assert read_mtl_aqa(small)[0].score == 1
+
+
+def test_every_catalogued_dive_can_be_written(tmp_path):
+    from fspn_nb.data.dives import ACTIONS
+    dives = [((1, i), 1000*(i+1), make_dive(i, a)) for i, a in enumerate(ACTIONS)]
+    write_mtl_aqa(tmp_path, dives, [k for k, _, _ in dives][:-1], [dives[-1][0]])
+    assert [o.action for o in read_mtl_aqa(tmp_path)] == [a.upper() for a in ACTIONS]
+    types = load_pickle(tmp_path/'info'/f'{CORE}.pkl')[1, 0]
+    assert [type(v).__name__ for v in types.values()] == ['int']*4+['float']+['int']*4+['float', '_Array', 'str'] and types['judge_scores'].dtype == np.float64
+    assert pickle.loads((tmp_path/'info'/f'{CORE}.pkl').read_bytes())[1, 0]['judge_scores'].shape == (7,) # as the peers open it
+
+
+@pytest.mark.parametrize('action', ['101a', '113b', '6241a', 'x', ''])
+def test_dives_that_the_fields_cannot_express(tmp_path, action):
+    with pytest.raises(ValueError, match='need a dive'): write_mtl_aqa(tmp_path, [((1, 1), 500, replace(make_dive(0), action=action))], [], [])
+    assert not (tmp_path/'info').exists()
+
+
+def test_writer_is_repeatable_and_replaces_nothing_unasked(tmp_path):
+    for o in 'ab': tree(tmp_path/o)
+    before = [(tmp_path/'a/info'/f'{n}.pkl').read_bytes() for n in FOUR]
+    assert before == [(tmp_path/'b/info'/f'{n}.pkl').read_bytes() for n in FOUR]
+    with pytest.raises(ValueError, match='overwrite=True'): write_mtl_aqa(tmp_path/'a', [], [], [])
+    assert before == [(tmp_path/'a/info'/f'{n}.pkl').read_bytes() for n in FOUR]
+    one = [(KEYS[0], 500, make_dive(0))]
+    with pytest.raises(ValueError, match='every key once'): write_mtl_aqa(tmp_path/'c', one*2, [], [])
+    write_mtl_aqa(tmp_path/'a', one, KEYS[:1], [], overwrite=True)
+    with pytest.raises(ValueError, match='test_split_0.pkl: need a list that is not empty'): read_mtl_aqa(tmp_path/'a')
+
+
+def test_frames_are_written_whole_and_once(tmp_path):
+    folder = write_video_frames(tmp_path, 3, 5, grey(4))
+    assert sorted(os.listdir(folder)) == [f'{n:08d}.jpg' for n in range(5, 9)] # no half-written file either
+    with pytest.raises(ValueError, match='not there yet, got 1 of them'): write_video_frames(tmp_path, 3, 8, grey(2))
+    for first, frames, padding in ((0, grey(1), 8), (-1, grey(1), 8), (99, grey(2), 2), (1, grey(1), 10), (1, grey(1), 0), (9, grey(1)/255, 8), (9, grey(1)[0], 8), ('9', grey(1), 8)):
+        with pytest.raises(ValueError, match='need'): write_video_frames(tmp_path, 3, first, frames, padding=padding)
+    assert len(os.listdir(folder)) == 4
+
+
+# ---- frames by number
+
+@pytest.mark.parametrize('padding', [1, 6, 8, 9])
+def test_any_padding(small, padding):
+    for video in (5, 26): empty_frames(small, video, range(1, 420), padding)
+    samples = check_samples(read_mtl_aqa(small))
+    assert [(o.files[0], o.files[-1]) for o in samples] == [(f'{e-102:0{padding}d}.jpg', f'{e:0{padding}d}.jpg') for e in ENDS]
+
+
+def test_missing_frames_are_reported_and_move_nothing(small):
+    empty_frames(small, 5, [n for n in range(1, 420) if n not in (3, 100, 328)])
+    a, b, *rest = read_mtl_aqa(small)
+    assert frame_problem(a) == 'fewer frames than labels: 102 of 103' and a.files[0] == '00000028.jpg' and '00000101.jpg' in a.files
+    assert b.files[0] == '00000228.jpg' and frame_problem(b) # 3 is missing too, and moved nothing
+    assert [frame_problem(o) for o in rest] == ['no frames']*2
+    with pytest.raises(FileNotFoundError, match='4 of 4'): check_samples(read_mtl_aqa(small))
+
+
+def test_a_frame_missing_beside_the_window_ends_what_adjoins(small):
+    empty_frames(small, 5, [n for n in range(1, 420) if n not in (26, 131)])
+    a = read_mtl_aqa(small)[0]
+    assert frame_problem(a) is None and (a.before, a.after) == (('00000027.jpg',), ())
+
+
+def test_a_window_that_begins_before_the_broadcast(tmp_path):
+    write_mtl_aqa(tmp_path, [((5, 1), 98, make_dive(2)), ((5, 2), 330, make_dive(1))], [(5, 1)], [(5, 2)])
+    empty_frames(tmp_path, 5, range(1, 400))
+    early, fine = read_mtl_aqa(tmp_path)
+    assert early.start_frame == -4 and frame_problem(early) == 'fewer frames than labels: 98 of 103' and early.before == () and frame_problem(fine) is None
+
+
+def test_one_number_twice(small):
+    empty_frames(small, 5, range(1, 420))
+    empty_frames(small, 5, [300, 410], padding=6) # 410 belongs to no dive
+    with pytest.raises(ValueError, match='05: need one file per frame number, got 000*300.jpg and 000*300.jpg'): read_mtl_aqa(small)
+    problems = []
+    assert [o.uid for o in read_mtl_aqa(small, problems=problems)] == ['05/1', '26/7', '26/8']
+    assert [o for o, _ in problems] == ['05/2']
+
+
+def test_a_broadcast_numbered_from_zero(small):
+    for video in (5, 26): empty_frames(small, video, range(1-(video == 26), 420))
+    with pytest.raises(ValueError, match='26: need frames numbered from 1, got 00000000.jpg'): read_mtl_aqa(small)
+    problems = []
+    assert [o.uid for o in read_mtl_aqa(small, problems=problems)] == ['05/1', '05/2'] and len(problems) == 2
+
+
+def test_strange_names_and_a_file_for_a_folder(small):
+    folder = empty_frames(small, 5, range(1, 420))
+    for name in ('notes.txt', '00000050.jpg.part', '.00000050.jpg.7.part', '-0000050.jpg', '٥٠.jpg', '9'*30+'.jpg'): (folder/name).touch()
+    (small/FRAMES/'26').write_text('')
+    assert [frame_problem(o) for o in read_mtl_aqa(small)] == [None, None, 'no frames', 'no frames']
+
+
+def test_each_broadcast_is_listed_once(real, shared, tmp_path, monkeypatch):
+    "1,412 dives, fifteen folders of a hundred thousand names: fifteen listings"
+    (tmp_path/FRAMES).mkdir(parents=True)
+    names, calls = [f'{n:08d}.jpg' for n in range(1, 100001)], []
+    monkeypatch.setattr(mtl_aqa.os, 'listdir', lambda folder: calls.append(folder.name) or names)
+    start = time.perf_counter()
+    samples = read_mtl_aqa(tmp_path, shared('data', 'mtl_aqa', 'info'))
+    assert time.perf_counter()-start < 20 # two seconds on an idle core
+    assert sorted(calls) == sorted({o.uid.split('/')[0] for o in real})
+    inside = [o for o in samples if o.end_frame <= 100000]
+    assert len(inside) > 400 and all(frame_problem(o) is None for o in inside) and all(frame_problem(o) for o in samples if o.end_frame > 100000)
+
+
+# ---- damaged trees
+
+def test_wrong_roots(small, tmp_path):
+    for root, why in ((small/'info', 'did you mean'), (small/'new', 'did you mean'), (small/FRAMES, 'did you mean'), (tmp_path, 'did you mean'), (tmp_path/'nowhere', 'which is no folder')):
+        with pytest.raises(FileNotFoundError, match=why) as e: read_mtl_aqa(root)
+        if 'mean' in why: assert str(e.value).endswith(f'{small}?')
+    with pytest.raises(FileNotFoundError, match='root=None'): read_mtl_aqa(tmp_path/'nowhere', annotations=small/'info')
+    with pytest.raises(ValueError, match='got neither'): read_mtl_aqa(None)
+    assert len(read_mtl_aqa(None, annotations=str(small/'info'))) == 4
+
+
+@pytest.mark.parametrize('name', FOUR)
+@pytest.mark.parametrize('tolerant', [False, True])
+def test_each_file_missing_cut_or_of_another_shape(small, name, tolerant):
+    path, args = small/'info'/f'{name}.pkl', dict(problems=[] if tolerant else None)
+    data = path.read_bytes()
+    for bad in (data[:-1], data[:len(data)//2], b'', b'\x80', b'<html>not found</html>', pickle.dumps(5), pickle.dumps({} if 'split' not in name else []),
+                pickle.dumps([1, 2] if 'split' not in name else {1: 2})):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=f'{name}.pkl: need a'): read_mtl_aqa(small, **args)
+    path.write_bytes(b'cos\nsystem\n(S"touch pwned"\ntR.')
+    with pytest.raises(ValueError, match=f'{name}.pkl: need a pickle of plain annotations.*asks for os.system'): read_mtl_aqa(small, **args)
+    path.unlink()
+    if name in (TRAIN, TEST):
+        with pytest.raises(FileNotFoundError, match=f'{name}.pkl, found none'): read_mtl_aqa(small, **args)
+    else:
+        (small/'info'/f'{MUSDL if name == CORE else CORE}.pkl').unlink()
+        with pytest.raises(FileNotFoundError, match='found neither; download'): read_mtl_aqa(small, **args)
+
+
+K = (5, 2)
+EDITS = {
+    'no record': (CORE, lambda v: v.update({K: 'x'}), r"number.pkl, \(5, 2\): need a record"),
+    'field gone': (MUSDL, lambda v: v[K].pop('end_frame') and None, "need the field 'end_frame'"),
+    'number gone': (CORE, lambda v: v[K].pop('dive_number') and None, "need the field 'dive_number'"),
+    'nan score': (CORE, lambda v: v[K].update(final_score=float('nan')), 'final_score: need a finite number, got float nan'),
+    'infinite difficulty': (MUSDL, lambda v: v[K].update(difficulty=float('inf')), 'difficulty: need a finite number'),
+    'no difficulty': (CORE, lambda v: v[K].update(difficulty=0.), 'difficulty > 0'),
+    'negative score': (CORE, lambda v: v[K].update(final_score=-1.), 'need score >= 0'),
+    'text score': (CORE, lambda v: v[K].update(final_score='88'), 'final_score: need a finite number'),
+    'vast frame': (CORE, lambda v: v[K].update(end_frame=10**5000), 'end_frame: need a whole number'),
+    'float frame': (CORE, lambda v: v[K].update(end_frame=330.), 'end_frame: need a whole number'),
+    'backwards': (CORE, lambda v: v[K].update(start_frame=331), 'need 1 <= start_frame <= end_frame, got 331 and 330'),
+    'frame zero': (CORE, lambda v: v[K].update(start_frame=0), 'need 1 <= start_frame'),
+    'six marks': (CORE, lambda v: v[K].update(judge_scores=np.ones(6)), 'need seven marks, got tuple of length 6'),
+    'matrix of marks': (CORE, lambda v: v[K].update(judge_scores=np.ones((7, 1))), 'judge_scores: need a list of numbers'),
+    'nan mark': (MUSDL, lambda v: v[K]['judge_scores'].__setitem__(0, np.nan), 'judge_scores: need a finite number'),
+    'other score': (MUSDL, lambda v: v[K].update(final_score=1.5), r'\(5, 2\): final_score is .* in final.* and 1.5 in augmented'),
+    'other end': (MUSDL, lambda v: v[K].update(end_frame=331), 'end_frame is 330 in final.* and 331 in augmented'),
+    'other mark': (MUSDL, lambda v: v[K]['judge_scores'].__setitem__(0, .5), 'judge_scores is'),
+    'odd mark in the better file': (CORE, lambda v: v[K]['judge_scores'].__setitem__(0, 45.), 'judge_scores is'),
+    'other number': (CORE, lambda v: v[K].update(dive_number='101Z'), "dive_number is '101Z' and its fields make"),
+    'empty number': (CORE, lambda v: v[K].update(dive_number=''), 'dive_number: need a short printable text'),
+    'no such rotation': (CORE, lambda v: [o.update(rotation_type=9) for o in v.values()] and None, 'rotation_type'),
+    'in one file': (MUSDL, lambda v: v.pop(K) and None, r'\(5, 2\): need every dive in both annotation files, got none in augmented'),
+    'split twice': (TEST, lambda v: v+[K], r'got \(5, 2\) 2 times'),
+    'not in a split': (TRAIN, lambda v: [o for o in v if o != K], r'got \(5, 2\) 0 times'),
+}
+STRAY = { # entries that no dive can be blamed for
+    'split unknown': (TEST, lambda v: v+[(99, 1)], r'got \(99, 1\), which is in no annotation file', '99/1'),
+    'key as text': (CORE, lambda v: v.update({'05/9': v[K]}), r'need keys \(video, index\), got str', 'annotated dive 4'),
+    'key of three': (MUSDL, lambda v: v.update({(5, 2, 1): v[K]}), r'need keys \(video, index\), got tuple of length 3', 'annotated dive 4'),
+    'vast key': (CORE, lambda v: v.update({(10**5000, 1): v[K]}), 'need a whole number', 'annotated dive 4'),
+    'key as list in a split': (TRAIN, lambda v: [[1, 2], *v], r'need keys \(video, index\), got list', 'train_split_0, entry 0'),
+    'negative index': (TEST, lambda v: v+[(5, -1)], 'need numbers >= 0', 'test_split_0, entry 1'),
+    'truth value': (TEST, lambda v: v+[(True, 1)], 'need a whole number', 'test_split_0, entry 1'),
+}
+
+
+@pytest.mark.parametrize('what', [*EDITS, *STRAY])
+def test_one_wrong_value(small, what):
+    "Stops by default; with a list, it is named there and the other dives are read"
+    name, change, why, *stray = (EDITS | STRAY)[what]
+    edit(small, name, change)
+    with pytest.raises(ValueError, match=why) as e: read_mtl_aqa(small)
+    assert len(str(e.value)) < 700 and '; ' in str(e.value)
+    if what == 'no such rotation':
+        with pytest.raises(ValueError, match='at least one dive without a fault, got none of 4'): read_mtl_aqa(small, problems=[])
+        return
+    problems = []
+    left = [o.uid for o in read_mtl_aqa(small, problems=problems)]
+    assert [o for o, _ in problems] == (stray or ['05/2'])
+    assert left == (['05/1', '05/2', '26/7', '26/8'] if stray else ['05/1', '26/7', '26/8'])
+
+
+def test_a_foreign_split_is_counted(small):
+    edit(small, TRAIN, lambda v: [(9, i) for i in range(50)])
+    with pytest.raises(ValueError, match=r'got \(9, 0\), which is in no annotation file \(and 52 more\)'): read_mtl_aqa(small)
+    problems = []
+    assert len(read_mtl_aqa(small, problems=problems)) == 1 and len(problems) == 53
+
+
+def test_the_released_typing_error_is_no_contradiction(small):
+    edit(small, MUSDL, lambda v: v[K]['judge_scores'].__setitem__(3, 45.))
+    assert max(next(o for o in read_mtl_aqa(small) if o.uid == '05/2').judges) <= 10
+    (small/'info'/f'{CORE}.pkl').unlink()
+    samples = read_mtl_aqa(small)
+    assert samples[1].judges[3] == 45 and judge_mismatches(samples).uid.tolist() == ['05/2']
+
+
+def test_mismatches_of_a_made_up_release(small):
+    for name in (CORE, MUSDL): edit(small, name, lambda v: v[K].update(final_score=v[K]['final_score']+2))
+    wrong = judge_mismatches(read_mtl_aqa(small))
+    assert wrong.uid.tolist() == ['05/2'] and wrong.gap.tolist() == [2] and describe(read_mtl_aqa(small))['judges_off'] == 1
+    assert list(judge_mismatches([]).columns) == ['uid', 'split', 'stored', 'computed', 'gap', 'odd_marks']
+
+
+def mutate(data, rng):
+    "`data` with one to four bytes changed, cut, doubled or moved"
+    data = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        i, how = rng.randrange(len(data)), rng.random()
+        if how < .6: data[i] = rng.randrange(256)
+        elif how < .75: del data[i:i+rng.randint(1, 40)]
+        elif how < .9: data[i:i] = data[max(0, i-rng.randint(1, 40)):i]
+        else: data = data[:max(1, i)]
+        if not data: data = bytearray(b'.')
+    return bytes(data)
+
+
+@pytest.mark.parametrize('tolerant', [False, True])
+def test_random_damage(small, tolerant):
+    "Read or refused with a reason, nothing else"
+    rng, refused = random.Random(0), 0
+    for i in range(400):
+        path = small/'info'/f'{FOUR[i % 4]}.pkl'
+        data = path.read_bytes()
+        path.write_bytes(mutate(data, rng))
+        try: read_mtl_aqa(small, problems=[] if tolerant else None)
+        except (ValueError, FileNotFoundError) as e:
+            assert str(e)
+            refused += 1
+        path.write_bytes(data)
+    assert refused > 150 and len(read_mtl_aqa(small)) == 4

@@ -1,0 +1,372 @@
+"Folders of videos become release folders; killed runs, broken films and wrong folders end in a word, never in half a dive"
+import builtins
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fspn_nb.data.aqa7 import read_aqa7, write_aqa7
+from fspn_nb.data.film import encode_video, video_frames
+from fspn_nb.data.finediving import read_finediving, write_finediving
+from fspn_nb.data.motion import make_dive
+from fspn_nb.data.mtl_aqa import read_mtl_aqa, write_mtl_aqa
+from fspn_nb.data.records import check_samples, frame_problem
+from fspn_nb.data.videos import main, pieces_of, prepare_videos, where_to_get
+from fspn_nb.protocols import PROTOCOLS
+
+av = pytest.importorskip('av', reason="PyAV is not installed (pip install 'fspn_nb[video]')")
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def film(n, height=72, width=128, seed=0):
+    "`n` frames that are all different: the number of a frame is the brightness of three of its bands"
+    for i in range(1, n+1):
+        o = np.zeros((height, width, 3), np.uint8)
+        for k, digit in enumerate((i//25, i//5 % 5, i % 5)): o[:, k*width//4:(k+1)*width//4] = 25+50*(digit % 5)
+        o[:, 3*width//4:] = 40+20*(seed % 8)
+        yield o
+
+
+def number_of(path):
+    "The number that `film` drew into a frame"
+    o = np.asarray(Image.open(path).convert('L')).astype(float)
+    w = o.shape[1]
+    a, b, c = (round((o[:, k*w//4+3:(k+1)*w//4-3].mean()-25)/50) for k in range(3))
+    return 25*a+5*b+c
+
+
+def hidden(root):
+    return [o for o in root.rglob('.*')]
+
+
+DIVE = replace(make_dive(0), frames=None)
+N = len(DIVE.labels)
+
+
+@pytest.fixture
+def diving(tmp_path):
+    "(videos, out): two broadcasts with three dives in the first and one in the second"
+    keys = [('01', 1), ('01', 2), ('01', 6), ('Tokyo_final_r1', 3)]
+    write_finediving(tmp_path/'out', [(k, s, DIVE) for k, s in zip(keys, (3, N+10, 2*N+12, 1))], keys[:3], keys[3:])
+    encode_video(film(3*N+20), tmp_path/'videos'/'01.mp4')
+    encode_video(film(N), tmp_path/'videos'/'Tokyo_final_r1.mkv')
+    return tmp_path/'videos', tmp_path/'out'
+
+
+# ---- the three layouts
+
+def test_finediving_layout(diving):
+    videos, out = diving
+    table = prepare_videos('finediving', videos, out, workers=2)
+    assert table.status.tolist() == ['done']*4 and table.frames.tolist() == [N]*4 and list(table.columns) == ['name', 'status', 'frames', 'why']
+    samples = check_samples(read_finediving(out))
+    for s in samples:
+        assert s.files[0] == f'{s.start_frame:05d}.jpg'
+        for o in (s.files[0], s.files[N//2], s.files[-1]): assert number_of(s.folder/o) == int(o[:5]) % 125, 'frames are counted from one'
+    assert not hidden(out)
+    again = prepare_videos('finediving', videos, out, height=72)
+    assert again.status.tolist() == ['skipped']*4 and not again.why.any()
+
+
+def test_mtl_aqa_layout(tmp_path):
+    "Every frame from the first to three behind the last dive, eight digits, video 5 found as 5 or 05"
+    ends = {(5, 1): 110, (5, 2): 120, (13, 7): 107}
+    write_mtl_aqa(tmp_path/'out', [(k, e, DIVE) for k, e in ends.items()], list(ends)[:2], list(ends)[2:])
+    encode_video(film(130), tmp_path/'videos'/'5.mp4')
+    encode_video(film(107), tmp_path/'videos'/'13.avi')
+    table = prepare_videos('mtl_aqa', tmp_path/'videos', tmp_path/'out')
+    assert table.values[:, :3].tolist() == [['05', 'done', 123], ['13', 'done', 107]]
+    folder = tmp_path/'out'/'new'/'new_total_frames_256s'/'05'
+    assert sorted(os.listdir(folder)) == [f'{i:08d}.jpg' for i in range(1, 124)]
+    assert [number_of(folder/f'{i:08d}.jpg') for i in (1, 62, 123)] == [1, 62, 123]
+    samples = {s.uid: s for s in read_mtl_aqa(tmp_path/'out')}
+    assert all(frame_problem(s) is None for s in samples.values())
+    assert len(samples['05/2'].after) == 3 and samples['13/7'].after == ()
+    assert prepare_videos('mtl_aqa', tmp_path/'videos', tmp_path/'out').status[0] == 'skipped'
+
+
+@pytest.mark.parametrize('nested', ['', 'Actions'])
+def test_aqa7_layout(tmp_path, nested):
+    acts = {('diving', 1): 80., ('gym_vault', 12): 15., ('diving', 2): 70.}
+    from types import SimpleNamespace
+    write_aqa7(tmp_path/'out', [(k, SimpleNamespace(score=v, frames=None)) for k, v in acts.items()], list(acts)[:2], list(acts)[2:])
+    for name, n in (('diving-out/001', 103), ('diving-out/002', 90), ('gym_vault-out/012', 110)): encode_video(film(n), tmp_path/'videos'/nested/f'{name}.avi')
+    table = prepare_videos('aqa7', tmp_path/'videos', tmp_path/'out').set_index('name')
+    assert table.status.to_dict() == {'diving/001': 'done', 'gym_vault/012': 'done', 'diving/002': 'failed'}
+    assert 'frames 1 to 103 are annotated, the film has 1 to 90' in table.why['diving/002']
+    assert sorted(os.listdir(tmp_path/'out'/'gym_vault-out'/'012')) == [f'img_{i:05d}.jpg' for i in range(1, 104)]
+    assert not (tmp_path/'out'/'diving-out'/'002').exists() and not hidden(tmp_path/'out')
+    good = [s.uid for s in read_aqa7(tmp_path/'out') if frame_problem(s) is None]
+    assert good == ['diving/001', 'gym_vault/012']
+
+
+# ---- what goes wrong with films
+
+def test_broken_film_is_passed_over(diving, capsys):
+    videos, out = diving
+    (videos/'Tokyo_final_r1.mkv').write_bytes(b'RIFF'*500)
+    assert main(['finediving', str(videos), str(out), '--workers', '2']) == 1
+    said = capsys.readouterr().out
+    assert '3 done, 0 skipped, 0 missing, 1 failed' in said and 'Tokyo_final_r1.mkv: need a video that can be decoded' in said
+    assert not hidden(out) and not (out/'FINADiving_MTL_256s'/'Tokyo_final_r1'/'3').exists()
+
+
+def test_film_that_breaks_off_keeps_what_came_before(diving):
+    "Damage in the middle of the second dive: the first is done, the other two fail with the number of the last good frame"
+    videos, out = diving
+    whole = (videos/'01.mp4').read_bytes()
+    at = whole.index(b'mdat')+(len(whole)-whole.index(b'mdat'))//2
+    (videos/'01.mp4').write_bytes(whole[:at]+bytes(600)+whole[at+600:])
+    with pytest.raises(ValueError, match=r'01.mp4: .* fails after frame [1-9]'): list(video_frames(videos/'01.mp4'))
+    table = prepare_videos('finediving', videos, out).set_index('name')
+    assert table.status['01/6'] == 'failed' and 'fails after frame' in table.why['01/6']
+    assert table.status['Tokyo_final_r1/3'] == 'done'
+    for s in read_finediving(out): assert frame_problem(s) is None or not s.files
+
+
+def test_film_too_short_names_both_lengths(diving):
+    videos, out = diving
+    encode_video(film(2*N+40), videos/'01.mp4')
+    table = prepare_videos('finediving', videos, out)
+    assert table.status.tolist() == ['done', 'done', 'failed', 'done']
+    assert table.why[2].startswith(f'frames {2*N+12} to {3*N+11} are annotated, the film has 1 to {2*N+40}')
+    assert not hidden(out)
+
+
+def test_random_damage_never_ends_in_another_error(tmp_path):
+    "Any bytes: frames, a ValueError with the file's name, or a film that is too short"
+    good = encode_video(film(30), tmp_path/'a.mkv').read_bytes()
+    rng = np.random.default_rng(0)
+    for k in range(25):
+        b = bytearray(good[:int(rng.integers(1, len(good)))] if k % 5 == 0 else good)
+        for i in rng.integers(0, len(b), 1+k): b[i] = rng.integers(256)
+        (tmp_path/'b.mkv').write_bytes(b)
+        try: assert all(o.ndim == 3 for _, o in video_frames(tmp_path/'b.mkv'))
+        except ValueError as e: assert 'b.mkv' in str(e)
+
+
+@pytest.mark.parametrize('text', ['', 'hello'*99, '#EXTM3U\n#EXTINF:10,\nhttp://127.0.0.1:9/a.ts\n', 'ffconcat version 1.0\nfile a.mkv\n'])
+def test_files_that_are_no_films(tmp_path, text):
+    "Playlists that point elsewhere are not followed"
+    encode_video(film(5), tmp_path/'a.mkv')
+    (tmp_path/'b.mp4').write_text(text)
+    with pytest.raises(ValueError, match='b.mp4: need a video that can be decoded'): list(video_frames(tmp_path/'b.mp4'))
+
+
+def test_sound_without_picture(tmp_path):
+    with av.open(str(tmp_path/'a.mp4'), 'w') as box:
+        s = box.add_stream('aac', rate=44100)
+        for i in range(5):
+            f = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), 'fltp', 'stereo')
+            f.sample_rate, f.pts = 44100, 1024*i
+            box.mux(s.encode(f))
+        box.mux(s.encode())
+    with pytest.raises(ValueError, match='no picture in it'): list(video_frames(tmp_path/'a.mp4'))
+
+
+# ---- going on after a kill
+
+def test_leftovers_of_a_killed_run_are_not_taken_for_dives(diving):
+    videos, out = diving
+    part = out/'FINADiving_MTL_256s'/'01'/'.1.99999.part'
+    part.mkdir(parents=True)
+    (part/'00003.jpg').write_bytes(b'half')
+    assert not any(s.files for s in read_finediving(out))
+    assert prepare_videos('finediving', videos, out).status.tolist() == ['done']*4
+    assert not hidden(out)
+
+
+def test_killed_process_leaves_only_hidden_parts(tmp_path):
+    "SIGKILL in the middle: under its own name a dive is whole, and the next run makes the tree that an undisturbed one makes"
+    keys = [('01', i) for i in range(5)]
+    for o in ('killed', 'calm'): write_finediving(tmp_path/o, [(k, 1+i*N, DIVE) for i, k in enumerate(keys)], keys[:-1], keys[-1:])
+    encode_video(film(5*N, 180, 320), tmp_path/'videos'/'01.mp4')
+    code = f"from fspn_nb.data.videos import main; main(['finediving', {str(tmp_path/'videos')!r}, {str(tmp_path/'killed')!r}])"
+    run = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, 'IN_TEST': '1'})
+    frames, end = tmp_path/'killed'/'FINADiving_MTL_256s', time.time()+60
+    while not (frames/'01'/'1').exists() and time.time() < end and run.poll() is None: time.sleep(.002)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    left = [s for s in read_finediving(tmp_path/'killed') if s.files]
+    assert 2 <= len(left) < 5 and all(frame_problem(s) is None for s in left)
+    status = prepare_videos('finediving', tmp_path/'videos', tmp_path/'killed').status.tolist()
+    assert status.count('skipped') == len(left) and status.count('done') == 5-len(left)
+    prepare_videos('finediving', tmp_path/'videos', tmp_path/'calm')
+    tree = lambda root: {o.relative_to(root): o.read_bytes() for o in root.rglob('*.jpg')}
+    assert tree(tmp_path/'killed') == tree(tmp_path/'calm') and not hidden(tmp_path/'killed')
+
+
+@pytest.fixture
+def broadcast(tmp_path):
+    "(videos, out, folder): an MTL-AQA broadcast of 120 frames, prepared"
+    write_mtl_aqa(tmp_path/'out', [((5, 1), 110, DIVE), ((5, 2), 115, DIVE)], [(5, 1)], [(5, 2)])
+    encode_video(film(120), tmp_path/'videos'/'05.mp4')
+    prepare_videos('mtl_aqa', tmp_path/'videos', tmp_path/'out')
+    return tmp_path/'videos', tmp_path/'out', tmp_path/'out'/'new'/'new_total_frames_256s'/'05'
+
+
+def test_broadcast_goes_on_where_it_stopped(broadcast):
+    "Frames that are there are not written again, gaps are filled, hidden halves are removed"
+    videos, out, folder = broadcast
+    before = {o.name: o.read_bytes() for o in folder.iterdir()}
+    for i in [7, *range(60, 119)]: (folder/f'{i:08d}.jpg').unlink()
+    (folder/'.00000060.jpg.99999.part').write_bytes(b'half')
+    kept = {o.name: o.stat().st_mtime_ns for o in folder.glob('0*.jpg')}
+    assert prepare_videos('mtl_aqa', videos, out).values[:, :3].tolist() == [['05', 'done', 118]]
+    assert {o.name: o.read_bytes() for o in folder.iterdir()} == before
+    assert all((folder/k).stat().st_mtime_ns == v for k, v in kept.items())
+
+
+@pytest.mark.parametrize('change', ['film', 'height', 'names'])
+def test_broadcast_does_not_go_on_with_other_frames(broadcast, change):
+    videos, out, folder = broadcast
+    for i in range(60, 119): (folder/f'{i:08d}.jpg').unlink()
+    if change == 'film': encode_video((255-o for o in film(120)), videos/'05.mp4')
+    if change == 'names': [(folder/f'{i:08d}.jpg').rename(folder/f'{i:06d}.jpg') for i in range(1, 60)]
+    row = prepare_videos('mtl_aqa', videos, out, height=36 if change == 'height' else 256).iloc[0]
+    assert row.status == 'failed' and 'remove' in row.why
+    assert len(os.listdir(folder)) == 59
+
+
+def test_short_broadcast_keeps_its_frames_and_fails(broadcast):
+    videos, out, folder = broadcast
+    for i in range(112, 119): (folder/f'{i:08d}.jpg').unlink()
+    encode_video(film(111), videos/'05.mp4')
+    row = prepare_videos('mtl_aqa', videos, out).iloc[0]
+    assert (row.status, row.frames) == ('failed', 111) and 'frames 1 to 115 are annotated, the film has 1 to 111' in row.why
+    assert [frame_problem(s) is None for s in read_mtl_aqa(out)] == [True, False]
+
+
+def test_folder_of_somebody_else_is_left_alone(diving):
+    videos, out = diving
+    mine = out/'FINADiving_MTL_256s'/'01'/'2'
+    mine.mkdir(parents=True)
+    (mine/'00001.jpg').write_bytes(b'mine')
+    row = prepare_videos('finediving', videos, out).iloc[1]
+    assert row.status == 'failed' and 'move or remove' in row.why and (mine/'00001.jpg').read_bytes() == b'mine'
+
+
+# ---- folders, names, commands
+
+def test_missing_films_are_no_failure(diving, capsys):
+    videos, out = diving
+    (videos/'01.mp4').rename(videos/'01.mp4.part')
+    assert main(['finediving', str(videos), str(out)]) == 0
+    assert '1 done, 0 skipped, 3 missing, 0 failed' in (said := capsys.readouterr().out) and 'missing: 01/1, 01/2, 01/6: no video 01' in said
+
+
+def test_two_films_of_one_name(diving):
+    videos, out = diving
+    (videos/'1.mkv').write_bytes((videos/'01.mp4').read_bytes())
+    table = prepare_videos('finediving', videos, out)
+    assert table.status.tolist() == ['failed']*3+['done'] and 'two videos of one name, 01.mp4 and 1.mkv' in table.why[0]
+
+
+def test_wrong_folders(diving, tmp_path, capsys):
+    videos, out = diving
+    (tmp_path/'empty').mkdir()
+    for args, said in (((tmp_path/'empty', out), 'need videos of FineDiving'), ((tmp_path/'none', out), 'need a folder of videos'), ((videos, tmp_path/'empty'), 'Annotations')):
+        assert main(['finediving', *map(str, args)]) == 1
+        assert said in (err := capsys.readouterr().err)
+        assert (where_to_get('finediving') in err) == (said == 'need videos of FineDiving')
+    with pytest.raises(SystemExit): main(['finediving', str(videos)])
+    with pytest.raises(SystemExit): main(['jigsaws', str(videos), str(out)])
+    for bad in (dict(height=0), dict(quality=101), dict(workers=0), dict(workers=-1), dict(height=2.5)):
+        with pytest.raises(ValueError, match='need '): prepare_videos('finediving', videos, out, **bad)
+
+
+@pytest.mark.parametrize('dataset', PROTOCOLS)
+def test_dataset_alone_says_where_to_get_it(dataset, capsys):
+    assert main([dataset]) == 0
+    assert capsys.readouterr().out.strip() == where_to_get(dataset)
+
+
+def test_missing_decoder(diving, monkeypatch, capsys):
+    videos, out = diving
+    real = builtins.__import__
+    def without(name, *args, **kw):
+        if name.split('.')[0] == 'av': raise ModuleNotFoundError("No module named 'av'", name='av')
+        return real(name, *args, **kw)
+    monkeypatch.setattr(builtins, '__import__', without)
+    with pytest.raises(ImportError, match=r"pip install 'fspn_nb\[video\]'"): prepare_videos('finediving', videos, out)
+    assert main(['finediving', str(videos), str(out)]) == 1
+    assert 'fspn_nb[video]' in capsys.readouterr().err
+
+
+def test_import_needs_no_decoder():
+    code = "import sys; sys.modules['av'] = None; import fspn_nb.data.videos, fspn_nb.data.film"
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
+
+
+def test_another_height_is_said(diving):
+    videos, out = diving
+    prepare_videos('finediving', videos, out, height=36)
+    assert set(prepare_videos('finediving', videos, out).why) == {'frames of height 36 are there'}
+
+
+# ---- the shape of frames
+
+@pytest.mark.parametrize('pixel', [Fraction(4, 3), Fraction(1, 2), Fraction(16, 11)])
+def test_pixels_that_are_not_square(tmp_path, pixel):
+    encode_video(film(3), tmp_path/'a.mp4', pixel=float(pixel))
+    (_, o), *_ = video_frames(tmp_path/'a.mp4')
+    assert o.shape == (72, round(128*pixel), 3)
+    (_, o), *_ = video_frames(tmp_path/'a.mp4', 36)
+    assert o.shape == (36, round(64*pixel), 3)
+
+
+def test_films_are_made_smaller_never_larger(tmp_path):
+    encode_video(film(2, 300, 400), tmp_path/'a.mp4')
+    shape = lambda h: next(video_frames(tmp_path/'a.mp4', h))[1].shape
+    assert (shape(256), shape(None), shape(400)) == ((256, 341, 3), (300, 400, 3), (300, 400, 3))
+
+
+@pytest.mark.parametrize('turn', [90, 180, 270])
+def test_film_on_its_side(tmp_path, turn):
+    "A phone stores the picture as its chip lies and writes down the turn"
+    upright = np.zeros((64, 96, 3), np.uint8)
+    upright[:16] = 220
+    stored = np.ascontiguousarray(np.rot90(upright, -turn//90))
+    with av.open(str(tmp_path/'a.mp4'), 'w') as box:
+        s = box.add_stream('mpeg4', rate=25)
+        if not hasattr(s, 'set_display_rotation'): pytest.skip('this PyAV cannot write a turned film')
+        s.height, s.width, s.pix_fmt = *stored.shape[:2], 'yuv420p'
+        s.set_display_rotation(turn)
+        for _ in range(3): box.mux(s.encode(av.VideoFrame.from_ndarray(stored, format='rgb24')))
+        box.mux(s.encode())
+    o = next(video_frames(tmp_path/'a.mp4', 32))[1]
+    assert o.shape == (32, 48, 3) and np.abs(o.astype(int)-upright[::2, ::2]).mean() < 12
+
+
+def test_odd_sizes_and_other_containers(tmp_path):
+    for name in ('a.mp4', 'a.mkv', 'a.avi', 'a.mov'):
+        got = [o for _, o in video_frames(encode_video(film(4, 71, 129), tmp_path/name))]
+        assert len(got) == 4 and got[0].shape == (71, 129, 3)
+
+
+def test_same_frames_same_file(tmp_path):
+    assert encode_video(film(30), tmp_path/'a.mp4').read_bytes() == encode_video(film(30), tmp_path/'b.mp4').read_bytes()
+
+
+def test_real_gif(shared, tmp_path):
+    got = list(video_frames(shared('data', 'diving_sample.gif')))
+    assert len(got) == 21 and got[0][1].shape == (256, 456, 3) and [i for i, _ in got] == list(range(1, 22))
+    with Image.open(shared('data', 'diving_sample.gif')) as g:
+        g.seek(20)
+        other = np.asarray(g.convert('RGB').resize((456, 256))).astype(int)
+    assert np.abs(got[20][1]-other).mean() < 4
+
+
+def test_real_annotations_give_the_pieces(shared, tmp_path):
+    dives = pieces_of('finediving', tmp_path, shared('data', 'finediving', 'Annotations'))
+    assert len(dives) == 3000 and len({o.video for o in dives}) == 135 and min(o.numbers[0] for o in dives) == 95
+    films = pieces_of('mtl_aqa', tmp_path, shared('data', 'mtl_aqa', 'info'))
+    assert len(films) == 15 and {o.name: o.last for o in films}['01'] == 291971 and sum(o.last for o in films) == 2358217
+    assert len(pieces_of('aqa7', tmp_path, shared('data', 'aqa7'))) == 1106
