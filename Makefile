@@ -5,7 +5,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 ENV := .venv/.installed
-OUT ?= reports/finediving/run.ipynb
+DATASET ?= finediving
+OUT ?= reports/$(DATASET)/run.ipynb
 ARGS ?=
 
 .PHONY: help run test env hooks check clean-env
@@ -13,10 +14,10 @@ ARGS ?=
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
-run: $(ENV)  ## train and compare on the synthetic release; ARGS='-p data_root DIR' for another, OUT=... for the executed notebook
+run: $(ENV)  ## train and compare on a synthetic release; DATASET=mtl_aqa or aqa7, ARGS='-p data_root DIR' for a real one, OUT=... for the executed notebook
 	@mkdir -p $(dir $(OUT))
-	@echo "== executing nbs/run_finediving.ipynb -> $(OUT)"
-	$(BIN)/papermill nbs/run_finediving.ipynb $(OUT) --log-output --no-progress-bar $(ARGS)
+	@echo "== executing nbs/run_$(DATASET).ipynb -> $(OUT)"
+	$(BIN)/papermill nbs/run_$(DATASET).ipynb $(OUT) --log-output --no-progress-bar $(ARGS)
 	@echo "== done: open $(OUT) in JupyterLab ($(BIN)/jupyter lab), tables and figures are in reports/"
 
 test: $(ENV)  ## every notebook under nbdev_test, then pytest

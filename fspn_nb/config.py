@@ -26,12 +26,13 @@ class ClipCfg:
     size:int=112 # Side of the square that I3D sees, pixels (TSA; the paper gives none)
     orientation:str='correct' # 'peer' repeats the swapped height and width of the released code, to compare with the literature
 
-# %% ../nbs/01_config.ipynb #0b183f3d
+# %% ../nbs/01_config.ipynb #7d41139c
 @dataclass(frozen=True)
 class ActorCfg:
     "Where the actor boxes come from"
-    source:str='auto' # 'truth' | 'boxes' | 'none' (whole frame); 'auto': truth where the release has it, else none
+    source:str='auto' # 'truth' | 'boxes' | 'motion' | 'ssd300' | 'onnx' | 'none' (whole frame); 'auto': truth where the release has it, else motion
     boxes:str='' # CSV with uid,frame,x1,y1,x2,y2 for source='boxes'
+    weights:str='' # The detector's file: 'onnx' needs one, 'ssd300' has torchvision's without
     pad:float=.2 # Margin round the box, share of its longer side
 
 # %% ../nbs/01_config.ipynb #957d3d0f
@@ -118,10 +119,10 @@ class RunCfg:
     train:TrainCfg=field(default_factory=TrainCfg)
     eval:EvalCfg=field(default_factory=EvalCfg)
 
-# %% ../nbs/01_config.ipynb #230e12de
+# %% ../nbs/01_config.ipynb #59b90c43
 CHOICES = {
     'dataset': tuple(PROTOCOLS), 'preset': ('smoke','demo','paper'), 'ranges': ('literature','train'),
-    'clip.orientation': ('correct','peer'), 'actor.source': ('auto','truth','boxes','none'),
+    'clip.orientation': ('correct','peer'), 'actor.source': ('auto','truth','boxes','motion','ssd300','onnx','none'),
     'model.name': ('fspn','fspn_m','fspn_s','i3d_mlp'), 'model.pairing': ('exemplar','absolute'), 'model.tokens': ('bands','frames'), 'model.residual': ('scene','actor'), 'model.decode': ('argmax','expected'),
     'train.optimiser': ('adam','adamw'), 'train.schedule': ('constant','one_cycle'), 'train.backbone': ('frozen','finetune'),
     'train.precision': ('fp32','bf16'), 'eval.epoch_rule': ('last','best_val')}
@@ -137,7 +138,7 @@ def flatten(
         flat.update({f'{f.name}.{k}': o for k,o in flatten(v).items()} if is_dataclass(v) else {f.name: v})
     return flat
 
-# %% ../nbs/01_config.ipynb #5e409c01
+# %% ../nbs/01_config.ipynb #d6bdbf21
 def check(
     cfg:RunCfg, # Any run
 )->RunCfg: # `cfg`, unchanged
@@ -152,6 +153,7 @@ def check(
     if not 0 <= cfg.train.val_share < 1: raise ValueError(f'train.val_share must be in [0, 1), got {cfg.train.val_share}')
     if cfg.eval.epoch_rule == 'best_val' and cfg.train.val_share == 0: raise ValueError('eval.epoch_rule=best_val needs train.val_share above 0')
     if cfg.actor.source == 'boxes' and not cfg.actor.boxes: raise ValueError('actor.source=boxes needs a CSV file in actor.boxes')
+    if cfg.actor.source == 'onnx' and not cfg.actor.weights: raise ValueError('actor.source=onnx needs the detector\'s file in actor.weights')
     if cfg.preset == 'paper' and not cfg.data_root: raise ValueError('the paper preset needs a real release: pass its folder as data_root, or use preset demo')
     return cfg
 
@@ -218,12 +220,12 @@ def method_epochs(
     "Give the method of `cfg` the epochs that its preset has for it"
     return change(cfg, train__epochs=cfg.train.epochs*PATIENCE.get((cfg.preset, cfg.model.name), 1))
 
-# %% ../nbs/01_config.ipynb #bc2d0457
+# %% ../nbs/01_config.ipynb #541a75db
 def run_id(
     cfg:RunCfg, # A run
 )->str: # 'fspn-w_dn-frozen-s0-1a2b3c4d'
     "A name for `cfg` that another configuration cannot have"
-    flat = {**flatten(cfg), 'data_root': bool(cfg.data_root), 'weights': Path(cfg.weights).name, 'actor.boxes': Path(cfg.actor.boxes).name}
+    flat = {**flatten(cfg), 'data_root': bool(cfg.data_root), 'weights': Path(cfg.weights).name, 'actor.boxes': Path(cfg.actor.boxes).name, 'actor.weights': Path(cfg.actor.weights).name}
     key = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
     return f'{cfg.model.name}-{cfg.setting}-{cfg.train.backbone}-s{cfg.seed}-{key}'
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TABLE_IX', 'TABLE_I', 'TABLE_IV', 'TABLE_VIII', 'TABLE_X_RHO', 'TABLE_X_R', 'TABLE_XI', 'CLAIMS', 'LEDGER',
-           'paper_table', 'ledger']
+           'LEDGER_DATA', 'paper_table', 'ledger']
 
 # %% ../nbs/02_paper.ipynb #cb4de3e9
 from io import StringIO
@@ -149,7 +149,7 @@ def paper_table(
     if key in _KNOWN: raise KeyError(f'Table {key} ({_KNOWN[key]}) is known but not entered yet; ask for one of {have}')
     raise KeyError(f"need a table of the paper by Roman number (I to XI), got {name!r}; entered are {have}")
 
-# %% ../nbs/02_paper.ipynb #4e899a75
+# %% ../nbs/02_paper.ipynb #22515556
 LEDGER = """
 D-01 | Tables I and IV give the same parts different results | I3D+IAP 0.891/0.468 in I, 0.932/0.314 in IV; SMT+MTF 0.936/0.289 in I, 0.891/0.468 in IV | both kept as printed; ours stands beside each table on its own | none (data)
 D-02 | The ablation's baseline and its full model come from different settings | 0.850/0.583 is I3D+MLP w/o DN of Table IX (printed again as USDL w/DN), 0.942/0.278 is FSPN w/DN | every run carries its setting and is compared inside it only; the copied USDL cells stay, marked in `note` | RunCfg.setting
@@ -196,6 +196,10 @@ D-42 | Rounding of the 96 frame positions | TSA spaces broadcast frame numbers a
 D-43 | Orientation of the resized frame | a (height, width) pair is read as (width, height) in the peers' transform library: frames become 112 wide and 200 high | shorter side to the crop's size, proportions kept | ClipCfg.orientation='peer'
 D-44 | Actor boxes: margin, smoothing, shape | the paper names a detector and gives neither | square, margin .2 of the longer side, Gaussian over 2 frames | ActorCfg.pad, actor_boxes(sigma=...)
 D-45 | Which Kinetics weights | "pre-trained on Kinetics" only; the peers load ImageNet+Kinetics (71.1 %), the freely installable file is Kinetics from scratch (68.4 %) | rgb_scratch; every run records name and hash | RunCfg.weights (path of another checkpoint)
+"""
+
+# %% ../nbs/02_paper.ipynb #601bd351
+LEDGER_DATA = """
 D-46 | Pixel size on MTL-AQA and AQA-7 | not given; the peers use 224 there and 112 on FineDiving | 224 in the paper preset, 112 in the demo, which must run on two cores | ClipCfg.size
 D-47 | Which actor when there are two | "the main actor" of a synchronised dive is two people | one box around both | Act.boxes (data.sports)
 D-48 | What stands for an exemplar group in AQA-7 | the paper gives one model per class and no rule | any training video of the class votes, as in CoRe | none
@@ -224,11 +228,21 @@ D-73 | MTL-AQA frames behind the last dive | literature's loaders take file n of
 D-74 | A film of AQA-7 with more than 103 frames | all released ones have 103 | the first 103 | none
 D-75 | AQA-7's split lists exist in two units and nothing in them says which | the official lists have points, C3D-LSTM's copy 100 x points; the same 1,106 rows | recognised per file from the literature's ranges (which never overlap their hundredfold), printed; scores in neither unit are an error | none
 D-76 | AQA-7 is quoted with 7 classes and 1,189 videos, tables have six | the released lists hold 803 + 303 = 1,106 videos of classes 1-6; 83 trampolines make 1,189 | class 7 is left out, counted in a printed line and noted in problems | none
+D-80 | "The main actor": how it is chosen among several people is not said | on 69 real frames (2 dives) the best score per frame is often a spectator; best path: onnx .81 of frames > .5, .72-.84 over a grid of weights | sum of log score, .5 log size, -10 x squared distance from the centre, minus steps in body sizes, 4 per frame left out; exact by dynamic programming | data.boxpath worth(centre=, large=), main_actor(carry=)
+D-81 | Frames where nobody is found (under water, blur) | camera stays at the entry; truth is a matter of definition there (D-54) | interpolated in gaps, carried at most 40 frames, then the whole frame; every frame's code is kept and the shares are printed | main_actor(carry=), fallback_line
+D-82 | Synchronised dives have two actors | Table X has two synchro classes, Sec. III-A one actor | one box around the best path and the best second path near it and of its size; a second path seen in less than half of the frames is ignored | actors=
+D-83 | No SSD weights can be had offline | camera-compensated motion with colours reaches .87 of 69 real frames > .5, YOLOX-nano .81; | motion where no weights are to be had, named in every table | get_detector('motion')
+D-84 | "SSD": input size, backbone, training data, threshold not given | torchvision's SSD300-VGG16 (COCO) is the nearest public one | COCO person class, score > .05, frames as they are (squeezed to 300 x 300) | get_detector('ssd300', weights)
+D-85 | Which output Grad-CAM explains, and at which layer | Sec. IV-C2 names Grad-CAM and nothing else | the score (mean of the M votes, exemplars fixed) or one sub-action's mean probability, at Mixed_5c, both streams | heat(target=, exemplar=)
+D-86 | A score read off the likeliest interval has no gradient through the choice of the interval | argmax of the interval logits is piecewise constant: with constant positions the heat is exactly zero while the score depends on the video | gradients through the expected score over all intervals | HeadOnMaps(decode='expected'|'own')
+D-87 | Where the cells of Mixed_5c lie in the picture | usual overlays stretch the map over the crop; TF-SAME padding (odd cell behind) puts the centres at 23.5 + 32 n pixels, not at 14, 42, 70, 98 of 112 | the computed centres | report.heat.cell_centres, paste(centres=None) stretches
+D-88 | What "heat follows the actor" means as a number | the paper shows four frames | share of positive heat in the box over all frames, beside the share of a uniform map (floor) and of one hot cell (ceiling); scene with scene, actor with actor | report.heat.box_shares, share_summary
+D-89 | How failures are chosen | Fig. 12 gives no rule | half by largest error (ties: less heat in the box first), the others by least heat in the box among the rest; videos without any heat last | report.heat.pick_failures
 """
 
-# %% ../nbs/02_paper.ipynb #6711e595
+# %% ../nbs/02_paper.ipynb #208eb183
 def ledger(
 )->pd.DataFrame: # Columns id, finding, evidence, choice, switch
     "The paper's gaps and contradictions, one row each, with our choice"
-    rows = [[o.strip() for o in line.split(' | ')] for line in LEDGER.strip().splitlines()]
+    rows = [[o.strip() for o in line.split(' | ')] for line in (LEDGER+LEDGER_DATA.lstrip()).strip().splitlines()]
     return pd.DataFrame(rows, columns=['id', 'finding', 'evidence', 'choice', 'switch'])

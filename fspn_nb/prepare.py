@@ -69,7 +69,7 @@ def frozen_encoder(
     where = f'cpu{torch.get_num_threads()}' if device.type == 'cpu' else device.type # sums over two threads round otherwise than over one
     return _encode, f"{key}-{where}-{str(dtype).removeprefix('torch.')}"
 
-# %% ../nbs/21_prepare.ipynb #522b57d1
+# %% ../nbs/21_prepare.ipynb #e9b56128
 @dataclass(frozen=True)
 class Prepared:
     "What training and evaluation work on"
@@ -82,8 +82,9 @@ class Prepared:
     backbone:nn.Module|None # I3D to be trained; None in frozen mode
     device:torch.device # Where the head trains
     provenance:dict # What went in, for the report
+    boxes:tuple=('none',{},[]) # Actor boxes, as `boxes_of` gives them
 
-# %% ../nbs/21_prepare.ipynb #68fc0db7
+# %% ../nbs/21_prepare.ipynb #c4769d05
 def substitutes(
     release:Release, # Samples
     actor:str, # Source of the boxes
@@ -95,6 +96,7 @@ def substitutes(
     if release.excluded: found.append(f'data: {len(release.excluded)} samples left out, their frames are missing')
     if actor == 'none': found.append('actor: the whole frame, no boxes were given')
     if actor == 'truth': found.append('actor: true boxes of the synthetic release')
+    if actor in ('motion','onnx'): found.append({'motion':'actor: boxes from camera-compensated motion, no person detector', 'onnx':'actor: boxes by an ONNX detector, not SSD'}[actor])
     if pools.orphans: found.append(f'exemplars: any training dive votes for {len(pools.orphans)} dives whose group has no training dive')
     if weights == 'random': found.append('weights: a random backbone, asked for by name')
     return found
@@ -115,7 +117,7 @@ def _reads(cfg):
     "The settings that decide which frames or features a run sees"
     return cfg.dataset,setting_of(cfg.dataset, cfg.setting).only,cfg.data_root,cfg.allow_missing,cfg.weights,cfg.clip,cfg.actor,cfg.synth,cfg.train.backbone
 
-# %% ../nbs/21_prepare.ipynb #02a44689
+# %% ../nbs/21_prepare.ipynb #ebe6d8f5
 def prepare(
     cfg:RunCfg, # The run
     device:str='auto', # As in `pick_device`
@@ -125,13 +127,13 @@ def prepare(
     device = pick_device(device)
     same = like is not None and _reads(cfg) == _reads(like.cfg) and device == like.device
     release = like.release if same else load_samples(cfg)
-    actor,boxes = boxes_of(release, cfg.actor)
+    actor,boxes,said = like.boxes if same else boxes_of(release, cfg.actor, device)
     parts = split_indices(release.samples, cfg.train.val_share, cfg.seed)
     targets = read_targets(release.samples, cfg)
     pools = exemplar_pools(release.samples, parts['train'], setting_of(cfg.dataset, cfg.setting))
     if same and like.backbone is None: source,backbone,loaded = like.source,None,like.provenance['weights']
     else: source,backbone,loaded = _source(cfg, release, boxes, device)
     provenance = dict(data=release.kind, release=release.root.name, counts={k: len(v) for k,v in parts.items()}, excluded=list(release.excluded),
-                      orphans=list(pools.orphans), actor=actor, mode=cfg.train.backbone, weights=loaded, device=str(device),
+                      orphans=list(pools.orphans), actor=actor, actor_boxes=said, mode=cfg.train.backbone, weights=loaded, device=str(device),
                       substitutes=substitutes(release, actor, pools, loaded['name']))
-    return Prepared(cfg, release, parts, targets, pools, source, backbone, device, provenance)
+    return Prepared(cfg, release, parts, targets, pools, source, backbone, device, provenance, (actor,boxes,said))

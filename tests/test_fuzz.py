@@ -7,7 +7,7 @@ from fuzz_annotations import READERS, fuzz
 
 from fspn_nb.data.untrusted import load_pickle
 
-FINE = {'named error', 'reported exclusion', 'no effect', 'another possible value'}
+FINE = {'named error', 'reported exclusion', 'no effect', 'seen by fspn_check'}
 
 
 @pytest.mark.parametrize('dataset, n', [('finediving', 14), ('mtl_aqa', 42), ('aqa7', 90)])

@@ -21,7 +21,7 @@ from fspn_nb.models.heads import ScoreBins
 from fspn_nb.models.i3d import I3D, fold, to_input
 from fspn_nb.models.zoo import create_model
 from fspn_nb.report.figures import save_figure
-from fspn_nb.report.heat import (box_shares, crop_window, heat_in_box, on_frames, paste, pick_failures, plot_failures, plot_heat, share_summary,
+from fspn_nb.report.heat import (box_shares, cell_centres, crop_window, heat_in_box, on_frames, paste, pick_failures, plot_failures, plot_heat, share_summary,
                                  video_heat)
 
 captum = pytest.importorskip('captum', reason="Captum is not installed (pip install 'fspn_nb[gradcam]')")
@@ -172,13 +172,19 @@ def test_heat_sits_in_the_corner_that_the_score_depends_on(corner):
     y, x = dict(tl=(0, 0), tr=(0, 48), bl=(48, 0), br=(48, 48))[corner]
     box = np.array([[x-4, y-4, x+20, y+20]]*20)
     shares = box_shares(made, box.clip(0, 64))
-    assert shares['scene'] > .95 and shares['scene_floor'] < .11 and np.isnan(shares['actor'])
+    assert shares['scene'] > .95 and shares['scene_floor'] < .11 and shares['scene_best'] > .9 and np.isnan(shares['actor'])
 
 
 def test_actor_heat_lands_on_the_actor():
     frames, box = film('br', 1), np.array([[44., 44., 64., 64.]]*20)
     shares = box_shares(video_heat(Eye().eval(), Red(), frames, box, CLIP, pad=.5), box)
     assert shares['actor'] > .8 and shares['actor_floor'] < .6 and np.isnan(shares['scene'])
+
+
+def test_box_outside_the_window_has_no_best_cell():
+    made = video_heat(Eye().eval(), Red(), F.pad(film('tl', 0), (0, 0, 0, 64)), clip=CLIP)
+    shares = box_shares(made, np.array([[0., 0., 20., 20.]]*20))
+    assert shares['scene_floor'] == 0 and np.isnan(shares['scene_best'])
 
 
 def test_heat_lands_at_the_time():
@@ -207,6 +213,23 @@ def test_scene_goes_there_and_back(h, w, orientation):
     frames[:, y-10:y, x-12:x+4] = 255
     back = paste(resize_crop(frames, 112, orientation)[:, 0]/255, crop_window(h, w, 112, orientation), h, w)
     assert heat_in_box(back, [[x-13, y-11, x+5, y+1]]) > .97
+
+
+@pytest.mark.parametrize('size, n', [(112, 4), (224, 7), (64, 2), (96, 3), (128, 4), (80, 3)])
+def test_cells_are_where_the_layers_look(size, n):
+    "Pooling alone, with I3D's padding: the middle of the pixels that reach a cell away from the border"
+    from fspn_nb.models.i3d import same_pad
+    pixels = [[i] for i in range(size)]
+    for k, s in [(u.stride*3+1 if u.stride > 1 else 0, u.stride) for u in [I3D().Conv3d_1a_7x7]]+[(p.kernel[2], p.stride[2]) for p in I3D().modules()
+                                                                             if type(p).__name__ == 'SamePool' and p.stride[2] > 1]:
+        front = same_pad((len(pixels),), (k,), (s,))[0][0]
+        pixels = [sum((pixels[j] for j in range(i*s-front, i*s-front+k) if 0 <= j < len(pixels)), []) for i in range(-(-len(pixels)//s))]
+    got = cell_centres(size)
+    assert len(got) == len(pixels) == n and np.allclose(np.diff(got), 32)
+    for i in range(n):
+        lo, hi = min(pixels[i]), max(pixels[i])
+        if lo > 0 and hi < size-1: assert got[i] == (lo+hi+1)/2
+        else: assert lo <= got[i] <= max(hi+1, size+16)
 
 
 @pytest.mark.parametrize('box', [(60, 50, 160, 120), (-20, -10, 40, 60), (200, 100, 250, 143), (100, 90, 104, 93)])
@@ -278,7 +301,7 @@ def test_failures_by_rule():
 
 
 def test_summary_without_heat():
-    t = pd.DataFrame(dict(scene=[np.nan]*3, scene_floor=[.1]*3))
+    t = pd.DataFrame(dict(scene=[np.nan]*3, scene_floor=[.1]*3, scene_best=[.4]*3))
     got = share_summary(t).loc['scene']
     assert got.n == 0 and got.cold == 3 and np.isnan(got.gain_lo)
 

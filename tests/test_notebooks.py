@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 LIBRARY = [p for p in NOTEBOOKS if re.match(r'\d\d_', p.name)]
 RUNS = [p for p in NOTEBOOKS if p.name.startswith('run_')]
-PARAMETERS = {'data_root','preset','methods','setting','seeds','backbone','weights','device','epochs','allow_missing','out'}
+PARAMETERS = {'data_root','preset','methods','seeds','backbone','weights','device','epochs','allow_missing','out'}
 
 
 def cells(path, kind='code'):
@@ -93,13 +93,24 @@ def test_data_and_models_do_not_know_each_other():
 @pytest.mark.parametrize('path', RUNS, ids=lambda p: p.stem)
 def test_parameters_survive(path):
     import papermill as pm
-    assert PARAMETERS <= set(pm.inspect_notebook(path)), 'the tag is gone, or a parameter is'
+    from fspn_nb.report.session import OWN, PARAMETERS as known
+    assert set(pm.inspect_notebook(path)) == PARAMETERS|set(OWN[path.stem.removeprefix('run_')]) == set(known)|set(OWN[path.stem.removeprefix('run_')]), 'the tag is gone, or a parameter is'
     nb = json.loads(path.read_text())
     tagged = [c for c in nb['cells'] if 'parameters' in c['metadata'].get('tags', [])]
     assert len(tagged) == 1
     for line in ast.parse(''.join(tagged[0]['source'])).body:
         assert isinstance(line, ast.Assign) and isinstance(line.value, ast.Constant), 'literals only: papermill replaces names, not what was computed from them'
     assert all('#' in line for line in ''.join(tagged[0]['source']).splitlines() if '=' in line), 'each parameter carries a comment'
+
+
+def test_run_notebooks_have_no_cell_in_common():
+    "What two of them would share belongs in the library; a line that calls it may look alike"
+    seen = {}
+    for path in RUNS:
+        for c in cells(path):
+            if sum(bool(o.strip()) for o in c.splitlines()) <= 4 or '# folder' in c or 'import' in c: continue
+            assert c not in seen, f'{path.name} repeats a cell of {seen[c]}: {c[:80]}'
+            seen[c] = path.name
 
 
 @pytest.mark.parametrize('path', RUNS, ids=lambda p: p.stem)

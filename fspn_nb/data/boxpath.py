@@ -54,8 +54,8 @@ def _step(a, b, gap):
     away = np.hypot(*np.moveaxis((a[:, None, :2]+a[:, None, 2:4]-b[None, :, :2]-b[None, :, 2:4])/2, -1, 0))
     return (np.minimum(away/np.sqrt(s*t), 3)+np.abs(np.log(s/t)))/np.sqrt(gap)
 
-# %% ../../nbs/16_data.boxpath.ipynb #69cc933e
-_MISS = 4. # loss for a frame without a candidate; D-55
+# %% ../../nbs/16_data.boxpath.ipynb #a70d48f5
+_MISS = 4. # loss for a frame without a candidate; D-80
 def _follow(cands, t, total, value, reach):
     "Best predecessor and value of each candidate of frame `t`"
     best,back = value-_MISS*t,[(-1,-1)]*len(value) # the path may begin here

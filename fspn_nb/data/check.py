@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'COLUMNS', 'look_at', 'shared_dives', 'check_release', 'summary', 'main']
 
-# %% ../../nbs/22_data.check.ipynb #b6d7c596
+# %% ../../nbs/22_data.check.ipynb #f6e5a645
 import argparse,hashlib,os,re,stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,10 +15,11 @@ from torchvision.io import ImageReadMode,decode_jpeg
 from ..core import progress,write_atomic
 from .aqa7 import read_aqa7
 from .finediving import read_finediving
+from .hashes import changed_files
 from .mtl_aqa import read_mtl_aqa
 from ..protocols import PROTOCOLS,SPORTS
 
-# %% ../../nbs/22_data.check.ipynb #dad82a0a
+# %% ../../nbs/22_data.check.ipynb #bb5a5007
 _AGAIN,_CLEAN = 'fetch this file again','remove what does not belong to the sample, or export the sample anew'
 _LEAK = 'never pre-train on the one and test on the other, or leave these samples out'
 KINDS = { # kind: (severity, what to do)
@@ -27,6 +28,7 @@ KINDS = { # kind: (severity, what to do)
     'no frames': ('missing', 'put the frames into this folder, or train without the sample (allow_missing)'),
     'frames missing': ('missing', 'add the frames with these numbers, or train without the sample (allow_missing)'),
     'wrong entry': ('wrong', 'take the annotations anew from the release; until then the sample is left out'),
+    'changed file': ('wrong', 'take it anew from the release: a changed score shows nowhere else'),
     'off by one': ('wrong', 'rename the files so that the first has the number of the first annotated frame'),
     'other numbers': ('wrong', 'export the sample anew with the numbers of the broadcast'),
     'too many frames': ('wrong', _CLEAN), 'number twice': ('wrong', _CLEAN),
@@ -208,10 +210,11 @@ def shared_dives(
         if near and _overlap(span(s), span(near)) > 0: rows.append((s.uid,s.split,near.uid,near.split,span(s),span(near)))
     return pd.DataFrame(rows, columns=['uid','split','other','other_split','span','other_span'])
 
-# %% ../../nbs/22_data.check.ipynb #10a22084
+# %% ../../nbs/22_data.check.ipynb #da62d0b3
 _READERS = {'finediving':read_finediving, 'mtl_aqa':read_mtl_aqa, 'aqa7':read_aqa7}
 _RELEASED = {'finediving':(2251,749), 'mtl_aqa':(1059,353), 'aqa7':tuple(sum(getattr(o, k) for o in SPORTS.values()) for k in ('train','test'))}
 _PAIR = {'finediving':'Annotations', 'mtl_aqa':'info'} # The two with common dives, and where their annotations lie
+_NOTES = _PAIR|{'aqa7':'Split_4'}
 
 # %% ../../nbs/22_data.check.ipynb #74e8230b
 def _count(dataset, samples, n_problems, bad):
@@ -223,6 +226,13 @@ def _count(dataset, samples, n_problems, bad):
     left = f'; {n_problems} more left out' if n_problems else ''
     rest = f'{len(good):,} without a fault ({say(split(good))})' if bad is not None else 'frames not looked at'
     return '','samples',f'{len(samples):,} samples ({say(have)}), {what}{left}; {rest}',''
+
+# %% ../../nbs/22_data.check.ipynb #1ecb25c8
+def _changed(dataset, root, annotations):
+    "Rows for annotation files that are not the released ones, beside others that are"
+    place = Path(annotations or Path(root)/_NOTES[dataset]).expanduser()
+    folder = place if place.is_dir() else Path(root or place).expanduser()
+    return [('','changed file',f'{o} is not the file that was released',folder/o) for o in changed_files(folder)]
 
 # %% ../../nbs/22_data.check.ipynb #f2d7079e
 def _leaks(samples, name, root):
@@ -236,7 +246,7 @@ def _leaks(samples, name, root):
         if (o.split,o.other_split) in kinds: rows.append((o.uid,kinds[o.split,o.other_split],f'is {o.other} of {title}; frames {o.span[0]}..{o.span[1]} here, {o.other_span[0]}..{o.other_span[1]} there',''))
     return rows
 
-# %% ../../nbs/22_data.check.ipynb #54a2e073
+# %% ../../nbs/22_data.check.ipynb #d481c3b5
 def check_release(
     dataset:str, # 'finediving' | 'mtl_aqa' | 'aqa7'
     root, # Folder of the release; None: annotations only
@@ -256,7 +266,7 @@ def check_release(
     rows = [(uid,'left out' if uid.startswith('trampoline/') else 'wrong entry',why,'') for uid,why in problems]+_spans(dataset, samples)
     if root is not None: rows += [r for s in samples for r in _numbering(s)]+_all_files(samples, decode, workers)
     bad = None if root is None else {r[0] for r in rows if KINDS[r[1]][0] != 'note'}
-    rows += [r for s in samples for r in _marks(s)]+_exemplars(dataset, samples)+(_leaks(samples, *against) if against else [])
+    rows += _changed(dataset, root, annotations)+[r for s in samples for r in _marks(s)]+_exemplars(dataset, samples)+(_leaks(samples, *against) if against else [])
     return _table(dataset, [_count(dataset, samples, len([r for r in rows if r[1] == 'wrong entry']), bad),*rows])
 
 # %% ../../nbs/22_data.check.ipynb #2a3d7e84

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Release', 'describe', 'load_samples', 'split_indices', 'axis_of', 'move_window', 'Targets', 'unit_of', 'read_targets',
-           'dive_clips', 'boxes_of', 'ClipSource', 'FeatureSource', 'make_batch']
+           'dive_clips', 'athletes_of', 'boxes_of', 'ClipSource', 'FeatureSource', 'make_batch']
 
-# %% ../../nbs/18_data.loaders.ipynb #a30628e1
+# %% ../../nbs/18_data.loaders.ipynb #0d86c1b5
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass,field,replace
 from pathlib import Path
@@ -18,10 +18,12 @@ from torch import Tensor
 from ..config import ActorCfg,ClipCfg,RunCfg
 from ..core import Batch,counter_rng
 from . import aqa7,finediving,mtl_aqa
-from .actor import actor_boxes,crop_actor,read_boxes
+from .actor import actor_boxes,crop_actor,read_boxes,smooth_boxes
 from .clips import frame_ids,load_frames,resize_crop,to_clips
+from .detect import get_detector
 from .records import Sample,check_samples,steps_on_axis
 from .synth import synth_release
+from .track import detect_boxes,fallback_line
 from ..protocols import Unit,setting_of
 
 # %% ../../nbs/18_data.loaders.ipynb #7c5649f5
@@ -145,16 +147,36 @@ def dive_clips(
     cut = lambda x: to_clips(x, clip.starts, clip.length).transpose(1, 2).contiguous() # (K,L,3,..) -> (K,3,L,..)
     return cut(scene), cut(actor)
 
-# %% ../../nbs/18_data.loaders.ipynb #ad6d2065
+# %% ../../nbs/18_data.loaders.ipynb #584192c2
+def athletes_of(
+    sample:Sample, # Of any dataset
+)->int: # 1 or 2
+    "How many athletes perform in `sample`"
+    return 2 if 'sync' in f'{sample.uid} {sample.action}'.lower() else 1
+
+# %% ../../nbs/18_data.loaders.ipynb #54166655
+def _detected(samples, detector):
+    "Calm boxes of all `samples` by `detector`, and what to say about them"
+    boxes,said = {},[]
+    for n in (1,2):
+        if not (some := [o for o in samples if athletes_of(o) == n]): continue
+        found,report = detect_boxes(some, detector, actors=n)
+        boxes |= {k: smooth_boxes(v) for k,v in found.items()}
+        said.append(fallback_line(report))
+    return boxes,said
+
+# %% ../../nbs/18_data.loaders.ipynb #32cd6df5
 def boxes_of(
     release:Release, # Samples and their root
-    actor:ActorCfg, # 'auto' takes the release's own truth where it has one
-)->tuple[str,dict[str,np.ndarray|None]]: # Name of the source; box per frame, or None, for each uid
+    actor:ActorCfg, # 'auto' takes the release's own truth where it has one, else motion
+    device='cpu', # Where a detector runs, if it can
+)->tuple[str,dict[str,np.ndarray|None],list[str]]: # Name of the source; box per frame, or None, for each uid; what to say about them
     "Actor boxes for every sample of `release`"
     truth = release.root/'truth'/'boxes.csv'
-    source = ('truth' if truth.is_file() else 'none') if actor.source == 'auto' else actor.source
+    source = ('truth' if truth.is_file() else 'motion') if actor.source == 'auto' else actor.source
+    if source in ('motion','ssd300','onnx'): return source, *_detected(release.samples, get_detector(source, actor.weights, device))
     table = read_boxes(truth if source == 'truth' else actor.boxes) if source != 'none' else {}
-    return source, {o.uid: actor_boxes(o, source, table) for o in release.samples}
+    return source, {o.uid: actor_boxes(o, source, table) for o in release.samples}, []
 
 # %% ../../nbs/18_data.loaders.ipynb #2739362f
 class ClipSource:

@@ -33,8 +33,8 @@ from .tables import collect,ours_vs_paper,read_predictions
 from .wide import add_averages
 from ..train import fit
 
-# %% ../../nbs/62_report.session.ipynb #bd975d9b
-PARAMETERS = ('data_root','preset','methods','seeds','backbone','weights','device','epochs','allow_missing','out') # of every run notebook
+# %% ../../nbs/62_report.session.ipynb #e6966182
+PARAMETERS = ('data_root','preset','methods','seeds','backbone','weights','device','epochs','allow_missing','actor','actor_file','out') # of every run notebook
 OWN = dict(finediving=('setting','per_difficulty'), mtl_aqa=('setting',), aqa7=('classes','ranges')) # of one
 
 @dataclass
@@ -64,7 +64,7 @@ def given_parameters(
     if lost := [k for k in known if k not in values]: raise ValueError(f"need the parameters {', '.join(known)}, got none called {', '.join(lost)}; keep the notebook's parameters cell whole")
     return values
 
-# %% ../../nbs/62_report.session.ipynb #d1831d6b
+# %% ../../nbs/62_report.session.ipynb #2c560f24
 def start(
     dataset:str, # 'finediving' | 'mtl_aqa' | 'aqa7'
     names:dict, # The notebook's `globals()`, after its parameters cell
@@ -74,7 +74,8 @@ def start(
     p = given_parameters(dataset, names)
     preset = 'smoke' if os.environ.get('IN_TEST') else p['preset']
     mode = pick_backbone(p['backbone'], pick_device(p['device']), preset)
-    own = dict(data_root=str(p['data_root']), allow_missing=p['allow_missing'], weights=p['weights'], train__backbone=mode, model__adapter=mode == 'frozen', ranges=p.get('ranges', 'literature'))
+    own = dict(data_root=str(p['data_root']), allow_missing=p['allow_missing'], weights=p['weights'], train__backbone=mode, model__adapter=mode == 'frozen', ranges=p.get('ranges', 'literature'),
+        actor__source=p['actor'], **{'actor__boxes' if p['actor'] == 'boxes' else 'actor__weights': str(p['actor_file'])})
     base = recipe(dataset, preset, **own, **changes)
     runs = plan_runs(base, p['methods'], p.get('setting', p.get('classes')), p['seeds'], p.get('per_difficulty', False), p['epochs'])
     print(f'preset {preset}, changed: {diff(base, recipe(dataset, preset)) or "nothing"}', *map(run_id, runs), sep='\n')
@@ -87,7 +88,7 @@ def _say(said, data):
     if new: print(*new, sep='\n')
     said.extend(new)
 
-# %% ../../nbs/62_report.session.ipynb #9a1aea34
+# %% ../../nbs/62_report.session.ipynb #596a57e7
 def read_data(
     session:Session, # From `start`
 )->dict[str,Prepared]: # Under the action class ('' where there is one set of samples)
@@ -100,6 +101,7 @@ def read_data(
         data = found[only] = prepare(cfg, session.device)
         counts = ', '.join(f'{len(v)} {k}' for k,v in data.parts.items())
         print(f"{only or session.protocol.title} ({data.release.kind}): {counts} {session.protocol.noun}s; ready after {time.perf_counter()-began:.0f} s")
+        print(*data.provenance['actor_boxes'], sep='\n', end='\n'*bool(data.provenance['actor_boxes']))
         _say(said, data)
     return found
 
