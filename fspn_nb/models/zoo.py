@@ -5,18 +5,34 @@
 # %% auto #0
 __all__ = ['MODELS', 'list_models', 'create_model', 'random_batch', 'check_model']
 
-# %% ../../nbs/48_models.zoo.ipynb #2d452500
+# %% ../../nbs/48_models.zoo.ipynb #0adccf09
+from dataclasses import replace
+
 import torch
 from torch import Tensor,nn
 
 from ..config import ModelCfg
 from ..core import Batch
+from .baselines import I3DAvg,I3DClipMLP,I3DLSTM,I3DSVR
+from .core_tree import build_core_tree
 from .fspn import build_fspn
 from .i3d_mlp import build_i3d_mlp
+from .usdl import build_musdl,build_usdl
 
-# %% ../../nbs/48_models.zoo.ipynb #6e0a23d3
+# %% ../../nbs/48_models.zoo.ipynb #8218184d
+def _plain(cls):
+    "A builder for a method that takes nothing but its labels' scale from the training split"
+    return lambda cfg,labels,groups: cls(cfg, labels.tolist())
+
 MODELS = {
     'i3d_mlp': build_i3d_mlp,
+    'i3d_clip_mlp': _plain(I3DClipMLP),
+    'i3d_svr': _plain(I3DSVR),
+    'i3d_lstm': _plain(I3DLSTM),
+    'i3d_avg': _plain(I3DAvg),
+    'usdl': build_usdl,
+    'musdl': build_musdl,
+    'core_tree': build_core_tree,
     'fspn_s': lambda cfg,labels,groups: build_fspn(cfg, labels, groups, stages=1),
     'fspn_m': lambda cfg,labels,groups: build_fspn(cfg, labels, groups, stages=2),
     'fspn': build_fspn}
@@ -40,7 +56,7 @@ def create_model(
     if len(groups) != len(labels): raise ValueError(f'need one exemplar group per label, got {len(groups)} for {len(labels)}')
     return MODELS[name](cfg or ModelCfg(name=name), labels, groups)
 
-# %% ../../nbs/48_models.zoo.ipynb #f6998985
+# %% ../../nbs/48_models.zoo.ipynb #f70d9df5
 def random_batch(
     b:int=4, # Dives
     clips:int=9, # K
@@ -49,28 +65,61 @@ def random_batch(
 )->Batch: # Features (b,clips,1024) and labels between 0 and 100
     "A batch without any meaning, for tests"
     g = torch.Generator().manual_seed(seed)
-    one = lambda: Batch(torch.randn(b, clips, 1024, generator=g), torch.randn(b, clips, 1024, generator=g), torch.rand(b, generator=g)*100,
-                        torch.rand(b, generator=g)*2+1.5, uid=tuple(f'{seed}/{i}' for i in range(b)))
+    def one():
+        scene,actor = torch.randn(2, b, clips, 1024, generator=g)
+        label,dd = torch.rand(b, generator=g)*100,torch.rand(b, generator=g)*2+1.5
+        steps = torch.randint(10, 40, (b,2), generator=g).cumsum(1)
+        marks = torch.randint(0, 21, (b,7), generator=g)/2
+        marks[1:2, 5:] = float('nan')
+        return Batch(scene, actor, label, dd, steps, marks, tuple(f'{seed}/{i}' for i in range(b)))
     batch = one()
     if exemplar: batch.exemplar = one()
     return batch
 
-# %% ../../nbs/48_models.zoo.ipynb #fe950b5d
+# %% ../../nbs/48_models.zoo.ipynb #4e4a9b51
+def _check_training(name, model, batch):
+    "Score, losses and gradients of one pass in training mode"
+    out = model.train()(batch)
+    assert out.score.shape == (len(batch),) and torch.isfinite(out.score).all(), f'{name}: score must be (B,) and finite'
+    assert out.losses and torch.isfinite(out.total), f'{name}: training needs finite losses'
+    out.total.backward()
+    idle = [n for n,p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not idle, f'{name}: parameters without a gradient: {idle}'
+    return out.losses
+
+@torch.no_grad()
+def _check_evaluation(name, model, batch):
+    "Evaluation repeats itself, and `encode` and `score` say what the whole says"
+    a,b = model.eval()(batch).score,model(batch).score
+    assert torch.equal(a, b), f'{name}: evaluation must repeat itself'
+    mine = model.encode(batch).feature
+    if not model.uses_exemplar: return torch.testing.assert_close(model.score(mine), a, rtol=1e-3, atol=.05, msg=f'{name}: encode and score must agree with the whole')
+    other,label = model.encode(batch.exemplar).feature,batch.exemplar.label
+    torch.testing.assert_close(model.score(mine, other, label), a, rtol=1e-3, atol=.05, msg=f'{name}: encode and score must agree with the whole')
+    many,labels = other.expand(len(batch), *other.shape),label.expand(len(batch), -1) # every exemplar for every dive
+    votes = model.score(mine[:,None], many, labels)
+    assert votes.shape == labels.shape, f'{name}: M exemplars must give (B,M) votes, got {tuple(votes.shape)}'
+    torch.testing.assert_close(model.score(mine[:,None], many.flip(1), labels.flip(1)).flip(1), votes, rtol=1e-3, atol=.05, msg=f'{name}: the order of exemplars must not matter')
+
+def _check_missing(name, model, batch):
+    "Every field that is needed is named when it is not there"
+    model.train()
+    for field in (*model.needs, *getattr(model, 'trains_on', ()), *['exemplar']*model.uses_exemplar):
+        try: model(replace(batch, **{field: None}))
+        except ValueError as e: assert field in str(e), f'{name}: the error about a missing {field} must name it, got {e}'
+        else: raise AssertionError(f'{name}: a batch without {field} must raise a ValueError')
+
+# %% ../../nbs/48_models.zoo.ipynb #072b028a
 def check_model(
     name:str, # One of `list_models`
     cfg:ModelCfg|None=None, # Its parts
 )->dict: # Parameters, losses and what it needs
     "Raise an `AssertionError` where the method `name` breaks the contract"
-    model = create_model(name, cfg).train()
-    batch = random_batch(exemplar=model.uses_exemplar)
-    out = model(batch)
-    assert out.score.shape == (4,) and torch.isfinite(out.score).all(), f'{name}: score must be (B,) and finite'
-    assert out.losses and torch.isfinite(out.total), f'{name}: training needs finite losses'
-    out.total.backward()
-    idle = [n for n,p in model.named_parameters() if p.grad is None]
-    assert not idle, f'{name}: parameters without a gradient: {idle}'
-    model.eval()
-    with torch.no_grad(): a,b = model(batch).score,model(batch).score
-    assert torch.equal(a, b), f'{name}: evaluation must repeat itself'
-    return dict(method=name, parameters=sum(p.numel() for p in model.parameters()), losses=', '.join(out.losses),
-                needs=', '.join(model.needs), exemplar=model.uses_exemplar)
+    cfg = cfg or ModelCfg(name=name)
+    model = create_model(name, cfg)
+    batch = random_batch(clips=cfg.clips, exemplar=model.uses_exemplar)
+    losses = _check_training(name, model, batch)
+    _check_evaluation(name, model, batch)
+    _check_missing(name, model, batch)
+    return dict(method=name, parameters=sum(p.numel() for p in model.parameters()), losses=', '.join(losses),
+                needs=', '.join((*model.needs, *getattr(model, 'trains_on', ()))), exemplar=model.uses_exemplar)

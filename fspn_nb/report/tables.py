@@ -116,14 +116,14 @@ def average_seeds(
 _DATA = dict(real='real', synthetic='synthetic, not comparable with the paper', none='no finished run')
 _MIXED = 'real and synthetic mixed; the synthetic rows are not comparable with the paper'
 
-# %% ../../nbs/60_report.tables.ipynb #309bd49b
+# %% ../../nbs/60_report.tables.ipynb #6050e28b
 def caption(
     name:str, # The paper's table, 'IX'
     runs:pd.DataFrame, # From `collect`
 )->str: # One paragraph
     "What must be known to read our numbers: data, mode, weights, preset, epoch rule, interval, broken runs"
     ok,bad = runs[runs.problem == ''],runs[runs.problem != '']
-    said = {o: ', '.join(sorted(map(str, ok[o].unique()))) or 'none' for o in ('data','mode','weights','preset','epoch_rule','seed')}
+    said = {o: ', '.join(sorted(map(str, ok[o].unique()))) or 'none' for o in ('data','mode','weights','preset','epoch_rule')}|{'seed': ', '.join(map(str, sorted({int(o) for o in ok.seed}))) or 'none'}
     text = (f"Table {name}, ours beside the paper. Data: {_DATA.get(said['data'], _MIXED)}. Backbone: {said['mode']}; weights: {said['weights']}; preset: {said['preset']}; "
             f"epoch rule: {said['epoch_rule']}; seeds: {said['seed']}. Ours is the mean over seeds; brackets hold the 95 % bootstrap interval over test dives of the lowest seed.")
     return text+(f" Broken runs left out: {', '.join(bad.run)}." if len(bad) else '')
