@@ -1,5 +1,6 @@
 "Sizes: counts by hand, the backbone's known figures, FSPN's weights, and every method of the zoo"
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -132,3 +133,10 @@ def test_latency_is_a_median_of_seconds():
     assert 0 < latency_of(nn.Linear(3, 2), torch.zeros(1, 3), n=1) < 1
     with pytest.raises(ValueError, match='at least one call'): latency_of(nn.Linear(3, 2), torch.zeros(1, 3), n=0)
     assert 'seconds' in complexity_table(['i3d_mlp'], n=1)
+
+
+@pytest.mark.parametrize('name, counted', [('core_tree', 2_510_382), ('musdl', 2_086_035), ('tsa', 311_759)])
+def test_d94_sizes_counted_in_the_released_code_are_ours_and_not_the_prints(table, name, counted):
+    if name not in list_models(): pytest.skip(f'{name} is not in the zoo')
+    printed = pd.concat([paper_table(o) for o in ('VII', 'VIII')]).set_index('method').mparams[name]
+    assert table.set_index('method').parameters[name] == counted and abs(counted/1e6/printed-1) > .1

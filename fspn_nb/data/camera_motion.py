@@ -70,14 +70,14 @@ def _against(frame, low, high, moves):
     for m in moves[1:]: left = np.fmin(left, _off(frame, low, high, m))
     return left
 
-# %% ../../nbs/16_data.camera_motion.ipynb #0cd36296
+# %% ../../nbs/16_data.camera_motion.ipynb #357e6769
 def _compared(f, low, high, spectra, gap, steps):
     "(T,h,w) residual at distance `gap`, NaN where there is none; fills `steps` with the main shift of each pair at gap 1"
     n,h,w = f.shape[:3]
     before,after = (np.full((n,h,w), np.nan, np.float32) for _ in range(2))
     for t in range(n-gap):
         guess = tuple(int(v) for v in np.sum(steps[t:t+gap], 0)) if gap > 1 else steps[-1] if steps else (0,0)
-        tries = list(dict.fromkeys([*shift_peaks(spectra[t], spectra[t+gap], (h,w)), guess]))
+        tries = [m for m in dict.fromkeys([*shift_peaks(spectra[t], spectra[t+gap], (h,w)), guess]) if abs(m[0]) < h and abs(m[1]) < w] or [(0,0)]
         moves,left = _layers(f[t+gap], low[t], high[t], tries)
         if gap == 1: steps.append(moves[0])
         elif abs(moves[0][0]) > .3*h or abs(moves[0][1]) > .3*w: continue

@@ -105,13 +105,14 @@ class Targets:
     unit:Unit=Unit() # What a label means
     judges:Tensor|None=None # (n,7) single marks, NaN where a panel is smaller; None where a dataset has none
 
-# %% ../../nbs/18_data.loaders.ipynb #6dd50c7b
+# %% ../../nbs/18_data.loaders.ipynb #cc850a4f
 def read_judges(
     samples, # Sequence of `Sample`
 )->Tensor|None: # (n,7), NaN where a panel is smaller; None where a sample has no marks
-    "The marks of `samples`"
+    "The marks of `samples`; one that no judge can give (45 for 4.5) counts as none, `fspn_check` names it"
     if not all(o.judges for o in samples): return None
-    return torch.tensor([(*o.judges[:7], *[float('nan')]*(7-len(o.judges))) for o in samples])
+    marks = torch.tensor([(*o.judges[:7], *[float('nan')]*(7-len(o.judges))) for o in samples])
+    return torch.where((marks >= 0) & (marks <= 10), marks, float('nan'))
 
 # %% ../../nbs/18_data.loaders.ipynb #42b51b7d
 def unit_of(

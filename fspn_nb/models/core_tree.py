@@ -87,7 +87,7 @@ def pair_vector(
     "What the tree sees of a pair"
     return torch.cat([reference, other, label[...,None].to(reference.dtype)], -1)
 
-# %% ../../nbs/42_models.core_tree.ipynb #85027626
+# %% ../../nbs/42_models.core_tree.ipynb #30622cba
 class CoRe(nn.Module):
     "Mean over the clips, and a tree that says the difference to an exemplar"
     uses_exemplar,needs = True,('scene',)
@@ -146,7 +146,7 @@ class CoRe(nn.Module):
         a,b = batch.label,batch.exemplar.label
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training): score = self.score(mine, theirs, b)
         if a is None: return Output(score)
-        said = self.ask(torch.cat([theirs, mine]), torch.cat([mine, theirs]), torch.cat([b, a])) # D-P7
+        said = self.ask(torch.cat([theirs, mine]), torch.cat([mine, theirs]), torch.cat([b, a])) # D-106
         return Output(score, leaf_losses(*said, torch.cat([a-b, b-a]), self.bins))
 
 # %% ../../nbs/42_models.core_tree.ipynb #488b0296

@@ -179,15 +179,15 @@ def scene_shift(
     a,b = (watched.table[watched.table.run == LABELS[k]].set_index('uid').scene for k in ('fspn','without'))
     return dict(zip(('gap','lo','hi'), _mean_gap(a, b.reindex(a.index))))
 
-# %% ../../nbs/63_report.attention.ipynb #cd9f2b78
+# %% ../../nbs/63_report.attention.ipynb #f3576ec1
 def readable_shares(
     shares:pd.DataFrame, # From `share_table`
 )->pd.DataFrame: # Text only
     "`shares` as a person wants it, in percent"
-    def with_ci(r, k): return '-' if pd.isna(r[k]) else f'{100*r[k]:+.1f} [{100*r[k+"_lo"]:+.1f}, {100*r[k+"_hi"]:+.1f}]'
+    def _with_ci(r, k): return '-' if pd.isna(r[k]) else f'{100*r[k]:+.1f} [{100*r[k+"_lo"]:+.1f}, {100*r[k+"_hi"]:+.1f}]'
     part = pd.DataFrame({'network': shares.run, 'stream': shares.stream, 'dives': shares.n, 'without heat': shares.cold})
     for title,k in (('in the box %','share'), ('floor %','floor'), ('best %','best')): part[title] = shares[k].map(lambda v: '-' if pd.isna(v) else f'{100*v:.1f}')
-    return part.assign(**{'above floor': [with_ci(r, 'gain') for _,r in shares.iterrows()], 'above shuffled': [with_ci(r, 'over_shuffled') for _,r in shares.iterrows()]})
+    return part.assign(**{'above floor': [_with_ci(r, 'gain') for _,r in shares.iterrows()], 'above shuffled': [_with_ci(r, 'over_shuffled') for _,r in shares.iterrows()]})
 
 # %% ../../nbs/63_report.attention.ipynb #88a4347d
 def heat_caption(
