@@ -24,8 +24,12 @@ test: $(ENV)  ## every notebook under nbdev_test, then pytest
 	@echo "== nbdev_test: every notebook, two at a time"
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 2>&1 | tee .venv/nbdev_test.log
 	@grep -q '^Success\.' .venv/nbdev_test.log || { echo "nbdev_test tested nothing: see .venv/nbdev_test.log"; exit 1; }
-	@echo "== pytest"
-	@$(BIN)/python -m pytest
+	@echo "== pytest, in two halves side by side"
+	@export OMP_NUM_THREADS=1; one=0; two=0; \
+	 $(BIN)/python -m pytest tests/test_[a-p]*.py > .venv/pytest_1.log 2>&1 & half=$$!; \
+	 $(BIN)/python -m pytest tests/test_[q-z]*.py || two=$$?; \
+	 wait $$half || one=$$?; cat .venv/pytest_1.log; \
+	 test $$one -eq 0 -a $$two -eq 0
 
 check: $(ENV)  ## notebooks are clean and fspn_nb/ is what they export
 	@echo "== nbdev_clean and nbdev_export must change nothing"
