@@ -211,8 +211,9 @@ def finediving(
     "The run that `preset` describes on FineDiving, with `changes`"
     return recipe('finediving', preset, **changes)
 
-# %% ../nbs/01_config.ipynb #70fcf50d
-PATIENCE = {('demo','i3d_mlp'): 5} # (preset, method): how many times the preset's epochs; 1 where it is not listed
+# %% ../nbs/01_config.ipynb #26e4910c
+_SMALL = ('i3d_mlp','i3d_svr','i3d_avg','usdl','musdl','core_tree') # heads on the mean of the clips: cheap epochs, and undertrained after twenty
+PATIENCE = {('demo',m): 5 for m in _SMALL} # (preset, method): how many times the preset's epochs; 1 where it is not listed
 
 def method_epochs(
     cfg:RunCfg, # A run of any method

@@ -93,7 +93,7 @@ def file_hash(
     "SHA-256 of the content of `path`"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:digits]
 
-# %% ../nbs/00_core.ipynb #451302c4
+# %% ../nbs/00_core.ipynb #2630a3cc
 @dataclass
 class Batch:
     "B dives, as a model is given them"
@@ -103,6 +103,8 @@ class Batch:
     difficulty:Tensor|None=None # (B,) degree of difficulty
     steps:Tensor|None=None # (B,2) first frame of the second and of the last step, 0..T-1; for evaluation only
     judges:Tensor|None=None # (B,7) single marks, NaN where a panel is smaller
+    maps:Tensor|None=None # (B,K,C,h,w) clip features that keep their place in the picture, for methods that look there (TSA)
+    cells:Tensor|None=None # (B,20,C) one vector per clip of eight frames, for methods with a finer clock (TPT)
     uid:tuple[str,...]=() # Names of the dives
     exemplar:'Batch|None'=None # One exemplar per dive
 

@@ -190,8 +190,8 @@ def validate(
     if len(ids) < 3: return float('nan')
     return spearman(predict(model, data, ids, min(3, data.cfg.eval.exemplars))[0], data.targets.label[torch.as_tensor(ids)].numpy())
 
-# %% ../nbs/51_train.ipynb #c73df4d3
-def _epochs(model, data, run, bar):
+# %% ../nbs/51_train.ipynb #5469714f
+def _epochs(model, data, run, bar, each=None):
     "Train from the newest checkpoint of `run` to the end, one checkpoint per epoch"
     cfg,last = data.cfg,run/'last.pt'
     optimiser = make_optimiser(model, cfg)
@@ -206,6 +206,7 @@ def _epochs(model, data, run, bar):
         row = dict(epoch=epoch+1, lr=optimiser.param_groups[0]['lr'], **train_epoch(model, data, optimiser, schedule, epoch))
         row['val_rho'] = validate(model, data) if (epoch+1) % max(1, cfg.train.epochs//10) == 0 else float('nan')
         history.append(dict(row, seconds=round(time.perf_counter()-began, 3)))
+        if each: each(model, data, epoch+1, run)
         if row['val_rho'] > best:
             best = row['val_rho']
             save_ckpt(run/'best_val.pt', run_id=run_id(cfg), epoch=epoch+1, model=model.state_dict())
@@ -213,12 +214,13 @@ def _epochs(model, data, run, bar):
                   optimiser=optimiser.state_dict(), schedule=schedule.state_dict())
         write_atomic(run/'log.csv', pd.DataFrame(history).to_csv(index=False))
 
-# %% ../nbs/51_train.ipynb #47532dbb
+# %% ../nbs/51_train.ipynb #f9c0b77b
 def fit(
     cfg:RunCfg, # The run
     out:str|Path='', # Folder for all runs; '': `reports`
     device:str='auto', # As in `pick_device`
     data:Prepared|None=None, # What `prepare(cfg)` gave, where it is at hand
+    each=None, # Called with (model, data, epoch, folder) after each epoch and before its checkpoint; a spectator, it must not train
 )->Path: # The run's folder: <out>/<dataset>/<run_id>
     "Train `cfg`, or go on where an interrupted run stopped"
     check(cfg)
@@ -229,7 +231,7 @@ def fit(
     save_cfg(cfg, run/'config.json')
     write_json(run/'provenance.json', dict(data.provenance, run_id=run_id(cfg), preset=cfg.preset, seed=cfg.seed,
                epoch_rule=cfg.eval.epoch_rule, environment=environment(), parameters=sum(p.numel() for p in model.parameters())))
-    _epochs(model, data, run, progress)
+    _epochs(model, data, run, progress, each)
     return run
 
 # %% ../nbs/51_train.ipynb #ca5a518d

@@ -56,7 +56,7 @@ def create_model(
     if len(groups) != len(labels): raise ValueError(f'need one exemplar group per label, got {len(groups)} for {len(labels)}')
     return MODELS[name](cfg or ModelCfg(name=name), labels, groups)
 
-# %% ../../nbs/48_models.zoo.ipynb #f70d9df5
+# %% ../../nbs/48_models.zoo.ipynb #50555d3c
 def random_batch(
     b:int=4, # Dives
     clips:int=9, # K
@@ -64,14 +64,15 @@ def random_batch(
     seed:int=0, # Of the numbers
 )->Batch: # Features (b,clips,1024) and labels between 0 and 100
     "A batch without any meaning, for tests"
-    g = torch.Generator().manual_seed(seed)
+    g,h = (torch.Generator().manual_seed(s) for s in (seed, seed+1000))
     def one():
         scene,actor = torch.randn(2, b, clips, 1024, generator=g)
         label,dd = torch.rand(b, generator=g)*100,torch.rand(b, generator=g)*2+1.5
         steps = torch.randint(10, 40, (b,2), generator=g).cumsum(1)
         marks = torch.randint(0, 21, (b,7), generator=g)/2
         marks[1:2, 5:] = float('nan')
-        return Batch(scene, actor, label, dd, steps, marks, tuple(f'{seed}/{i}' for i in range(b)))
+        maps,cells = torch.randn(b, clips, 1024, 2, 2, generator=h),torch.randn(b, 20, 1024, generator=h)
+        return Batch(scene, actor, label, dd, steps, marks, maps, cells, tuple(f'{seed}/{i}' for i in range(b)))
     batch = one()
     if exemplar: batch.exemplar = one()
     return batch
