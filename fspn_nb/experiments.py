@@ -50,8 +50,8 @@ BEYOND = {
 PEERS = {m: dict(model__name=m) for m in list_models() if not m.startswith('fspn') and m != 'i3d_mlp'}
 EXPERIMENTS = {**PARTS, **SIZES, **BEYOND, **PEERS}
 
-# %% ../nbs/54_experiments.ipynb #a9cfa6cf
-CELLS = pd.read_csv(StringIO("""table,row,experiment
+# %% ../nbs/54_experiments.ipynb #daac585c
+_TABLES = """
 I,I3D+MLP,i3d_mlp
 I,I3D+IAP,i3d_iap
 I,I3D+SMT,i3d_smt
@@ -84,6 +84,10 @@ III,6 heads,heads_6
 III,8 heads,fspn
 III,10 heads,heads_10
 III,12 heads,heads_12
+"""
+
+# %% ../nbs/54_experiments.ipynb #63d73b31
+_FIGURES = """
 Fig. 6,I3D+MLP,i3d_mlp
 Fig. 6,I3D+IAP,i3d_iap
 Fig. 6,I3D+SMT,i3d_smt
@@ -110,7 +114,8 @@ beyond,argmax decoding,argmax
 beyond,scene residual,scene_residual
 beyond,no adapter,no_adapter
 beyond,frames as the peers,peer_frames
-""")).assign(setting='w_dn')
+"""
+CELLS = pd.read_csv(StringIO(_TABLES+_FIGURES), names=['table','row','experiment']).assign(setting='w_dn')
 
 # %% ../nbs/54_experiments.ipynb #18638f0c
 def _table_ix():

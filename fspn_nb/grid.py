@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VOTERS', 'KNOWN', 'watch', 'vote_table', 'run_one', 'encode_all', 'run_grid', 'grid_parameters']
 
-# %% ../nbs/55_grid.ipynb #c12c70a9
+# %% ../nbs/55_grid.ipynb #7dfccb5c
 import contextlib,io,multiprocessing,os,time
 from concurrent.futures import ProcessPoolExecutor,as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .config import RunCfg,check
+from .config import READS,RunCfg,check
 from .core import progress,reports_dir,write_atomic
 from .data.features import cache_features
 from .data.loaders import boxes_of,load_samples
@@ -94,14 +94,14 @@ def _work(cfg, out, device, extras, keep):
         return 'trained',time.perf_counter()-began,m['spearman'],''
     except Exception as e: return 'failed',time.perf_counter()-began,float('nan'),f'{type(e).__name__}: {e}'
 
-# %% ../nbs/55_grid.ipynb #a90698ee
+# %% ../nbs/55_grid.ipynb #768a5212
 def _encode(cfg, part, parts, device):
     "File the features of every `parts`-th video from `part` on"
     with _single(device):
         release = load_samples(cfg)
         boxes = boxes_of(release, cfg.actor, pick_device(device))[1]
         encode,key = frozen_encoder(cfg.weights, pick_device(device))
-        cache_features(release.samples[part::parts], cfg, boxes, encode, key)
+        cache_features(release.samples[part::parts], cfg, boxes, encode, key, kinds=READS.get(cfg.model.name, ()))
 
 def encode_all(
     cfgs, # Runs
@@ -112,7 +112,7 @@ def encode_all(
     "File the features that `cfgs` need, side by side"
     firsts = {}
     for c in cfgs:
-        if c.train.backbone == 'frozen': firsts.setdefault((c.clip, c.actor, c.synth, c.data_root), c)
+        if c.train.backbone == 'frozen': firsts.setdefault((c.clip, c.actor, c.synth, c.data_root, READS.get(c.model.name, ())), c)
     for c in firsts.values():
         load_samples(c) # draws a synthetic release before anybody looks for it
         for f in [pool.submit(_encode, c, i, workers, device) for i in range(workers)]: f.result()

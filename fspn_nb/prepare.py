@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pick_device', 'pick_backbone', 'load_backbone', 'frozen_encoder', 'Prepared', 'substitutes', 'prepare']
 
-# %% ../nbs/21_prepare.ipynb #152e9b83
+# %% ../nbs/21_prepare.ipynb #25a177c2
 import json
 from dataclasses import dataclass,replace
 from functools import partial
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .config import RunCfg
+from .config import READS,RunCfg
 from .core import file_hash
 from .data.features import cache_features
 from .data.exemplars import Pools,exemplar_pools
@@ -53,7 +53,7 @@ def load_backbone(
     if weights == 'random': return model, dict(name='random', sha256='random', layout='none')
     return model, load_kinetics(model, weights or None)
 
-# %% ../nbs/21_prepare.ipynb #11a964cc
+# %% ../nbs/21_prepare.ipynb #1474cbc8
 def frozen_encoder(
     weights:str, # As in `load_backbone`
     device:torch.device, # Where clips are encoded
@@ -63,9 +63,9 @@ def frozen_encoder(
     path = None if weights == 'random' else weights or kinetics_weights()
     key = 'random' if path is None else file_hash(path)
     made = {}
-    def _encode(clips):
+    def _encode(clips, maps=False):
         if not made: made['model'] = fold(load_backbone(weights)[0]).to(device)
-        return encode_clips(made['model'], clips, dtype=dtype)
+        return encode_clips(made['model'], clips, dtype=dtype, maps=maps)
     where = f'cpu{torch.get_num_threads()}' if device.type == 'cpu' else device.type # sums over two threads round otherwise than over one
     return _encode, f"{key}-{where}-{str(dtype).removeprefix('torch.')}"
 
@@ -101,21 +101,21 @@ def substitutes(
     if weights == 'random': found.append('weights: a random backbone, asked for by name')
     return found
 
-# %% ../nbs/21_prepare.ipynb #f02200b2
+# %% ../nbs/21_prepare.ipynb #6264cab6
 def _source(cfg, release, boxes, device):
     "(source, backbone, provenance of the weights) for the mode of `cfg`"
     if cfg.train.backbone == 'finetune':
         backbone,loaded = load_backbone(cfg.weights)
         return ClipSource(release.samples, cfg, boxes), backbone, loaded
     encode,key = frozen_encoder(cfg.weights, device)
-    source = cache_features(release.samples, cfg, boxes, encode, key)
+    source = cache_features(release.samples, cfg, boxes, encode, key, kinds=READS.get(cfg.model.name, ()))
     name = cfg.weights if cfg.weights == 'random' else 'file' if cfg.weights else 'rgb_scratch'
     return source, None, dict(name=name, sha256=key.split('-')[0], precision=key.split('-')[-1], file='' if name != 'file' else cfg.weights.split('/')[-1])
 
-# %% ../nbs/21_prepare.ipynb #8515d54f
+# %% ../nbs/21_prepare.ipynb #07c7dded
 def _reads(cfg):
     "The settings that decide which frames or features a run sees"
-    return cfg.dataset,setting_of(cfg.dataset, cfg.setting).only,cfg.data_root,cfg.allow_missing,cfg.weights,cfg.clip,cfg.actor,cfg.synth,cfg.train.backbone
+    return cfg.dataset,setting_of(cfg.dataset, cfg.setting).only,cfg.data_root,cfg.allow_missing,cfg.weights,cfg.clip,cfg.actor,cfg.synth,cfg.train.backbone,READS.get(cfg.model.name, ())
 
 # %% ../nbs/21_prepare.ipynb #ebe6d8f5
 def prepare(

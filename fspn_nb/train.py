@@ -6,7 +6,7 @@
 __all__ = ['lift', 'WithBackbone', 'build', 'make_optimiser', 'make_schedule', 'train_step', 'train_epoch', 'save_ckpt',
            'load_ckpt', 'environment', 'validate', 'fit', 'resume', 'main']
 
-# %% ../nbs/51_train.ipynb #af680def
+# %% ../nbs/51_train.ipynb #2fc500a8
 import argparse,io,json,os,platform,subprocess,time
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from torch import Tensor,nn
 from .config import RunCfg,check,diff,load_cfg,run_id,save_cfg
 from .core import Batch,Output,progress,repo_root,reports_dir,seed_all,to_device,write_atomic,write_json
 from .data.exemplars import group_of,plan_epoch
+from .data.features import recut
 from .data.loaders import make_batch
 from .metrics import spearman
 from .models.i3d import to_input
@@ -26,34 +27,50 @@ from .predict import predict
 from .prepare import Prepared,prepare
 from .protocols import setting_of
 
-# %% ../nbs/51_train.ipynb #f38571bc
+# %% ../nbs/51_train.ipynb #3c1cc401
 def lift(
     backbone:nn.Module, # I3D
     batch:Batch, # Frames (B,K,3,L,H,W) uint8, or features
     streams:tuple[str,...]=('scene','actor'), # Which streams the head reads; the others stay frames
+    kinds:tuple[str,...]=(), # What else it reads of the scene: 'maps', 'cells'
+    starts:tuple[int,...]=(), # First frame of each clip, for 'cells'
 )->Batch: # Features (B,K,1024)
     "`batch` and its exemplars as clip features"
     if batch.scene.ndim != 6: return batch
     parts = [batch] if batch.exemplar is None else [batch, batch.exemplar]
-    clips = torch.cat([getattr(p, s) for p in parts for s in streams]) # (B to 4B,K,3,L,H,W)
-    f = backbone.features(to_input(clips.flatten(0, 1))).mean((2,3,4)).unflatten(0, clips.shape[:2]) # (..,K,1024)
-    f = iter(f.chunk(len(streams)*len(parts)))
-    lifted = [Batch(**vars(p)|{s: next(f) for s in streams}) for p in parts]
+    found = [{} for _ in parts]
+    if streams:
+        clips = torch.cat([getattr(p, s) for p in parts for s in streams]) # (B to 4B,K,3,L,H,W)
+        maps = backbone.features(to_input(clips.flatten(0, 1))).unflatten(0, clips.shape[:2]) # (..,K,1024,T',h,w)
+        f = iter(maps.mean((3,4,5)).chunk(len(streams)*len(parts)))
+        found = [{s: next(f) for s in streams} for _ in parts]
+        if 'maps' in kinds: [o.update(maps=m[:len(batch)]) for o,m in zip(found, maps.mean(3).chunk(len(parts)))] # the scene is the first stream
+    if 'cells' in kinds: [o.update(cells=_cells(backbone, p.scene, starts)) for o,p in zip(found, parts)]
+    lifted = [Batch(**vars(p)|o) for p,o in zip(parts, found)]
     if batch.exemplar is not None: lifted[0].exemplar = lifted[1]
     return lifted[0]
 
-# %% ../nbs/51_train.ipynb #18544456
+def _cells(backbone, scene, starts):
+    "Short clips of (B,K,3,L,H,W) through the backbone, (B,20,1024)"
+    short = torch.stack([recut(v, starts) for v in scene]) # (B,20,3,8,H,W)
+    return backbone.features(to_input(short.flatten(0, 1))).mean((2,3,4)).unflatten(0, short.shape[:2])
+
+# %% ../nbs/51_train.ipynb #ccd7907f
 class WithBackbone(nn.Module):
     "A method with I3D in front; keeps the contract of the zoo"
     def __init__(self,
         backbone:nn.Module, # I3D
         head:nn.Module, # Any method of the zoo
         freeze_bn:bool=True, # BatchNorm of the backbone keeps its statistics; scale and shift still learn
+        starts:tuple[int,...]=(), # First frame of each clip, for a head that reads 'cells'
     ):
         super().__init__()
-        self.backbone,self.head,self.freeze_bn = backbone,head,freeze_bn
+        self.backbone,self.head,self.freeze_bn,self.starts = backbone,head,freeze_bn,tuple(starts)
         self.uses_exemplar,self.needs = head.uses_exemplar,head.needs
         self.streams = tuple(s for s in ('scene','actor') if s in head.needs)
+        self.kinds = tuple(k for k in ('maps','cells') if k in head.needs)
+
+    def _lift(self, batch): return lift(self.backbone, batch, self.streams, self.kinds, self.starts)
 
     def train(self,
         mode:bool=True, # As in PyTorch
@@ -65,7 +82,7 @@ class WithBackbone(nn.Module):
 
     def encode(self,
         batch:Batch, # Frames or features
-    ): return self.head.encode(lift(self.backbone, batch, self.streams))
+    ): return self.head.encode(self._lift(batch))
 
     def score(self,
         *features, # As the head's
@@ -73,9 +90,11 @@ class WithBackbone(nn.Module):
 
     def forward(self,
         batch:Batch, # Frames or features
-    )->Output: return self.head(lift(self.backbone, batch, self.streams))
+    )->Output: return self.head(self._lift(batch))
 
-# %% ../nbs/51_train.ipynb #3ad466fc
+# %% ../nbs/51_train.ipynb #f8dce9e0
+def _steps(data): return -(-len(data.parts['train'])//data.cfg.train.batch) # optimiser steps of an epoch
+
 def build(
     data:Prepared, # Training labels, pools, backbone
 )->nn.Module: # On `data.device`
@@ -84,7 +103,8 @@ def build(
     seed_all(cfg.seed)
     groups = [group_of(data.release.samples[i], setting_of(cfg.dataset, cfg.setting)) for i in train]
     head = create_model(cfg.model.name, cfg.model, data.targets.label[torch.as_tensor(train)], groups)
-    model = head if data.backbone is None else WithBackbone(data.backbone, head, cfg.train.freeze_bn)
+    if begin := getattr(head, 'begin', None): begin(cfg.train.epochs*_steps(data)) # for methods that are taught differently at first (D-126)
+    model = head if data.backbone is None else WithBackbone(data.backbone, head, cfg.train.freeze_bn, cfg.clip.starts)
     return model.to(data.device)
 
 # %% ../nbs/51_train.ipynb #a53c1a7e
@@ -190,12 +210,12 @@ def validate(
     if len(ids) < 3: return float('nan')
     return spearman(predict(model, data, ids, min(3, data.cfg.eval.exemplars))[0], data.targets.label[torch.as_tensor(ids)].numpy())
 
-# %% ../nbs/51_train.ipynb #5469714f
+# %% ../nbs/51_train.ipynb #6ece8047
 def _epochs(model, data, run, bar, each=None):
     "Train from the newest checkpoint of `run` to the end, one checkpoint per epoch"
     cfg,last = data.cfg,run/'last.pt'
     optimiser = make_optimiser(model, cfg)
-    schedule = make_schedule(optimiser, cfg, cfg.train.epochs*-(-len(data.parts['train'])//cfg.train.batch))
+    schedule = make_schedule(optimiser, cfg, cfg.train.epochs*_steps(data))
     history,best,start = [],float('-inf'),0
     if last.exists():
         state = load_ckpt(last, cfg)

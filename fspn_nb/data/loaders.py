@@ -188,9 +188,10 @@ def boxes_of(
     table = read_boxes(truth if source == 'truth' else actor.boxes) if source != 'none' else {}
     return source, {o.uid: actor_boxes(o, source, table) for o in release.samples}, []
 
-# %% ../../nbs/18_data.loaders.ipynb #2739362f
+# %% ../../nbs/18_data.loaders.ipynb #6eb75de2
 class ClipSource:
     "Decodes the frames of the dives that are asked for"
+    more = {} # whatever else a method reads is made of these clips when the backbone has them
     def __init__(self,
         samples, # Sequence of `Sample`
         cfg:RunCfg, # `clip`, `actor.pad`, `train.flip`, `train.jitter`, `train.workers` and `seed` are read
@@ -217,13 +218,14 @@ class ClipSource:
         scene,actor = zip(*run(lambda i: self.one(int(i), event), ids))
         return torch.stack(scene), torch.stack(actor)
 
-# %% ../../nbs/18_data.loaders.ipynb #bb32b308
+# %% ../../nbs/18_data.loaders.ipynb #a2398f1f
 class FeatureSource:
     "Looks clip features up; has no augmentation, so `event` is ignored"
     def __init__(self,
         scene:Tensor, # (n,K,C)
         actor:Tensor, # (n,K,C)
-    ): self.scene,self.actor = scene,actor
+        **more:Tensor, # Further fields of `Batch`, row by row: 'maps', 'cells'
+    ): self.scene,self.actor,self.more = scene,actor,more
 
     def fetch(self,
         ids:np.ndarray, # Positions of B dives
@@ -233,7 +235,7 @@ class FeatureSource:
         ids = torch.as_tensor(ids)
         return self.scene[ids], self.actor[ids]
 
-# %% ../../nbs/18_data.loaders.ipynb #72eaaa59
+# %% ../../nbs/18_data.loaders.ipynb #526af612
 def make_batch(
     source, # `ClipSource` or `FeatureSource`
     targets:Targets, # Of the same samples
@@ -247,7 +249,8 @@ def make_batch(
         scene,actor = source.fetch(which, role(r))
         t = torch.as_tensor(which)
         steps,judges = (None if x is None else x[t] for x in (targets.steps, targets.judges))
-        return Batch(scene, actor, targets.label[t], targets.difficulty[t], steps, judges, uid=tuple(targets.uid[i] for i in which))
+        more = {k: v[t] for k,v in source.more.items()}
+        return Batch(scene, actor, targets.label[t], targets.difficulty[t], steps, judges, uid=tuple(targets.uid[i] for i in which), **more)
     batch = _part(ids, 0)
     if exemplars is not None: batch.exemplar = _part(exemplars, 1)
     return batch

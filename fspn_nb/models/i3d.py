@@ -181,12 +181,13 @@ def fast_dtype(
     else: ok = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if ok else torch.float32
 
-# %% ../../nbs/20_models.i3d.ipynb #415a731e
+# %% ../../nbs/20_models.i3d.ipynb #2f4652bc
 def encode_clips(
     model:I3D, # Best a folded one; see `fold`
     clips:Tensor, # (K,3,L,H,W) uint8, or float already in [-1,1]
     batch:int=9, # Clips at a time: one dive
     dtype:torch.dtype=torch.float32, # `fast_dtype(device)` for speed instead of repeatability
+    maps:bool=False, # Mean over time only: (K,1024,h,w)
 )->Tensor: # (K,1024) float32 on the CPU
     "One vector per clip: the mean of the last feature map"
     at = next(model.parameters()).device
@@ -195,7 +196,7 @@ def encode_clips(
         for part in clips.split(batch):
             part = part.to(at)
             part = to_input(part) if part.dtype == torch.uint8 else part
-            out.append(model.features(part.contiguous(memory_format=torch.channels_last_3d)).float().mean((2,3,4)).cpu())
+            out.append(model.features(part.contiguous(memory_format=torch.channels_last_3d)).float().mean(2 if maps else (2,3,4)).cpu())
     return torch.cat(out)
 
 # %% ../../nbs/20_models.i3d.ipynb #61cc85e5

@@ -33,7 +33,7 @@ from .tables import collect,ours_vs_paper,read_predictions
 from .wide import add_averages
 from ..train import fit
 
-# %% ../../nbs/62_report.session.ipynb #e6966182
+# %% ../../nbs/62_report.session.ipynb #85c478b2
 PARAMETERS = ('data_root','preset','methods','seeds','backbone','weights','device','epochs','allow_missing','actor','actor_file','out') # of every run notebook
 OWN = dict(finediving=('setting','per_difficulty'), mtl_aqa=('setting',), aqa7=('classes','ranges')) # of one
 
@@ -51,6 +51,9 @@ class Session:
 
     @property
     def protocol(self): return PROTOCOLS[self.dataset]
+
+    @property
+    def folder(self): return self.reports/self.dataset
 
 # %% ../../nbs/62_report.session.ipynb #4c3954dc
 def given_parameters(

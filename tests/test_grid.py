@@ -1,0 +1,109 @@
+"The ablation grid: what it plans, what it repeats, what it survives"
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from fspn_nb.config import change, diff, load_cfg, run_id
+from fspn_nb.experiments import CELLS, EXPERIMENTS, cells_of, config_of, find_runs, grid_base, plan_grid
+from fspn_nb.grid import KNOWN, grid_parameters, run_grid
+from fspn_nb.models.zoo import list_models
+from fspn_nb.paper import paper_table
+
+QUICK = grid_base('smoke', train__epochs=1, model__stages=1)
+
+
+@pytest.mark.parametrize('table', ['I', 'II', 'III', 'IV', 'V', 'VI', 'VIII'])
+def test_every_printed_row_has_an_experiment_or_a_method_that_is_missing(table):
+    filled = set(CELLS.row[CELLS.table == table])
+    for r in paper_table(table).itertuples():
+        assert r.label in filled or (r.method not in list_models() and not r.method.startswith('fspn')), f'{table}, {r.label}: no experiment'
+
+
+def test_two_experiments_never_share_a_run():
+    ids = [run_id(config_of(grid_base(), e)) for e in EXPERIMENTS]
+    assert len(set(ids)) == len(ids)
+
+
+def test_the_switches_of_table_i_are_those_that_the_paper_ticks():
+    for r in paper_table('I').itertuples():
+        if r.method == 'i3d_mlp': continue
+        m = config_of(grid_base(), CELLS.query("table == 'I' and row == @r.label").experiment.iloc[0]).model
+        assert (m.iap, m.smt, m.mtf) == (bool(r.iap), bool(r.smt), bool(r.mtf)), r.label
+
+
+def test_the_numbers_of_tables_ii_and_iii_are_those_that_the_paper_prints():
+    for table, field in (('II', 'blocks'), ('III', 'heads')):
+        for r in paper_table(table).itertuples():
+            cfg = config_of(grid_base(), CELLS.query('table == @table and row == @r.label').experiment.iloc[0])
+            assert getattr(cfg.model, field) == getattr(r, field)
+            assert set(diff(cfg, grid_base())) <= {f'model.{field}'}
+
+
+def test_seeds_come_outermost():
+    seeds = plan_grid(grid_base(), 'I,II', (3, 4)).seed.tolist()
+    assert seeds == sorted(seeds) and set(seeds) == {3, 4}
+
+
+def test_unknown_tables_and_parameters_are_named():
+    with pytest.raises(ValueError, match="got 'XX'"): cells_of('XX')
+    with pytest.raises(ValueError, match="''"): cells_of('')
+    given = dict(tables='I', seeds='0', data_root='', preset='demo', n_train=0, n_test=0, epochs=0, backbone='auto', weights='', device='cpu', workers=0, allow_missing=False, keep_weights=False, out='')
+    assert set(given) == set(KNOWN)
+    assert grid_parameters(given)['base'] == grid_base()
+    assert grid_parameters(given | dict(epochs=3))['patience'] is False
+    with pytest.raises(ValueError, match='seeds must be whole numbers'): grid_parameters(given | dict(seeds='0,x'))
+    with pytest.raises(ValueError, match='unknown parameter tabels'): grid_parameters(given | dict(tabels='I'))
+
+
+def test_cells_of_the_base_find_their_command(tmp_path):
+    found = find_runs(grid_base(), tmp_path, 'II', (0, 1))
+    assert (found.run == '').all() and found.command.str.contains('-p tables "II"').all() and len(found) == 8
+
+
+SCRIPT = """
+import sys
+from fspn_nb.experiments import grid_base
+from fspn_nb.grid import run_grid
+if __name__ == '__main__': run_grid(grid_base('smoke', train__epochs=1, model__stages=1), 'II,III', (0,), sys.argv[1], 'cpu', 2, False)
+"""
+
+
+def test_killed_half_way_it_repeats_nothing_that_was_finished(tmp_path):
+    (tmp_path/'grid.py').write_text(SCRIPT)
+    out = tmp_path/'out'
+    sealed = lambda: sorted(out.glob('*/*/metrics.json'))
+    p = subprocess.Popen([sys.executable, str(tmp_path/'grid.py'), str(out)], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    until = time.monotonic()+240
+    while len(sealed()) < 3 and p.poll() is None and time.monotonic() < until: time.sleep(.02)
+    os.killpg(p.pid, signal.SIGKILL)
+    p.wait()
+    done = {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in sealed()}
+    total = len(plan_grid(QUICK, 'II,III', (0,), False))
+    assert 3 <= len(done) < total, f'{len(done)} of {total} were finished when it was killed: {p.stderr.read()[-2000:]}'
+    table = run_grid(QUICK, 'II,III', (0,), out, 'cpu', 1, False)
+    assert table.status.value_counts().to_dict() == {'there': len(done), 'trained': total-len(done)}
+    for f, (at, content) in done.items(): assert (f.stat().st_mtime_ns, f.read_bytes()) == (at, content)
+    assert (find_runs(QUICK, out, 'II,III', (0,), False).run != '').all()
+
+
+def test_a_run_does_not_depend_on_the_number_of_workers(tmp_path):
+    one, two = (run_grid(QUICK, 'V', (0,), tmp_path/str(w), 'cpu', w, False) for w in (1, 2))
+    assert (one.status == 'trained').all() and (two.status == 'trained').all()
+    for run in one.run:
+        assert (tmp_path/'1'/run/'predictions.csv').read_bytes() == (tmp_path/'2'/run/'predictions.csv').read_bytes()
+
+
+def test_a_run_of_the_grid_is_a_run_like_any_other(tmp_path):
+    plan = run_grid(QUICK, 'V', (1,), tmp_path, 'cpu', 1, False, True)
+    run = tmp_path/plan.run[plan.experiment == 'without_actor'].iloc[0]
+    cfg = load_cfg(run/'config.json')
+    assert run.name == run_id(cfg) and cfg.model.actor is False and cfg.seed == 1
+    assert (run/'last.pt').is_file() # keep_weights
+    assert set(pd.read_csv(run/'predictions.csv').split) == {'test'}
+    assert change(cfg, model__actor=True) == change(QUICK, seed=1)
