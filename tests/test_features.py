@@ -29,3 +29,34 @@ def test_changed_frame_is_another_key(dive):
 def test_clip_stride_is_another_key(dive):
     a,b = finediving('smoke'),finediving('smoke', clip__starts=(0,40))
     assert features.feature_key(dive, a, None, 'w') != features.feature_key(dive, b, None, 'w')
+
+
+def test_maps_and_cells_are_the_same_backbone_looked_at_otherwise(tmp_path):
+    import torch
+    from fspn_nb.prepare import prepare
+    base = dict(synth__n_train=6, synth__n_test=4, weights='random')
+    plain = prepare(finediving('smoke', **base), 'cpu')
+    tsa = prepare(finediving('smoke', **base, model__name='tsa'), 'cpu', like=plain)
+    tpt = prepare(finediving('smoke', **base, model__name='tpt'), 'cpu', like=tsa)
+    assert plain.source.more == {} and set(tsa.source.more) == {'maps'} and set(tpt.source.more) == {'cells'}
+    assert tsa.source.more['maps'].shape == (10, 9, 1024, 2, 2) and tpt.source.more['cells'].shape == (10, 20, 1024)
+    assert torch.allclose(tsa.source.more['maps'].mean((3, 4)), plain.source.scene, atol=1e-4)
+    again = prepare(finediving('smoke', **base, model__name='tpt'), 'cpu')
+    assert torch.equal(again.source.more['cells'], tpt.source.more['cells'])
+
+
+@pytest.mark.parametrize('name', ['tsa', 'tpt', 'hgcn'])
+def test_peers_train_in_both_modes(name, tmp_path):
+    from fspn_nb.evaluate import evaluate
+    from fspn_nb.prepare import prepare
+    from fspn_nb.train import fit
+    small = dict(synth__n_train=6, synth__n_test=4, weights='random', model__name=name, train__epochs=1, clip__size=32)
+    for mode in ('frozen', 'finetune'):
+        cfg = finediving('smoke', **small, train__backbone=mode, model__adapter=mode == 'frozen', train__batch=2)
+        data = prepare(cfg, 'cpu')
+        m = evaluate(fit(cfg, tmp_path/mode, 'cpu', data), data)
+        assert m['n'] == 4 and m['mode'] == mode
+
+
+def test_an_unknown_kind_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="need 'maps' or 'cells'"): features.cache_kind([], finediving('smoke'), None, 'w', tmp_path, 'flow')

@@ -91,7 +91,7 @@ class Judge(nn.Module):
         if logits is None: return {'reg': F.mse_loss(positions.squeeze(-1).float(), target/self.bins.spread)} # D-39
         return dict(zip(('bce','reg'), interval_loss(logits.float(), positions.float(), target, self.bins)))
 
-# %% ../../nbs/36_models.fspn.ipynb #359284cc
+# %% ../../nbs/36_models.fspn.ipynb #d8bdf71c
 class FSPN(nn.Module):
     "Fig. 2: parser, transformer, fusion and judge"
     def __init__(self,
@@ -130,7 +130,9 @@ class FSPN(nn.Module):
         query,exemplar = coded.feature.chunk(2) if self.uses_exemplar else (coded.feature, None)
         other = batch.exemplar.label if self.uses_exemplar else None
         losses = {} if batch.label is None else self.judge.losses(query, exemplar, batch.label, other)
-        if losses and self.cfg.gc and self.cfg.iap: losses['gc'] = group_contrast(*coded.extras['logits'].float().chunk(2), self.cfg.tau)
+        if losses and self.cfg.gc and self.cfg.iap:
+            with torch.autocast(coded.feature.device.type, enabled=False): # a small tau magnifies what bf16 rounds off
+                losses['gc'] = group_contrast(*coded.extras['logits'].float().chunk(2), self.cfg.tau)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training): score = self.judge.score(query, exemplar, other)
         return Output(score, losses, {} if self.training else parse(coded.extras, len(batch)))
 

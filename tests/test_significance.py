@@ -1,0 +1,309 @@
+"Significance against exact enumeration, hand-made cases and SciPy; block metrics and intervals against the plain functions"
+import itertools
+import json
+import tracemalloc
+import warnings
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from fspn_nb.metrics import bca, bootstrap_ci, on_rows, relative_l2, spearman, summarise
+from fspn_nb.significance import coverage, holm, paired_ci, paired_test, per_epoch, picking, seed_mean_ci
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def mae(p, t):
+    "A metric that the package does not know"
+    return float(np.abs(p-t).mean())
+
+
+@pytest.fixture(scope='module')
+def pair():
+    "True scores of 60 videos, and three seeds each of a good method and of the same plus noise"
+    rng = np.random.default_rng(0)
+    y = rng.normal(66, 15, 60)
+    a = y+rng.normal(0, 5, (3, 60))
+    return a, a+rng.normal(0, 15, (3, 60)), y
+
+
+# ---- metrics in blocks
+
+@pytest.mark.parametrize('f', [spearman, relative_l2, partial(relative_l2, p=1), partial(relative_l2, lo=0, hi=104.4), partial(relative_l2, lo=0), partial(spearman), mae])
+@pytest.mark.parametrize('ties', [False, True])
+def test_a_block_is_the_plain_function_to_the_last_bit(f, ties):
+    rng = np.random.default_rng(3)
+    p, t = rng.normal(60, 15, (2, 90)).round(-1 if ties else 6)
+    i = rng.integers(0, 90, (50, 90))
+    assert on_rows(f, p, t)(i).tolist() == [f(p[k], t[k]) for k in i]
+    assert on_rows(f, p, t)(i.reshape(5, 10, 90)).shape == (5, 10)
+    assert on_rows(f, p, t)(np.arange(90)) == f(p, t)
+
+
+def test_a_block_has_nan_where_the_plain_function_has_no_value():
+    p, t = np.array([1., 1., 2.]), np.array([5., 6., 5.])
+    i = np.array([[0, 1, 1], [0, 2, 2], [0, 1, 2]]) # predictions constant, truth constant, neither
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert np.isnan(on_rows(spearman, p, t)(i)).tolist() == [True, True, False]
+        assert np.isnan(on_rows(relative_l2, p, t)(i)).tolist() == [False, True, False]
+
+
+def _slow_ci(metric, pred, true, n, seed):
+    "The interval by a Python call per resample, as SciPy's `vectorized=False` has it"
+    with np.errstate(all='ignore'):
+        res = stats.bootstrap((pred, true), metric, paired=True, vectorized=False, n_resamples=n, method='BCa', random_state=np.random.default_rng(seed))
+    return tuple(res.confidence_interval)
+
+
+@pytest.mark.parametrize('size, n', [(12, 200), (150, 300), (700, 120)])
+@pytest.mark.parametrize('f', [spearman, relative_l2, partial(relative_l2, lo=0, hi=120), mae])
+def test_intervals_are_those_of_the_loop(f, size, n):
+    rng = np.random.default_rng(size)
+    y = rng.normal(60, 15, size)
+    p = y+rng.normal(0, 8, size)
+    assert bootstrap_ci(f, p, y, n=n, seed=5) == _slow_ci(f, p, y, n, 5)
+
+
+RUNS = sorted(ROOT.glob('reports/*/*/metrics.json'))
+
+
+@pytest.mark.skipif(not RUNS, reason='no finished runs under reports/')
+@pytest.mark.parametrize('file', RUNS[::max(1, len(RUNS)//8)], ids=lambda p: p.parent.name)
+def test_stored_intervals_come_out_again(file):
+    kept, table = json.loads(file.read_text()), pd.read_csv(file.parent/'predictions.csv', dtype={'uid': str}).query("split == 'test'")
+    got = summarise(table.pred.to_numpy(), table.true.to_numpy(), seed=kept['seed'])
+    assert got == {k: pytest.approx(kept[k], abs=1e-12, rel=0, nan_ok=True) for k in got}
+
+
+def test_memory_does_not_grow_with_the_resamples():
+    rng = np.random.default_rng(0)
+    y, p = rng.normal(size=(2, 700))
+    tracemalloc.start()
+    bootstrap_ci(spearman, p, y, n=3000) # at once: 3000 x 700 x 8 bytes = 17 MB, and several of them
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12e6
+
+
+def test_bca_of_nothing_and_of_something_undefined():
+    assert np.isnan(bca(lambda i, axis: i.mean(axis), 1)).all()
+    assert np.isnan(bca(lambda i, axis: np.full(i.shape[:-1], np.nan), 9)).all()
+
+
+# ---- means over seeds
+
+@pytest.mark.parametrize('f', [spearman, partial(relative_l2, lo=0, hi=110), mae])
+def test_one_seed_is_the_plain_bootstrap(pair, f):
+    a, _, y = pair
+    assert seed_mean_ci(f, a[:1], y, n=300, seed=7) == bootstrap_ci(f, a[0], y, n=300, seed=7)
+
+
+def test_seeds_share_the_resample(pair):
+    "So copies of a seed add nothing, and the interval of the mean is not narrower than luck allows"
+    a, _, y = pair
+    assert seed_mean_ci(spearman, np.repeat(a[:1], 4, 0), y, n=300) == pytest.approx(bootstrap_ci(spearman, a[0], y, n=300), abs=1e-12)
+    lo, hi = seed_mean_ci(spearman, a, y, n=300)
+    assert lo < np.mean([spearman(p, y) for p in a]) < hi
+
+
+# ---- two methods
+
+def test_the_same_method_twice(pair):
+    a, _, y = pair
+    for f in (spearman, mae): assert paired_test(f, a, a, y, n=200) == (0, 1) and paired_ci(f, a, a, y, n=200) == (0, 0)
+
+
+def test_added_noise_is_found(pair):
+    a, b, y = pair
+    for f, sign in ((spearman, 1), (mae, -1)):
+        d, p = paired_test(f, a, b, y, n=999)
+        lo, hi = paired_ci(f, a, b, y, n=500)
+        assert sign*d > 0 and p < .01 and 0 < (sign*np.array([lo, hi])).min()
+        assert lo < d < hi
+        assert paired_test(f, b, a, y, n=999) == (pytest.approx(-d), pytest.approx(p, abs=.01))
+
+
+def test_repeats_for_a_seed_and_only_for_it(pair):
+    a, _, y = pair
+    b = y+np.random.default_rng(5).normal(0, 5, (3, 60))
+    assert paired_test(mae, a, b, y, n=300, seed=1) == paired_test(mae, a, b, y, n=300, seed=1) != paired_test(mae, a, b, y, n=300, seed=2)
+    assert paired_ci(mae, a, b, y, n=300, seed=1) == paired_ci(mae, a, b, y, n=300, seed=1) != paired_ci(mae, a, b, y, n=300, seed=2)
+
+
+def _enumerated(metric, a, b, true):
+    "Difference and p by trying every swap: Eq.-free, one Python loop"
+    if metric is spearman: a, b = (stats.rankdata(o, axis=1) for o in (a, b))
+    def gap(swap): return np.mean([metric(np.where(swap, q, p), true)-metric(np.where(swap, p, q), true) for p, q in zip(a, b)])
+    d, null = gap(np.zeros(len(true), bool)), np.array([gap(np.array(s)) for s in itertools.product([False, True], repeat=len(true))])
+    return d, min(1, 2*min((null >= d-1e-12).mean(), (null <= d+1e-12).mean()))
+
+
+@pytest.mark.parametrize('size', [4, 6, 8])
+@pytest.mark.parametrize('seeds', [1, 3])
+@pytest.mark.parametrize('f', [spearman, mae])
+def test_p_is_exact_for_few_videos(f, seeds, size):
+    rng = np.random.default_rng([size, seeds])
+    y = rng.normal(60, 15, size)
+    a, b = y+rng.normal(0, 5, (seeds, size)), y+rng.normal(3, 20, (seeds, size))
+    assert paired_test(f, a, b, y) == pytest.approx(_enumerated(f, a, b, y), abs=1e-12)
+
+
+def test_d120_a_bias_or_a_stretch_changes_no_rank_and_no_p(pair):
+    a, _, y = pair
+    b = a+np.random.default_rng(5).normal(0, 4, (3, 60))
+    want = paired_test(spearman, a, b, y, n=300)
+    assert paired_test(spearman, a, b+30, y, n=300) == paired_test(spearman, a, np.exp(b/20), y, n=300) == want
+    assert paired_test(mae, a, b+30, y, n=300)[1] < .01
+
+
+def test_d120_false_alarms_are_as_rare_as_promised():
+    "Two equal methods, one of which answers on another scale: p < .1 in a tenth of the cases, neither never nor often"
+    found = 0
+    for k in range(150):
+        rng = np.random.default_rng(k)
+        y = rng.normal(0, 1, 40)
+        a, b = y+rng.normal(0, .5, (2, 1, 40))
+        found += paired_test(spearman, a, 3*b+1, y, n=199, seed=k)[1] < .1
+    assert 5 <= found <= 27
+
+
+def test_undefined_swaps_count_against_the_difference():
+    "Half of the four swaps of (1,2) and (2,1) are constant"
+    assert paired_test(spearman, [[1., 2.]], [[2., 1.]], np.array([1., 2.])) == (2, 1)
+
+
+# ---- bad input, and metrics that are not there
+
+@pytest.mark.parametrize('f', [paired_ci, paired_test])
+def test_constant_predictions_give_nan_everywhere(pair, f):
+    a, _, y = pair
+    flat = a.copy()
+    flat[1] = 60.
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for one, two in ((a, flat), (flat, a), (flat, flat)): assert np.isnan(f(spearman, one, two, y, n=100)).all()
+        assert np.isnan(seed_mean_ci(spearman, flat, y, n=100)).all()
+        assert np.isnan(f(spearman, a, a+1, np.full(60, 5.), n=100)).all()
+        assert np.isfinite(f(mae, a, flat, y, n=100)).all()
+
+
+@pytest.mark.parametrize('preds', [np.zeros(5), np.zeros((0, 5)), np.zeros((2, 4)), np.zeros((2, 2, 5)), [[1., 2., 3., 4., np.nan]], 3.])
+def test_bad_shapes_are_value_errors(preds):
+    y = np.arange(5.)
+    with pytest.raises(ValueError, match='need'): seed_mean_ci(spearman, preds, y)
+    for f in (paired_ci, paired_test):
+        with pytest.raises(ValueError, match='need'): f(spearman, preds, preds, y)
+        with pytest.raises(ValueError, match='need'): f(spearman, np.zeros((2, 5)), preds, y)
+
+
+def test_one_video_has_no_interval():
+    assert np.isnan(seed_mean_ci(mae, [[1.]], [2.], n=10)).all() and np.isnan(paired_ci(mae, [[1.]], [[3.]], [2.], n=10)).all()
+
+
+def test_lists_will_do(pair):
+    a, b, y = pair
+    assert paired_test(spearman, a.tolist(), b.tolist(), y.tolist(), n=100) == paired_test(spearman, a, b, pd.Series(y), n=100)
+    assert seed_mean_ci(spearman, a.tolist(), y.tolist(), n=100) == seed_mean_ci(spearman, a, pd.Series(y), n=100)
+
+
+# ---- Holm
+
+def test_holm_by_hand():
+    assert holm([.01, .04, .03]).tolist() == pytest.approx([.03, .06, .06])
+    assert holm([.5, .9, .4]).tolist() == [1, 1, 1]
+    assert holm([.2]).tolist() == [.2] and holm([]).tolist() == []
+    assert holm([.02, .02]).tolist() == pytest.approx([.04, .04])
+
+
+def test_holm_keeps_nan_and_does_not_count_it():
+    got = holm([np.nan, .01, np.nan, .04])
+    assert np.isnan(got).tolist() == [True, False, True, False] and got[[1, 3]] == pytest.approx([.02, .04])
+    assert np.isnan(holm([np.nan, np.nan])).all()
+
+
+def _rejected(p, level):
+    "Holm (1979) as he states it: go up the sorted p-values until one exceeds level/(m-k), reject those before"
+    out = np.zeros(len(p), bool)
+    for k, i in enumerate(np.argsort(p)):
+        if p[i] > level/(len(p)-k): break
+        out[i] = True
+    return out
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_holm_follows_the_definition(seed):
+    p = np.random.default_rng(seed).uniform(0, .2, 7)**2
+    for level in (.01, .05, .1): assert (holm(p) <= level).tolist() == _rejected(p, level).tolist()
+    assert (holm(p) >= p).all() and (holm(p) <= np.minimum(1, 7*p)).all() # between none and Bonferroni
+
+
+@pytest.mark.parametrize('p', [[-.1, .5], [1.01], [[.1, .2]], .3])
+def test_holm_refuses_what_is_no_p(p):
+    with pytest.raises(ValueError, match='p-values from 0 to 1'): holm(p)
+
+
+# ---- picking the epoch
+
+def _watched(rhos, split='test', true=(0, 10, 20, 30.)):
+    "One run whose predictions have these rhos; 1: in order, .8: the last two swapped, -1: reversed, None: constant"
+    order = {1: (0, 10, 20, 30), .8: (0, 10, 30, 20), -1: (30, 20, 10, 0), None: (7, 7, 7, 7)}
+    return pd.concat([pd.DataFrame(dict(method='m', seed=0, epoch=10*k, split=split, uid=list('abcd'), true=true, pred=np.array(order[o], float))) for k, o in enumerate(rhos, 1)])
+
+
+def test_picking_by_hand():
+    w = pd.concat([_watched([-1, 1, .8]), _watched([.8, -1, .8], 'val')])
+    row = picking(w).iloc[0]
+    assert (row.epoch_last, row.epoch_val, row.epoch_best_rho, row.epoch_best_r) == (30, 10, 20, 20) # the earlier of two equals on validation
+    assert (row.rho_last, row.rho_val, row.rho_test) == pytest.approx((.8, -1, 1))
+    assert (row.r_last, row.r_test) == pytest.approx((100*2*(10/30)**2/4, 0)) and row.r_val == pytest.approx(100*(2*1+2/9)/4)
+    assert (row.worth_rho, row.worth_r) == pytest.approx((.2, row.r_last))
+
+
+def test_each_metric_has_its_own_best_epoch():
+    w = _watched([1, .8])
+    w.loc[w.epoch == 10, 'pred'] += 40 # perfect order, far off
+    row = picking(w).iloc[0]
+    assert (row.epoch_best_rho, row.epoch_best_r) == (10, 20) and row.worth_r == 0 and row.worth_rho == pytest.approx(.2)
+
+
+def test_constant_epochs_are_passed_over():
+    row = picking(pd.concat([_watched([None, .8, None]), _watched([None, None, None], 'val')])).iloc[0]
+    assert row.epoch_best_rho == 20 and np.isnan([row.rho_last, row.worth_rho, row.rho_val, row.epoch_val]).all() and np.isfinite(row.worth_r)
+    assert np.isnan(picking(_watched([None])).iloc[0].rho_test)
+    assert np.isnan(picking(_watched([1], true=(5., 5, 5, 5))).iloc[0][['rho_last', 'r_last', 'worth_r']].astype(float)).all()
+
+
+def test_rows_may_come_in_any_order_and_methods_apart():
+    w = pd.concat([_watched([-1, 1, .8]), _watched([.8, -1, .8], 'val')])
+    both = pd.concat([w, w.assign(method='k', pred=w.pred+1), w.assign(seed=1)])
+    got = picking(both.sample(frac=1, random_state=0))
+    assert got[['method', 'seed']].values.tolist() == [['k', 0], ['m', 0], ['m', 1]]
+    pd.testing.assert_series_equal(got.iloc[1], picking(w).iloc[0], check_names=False)
+    assert len(per_epoch(both)) == 18
+
+
+@pytest.mark.parametrize('spoil, word', [(lambda w: w.drop(columns='pred'), 'lack: pred'), (lambda w: w[:0], 'got 0 rows'), (lambda w: w[w.split == 'val'], 'need rows of the test split'),
+                                         (lambda w: pd.concat([w, w]), 'got 24 more'), (lambda w: w.assign(pred=np.nan), 'need finite scores')])
+def test_watched_rows_are_checked(spoil, word):
+    w = pd.concat([_watched([-1, 1, .8]), _watched([.8, -1, .8], 'val')])
+    with pytest.raises(ValueError, match=word): picking(spoil(w))
+
+
+# ---- coverage
+
+def test_coverage_repeats_and_adds_up():
+    a, b = (coverage((20, 40), sims=30, resamples=200, seed=4) for _ in range(2))
+    pd.testing.assert_frame_equal(a, b)
+    assert (a.covered+a.lo_missed+a.hi_missed).tolist() == pytest.approx([1, 1])
+    assert a.covered.min() >= .8 and a.mean_width[0] > a.mean_width[1]
+    assert a.rho_true[0] == pytest.approx(6/np.pi*np.arcsin(.45)) and coverage((20,), 3, r=0., resamples=50).rho_true[0] == 0
+
+
+def test_true_rho_of_the_simulation():
+    z = np.random.default_rng(0).multivariate_normal([0, 0], [[1, .9], [.9, 1]], 200_000)
+    assert spearman(*z.T) == pytest.approx(6/np.pi*np.arcsin(.45), abs=1e-3)
