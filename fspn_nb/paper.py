@@ -230,7 +230,7 @@ D-97 | No interval and no repetition anywhere | 95 % of 0.942 on 749 dives is 0.
 D-98 | Fig. 6 shows other methods in its caption than in its text | caption: I3D+MLP, I3D+SMT, FSPN; text: I3D+MLP, I3D+IAP, I3D+SMT | whichever predictions are given, each with its name | plot_scatter (report.figures)
 """
 
-# %% ../nbs/02_paper.ipynb #48ad95d4
+# %% ../nbs/02_paper.ipynb #f846ce6d
 LEDGER_METHODS = """
 D-100 | USDL's grid of scores ends at 104.5 points | protocols: targets at score*100/104.5; 104.5 is MTL-AQA's best test dive, training ends at 102.6 | 101 bins over the range of the training labels, in their unit; a label beyond an end counts as the end | LabelBins(lo, hi, bins, sd)
 D-101 | USDL and MUSDL read the likeliest bin: many dives tie | 101 (21) values; 50 scores between 60 and 70 become 11 at most | as the authors for decode='argmax', mean of the distribution for 'expected' (the demo preset) | ModelCfg.decode
@@ -252,6 +252,8 @@ D-116 | What "without the actor-centric branch" leaves (Table V) | "removed ... 
 D-117 | Table V's gain (.942-.918) has no interval, and its two rows were judged on the same dives | separate intervals of two methods on one split overlap long before their difference covers 0 | difference with a paired bootstrap interval (BCa) and a permutation test that swaps the two predictions of a dive | report.attention.paired_gain, actor_gains
 D-118 | Heat above a flat map need not be learnt | Kinetics features alone are strong near moving bodies; a head with shuffled weights has heat too | every share stands beside that of the same network with shuffled head weights, dive by dive | report.attention.share_table (over_shuffled)
 D-119 | Which dive Fig. 10 shows | four videos of AQA-7, no rule | the test dive whose scene share lies above its floor by the median amount | report.attention.typical_dive
+D-120 | Swapping points in a permutation test of rho mixes two scales | equal methods, 300 simulations, n = 60, nominal 5 %: points reject in 3-4 % on one scale and in 0-0.7 % if one method is stretched or shifted; ranks in 3.3-7.7 % | ranks are swapped for spearman, points for other metrics | significance.paired_test
+D-121 | Which interval, and does it hold its promise | BCa of rho over 1,000 simulated test sets of 50, 150 and 353 videos (50_significance); with 1,000 instead of 2,000 resamples it covers 92.6 % at 150 | BCa with 2,000 resamples over videos, seeds kept together | bootstrap_ci(n=), coverage(resamples=)
 D-122 | No table measures the parse | Fig. 9 shows eight frames; cutting every dive at (29, 62) hits 78.5/32.4 % of the real test dives at .5/.75 | overlap of the middle step, errors and rank correlation of either cut, beside (29, 62), the best constant of the training split, and chance; one cut (S = 2) has no overlap | parsing.parse_table
 D-123 | Group contrast does not need the video | .094 on the order prior alone at any strength and about 0 for any constant parse; trained alone it stops at a constant cut; what moves the cuts afterwards are the losses of the score | kept as printed, shown in 52_parsing | ModelCfg.gc, order_prior
 D-126 | TSA is shown true cuts for the first quarter of the epochs; a model does not know the epoch | epoch/max_epoch <= .25 in the released program | saved buffers count training passes; true cuts for the first quarter of all passes, then the parser's own; never at evaluation | TSA.begin, TSA(taught)

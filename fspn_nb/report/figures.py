@@ -13,9 +13,10 @@ import numpy as np,pandas as pd
 from ..core import write_atomic
 from ..metrics import cs_area,cumulative_score,relative_l2,spearman
 
-# %% ../../nbs/61_report.figures.ipynb #a0d0fada
+# %% ../../nbs/61_report.figures.ipynb #e081eabd
 _BLUE,_RED,_GREEN,_ORANGE,_GREY = '#0072B2','#D55E00','#009E73','#E69F00','#666666'
-_LINES = [(_RED,'-'),(_BLUE,'--'),(_GREEN,'-.'),(_ORANGE,':'),('#CC79A7',(0,(5,1,1,1,1,1))),('black',(0,(1,3)))]
+_LINES = [(_RED,'-'),(_BLUE,'--'),(_GREEN,'-.'),(_ORANGE,':'),('#CC79A7',(0,(5,1,1,1,1,1))),('black',(0,(1,3))),
+          ('#56B4E9','-'),(_GREY,'--'),('#8C510A','-.'),(_RED,':'),(_BLUE,'-'),(_GREEN,'--'),(_ORANGE,'-.'),('black','-')]
 
 # %% ../../nbs/61_report.figures.ipynb #4a777251
 def _says(data, note=''):
@@ -61,7 +62,7 @@ def plot_scatter(
     fig.suptitle(f'Predicted and true scores, {said}', fontsize='medium')
     return fig
 
-# %% ../../nbs/61_report.figures.ipynb #dfe9108a
+# %% ../../nbs/61_report.figures.ipynb #2d81d9e2
 def plot_cs(
     preds:dict, # Method's name -> frame with columns true and pred (judge points)
     data:str, # 'real' | 'synthetic', for the title
@@ -78,7 +79,7 @@ def plot_cs(
         ax.plot(grid, cumulative_score(df.pred, df.true, grid), color=color, ls=dash, label=label)
     ax.set(xlabel=f'error threshold ({unit})', ylabel='videos within it (%)', xlim=(0, top), ylim=(0, 101))
     ax.set_title(f'Cumulative score, {said}', fontsize='medium')
-    ax.grid(alpha=.25); ax.legend(title='area under the curve', frameon=False, loc='lower right')
+    ax.grid(alpha=.25); ax.legend(title='area under the curve', frameon=False, loc='lower right', fontsize='small' if len(preds) > 6 else None)
     return fig
 
 # %% ../../nbs/61_report.figures.ipynb #62300a67
@@ -159,7 +160,7 @@ def plot_table(
     fig.suptitle(f"Table {table.attrs['name']}, {f'{kinds} data' if kinds else 'no finished run'}", fontsize='medium', x=.02, ha='left')
     return fig
 
-# %% ../../nbs/61_report.figures.ipynb #1828800a
+# %% ../../nbs/61_report.figures.ipynb #70e6ddba
 def plot_classes(
     table:pd.DataFrame, # From `ours_vs_paper('X', ...)`
     metric:str='rho', # 'rho' | 'r_l2_x100'
@@ -172,7 +173,7 @@ def plot_classes(
     ax.plot(x, table[f'{metric}_paper'], '.', color='.75', ms=5, label='paper, other methods')
     mine = list(dict.fromkeys(table.method[table[metric].notna() & ~table.method.str.startswith('floor')]))
     for i,(m,(color,_)) in enumerate(zip(mine, _LINES[::-1] if len(mine) > 4 else [(_BLUE,''),(_RED,''),(_GREEN,''),(_ORANGE,'')])):
-        d,at = table[table.method == m],(i-(len(mine)-1)/2)*.22
+        d,at = table[table.method == m],(i-(len(mine)-1)/2)*min(.22, .8/len(mine))
         bars = np.clip(np.nan_to_num([d[metric]-d[f'{metric}_lo'], d[f'{metric}_hi']-d[metric]]), 0, None)
         ax.errorbar(x[d.index]+at, d[metric], bars, fmt='o', color=color, ms=4, capsize=2, label=f'{d.label.iloc[0]}, ours')
         ax.plot(x[d.index]+at, d[f'{metric}_paper'], 'o', mfc='none', mec=color, ms=8, mew=1.4)
