@@ -186,7 +186,7 @@ def _both(batch, exemplar, name):
     if a.shape[1:] != b.shape[1:]: raise ValueError(f'TSA needs {name} of one shape for dive and exemplar, got {tuple(a.shape)} and {tuple(b.shape)}; read both from the same clips')
     return torch.cat([a, b])
 
-# %% ../../nbs/43_models.tsa.ipynb #fa3cc239
+# %% ../../nbs/43_models.tsa.ipynb #ef26c1b3
 class TSA(nn.Module):
     "Steps of a dive against the same steps of an exemplar"
     uses_exemplar,needs,trains_on = True,('scene','maps'),('steps',)
@@ -205,10 +205,8 @@ class TSA(nn.Module):
         for name,v in dict(theta=float(theta), taught=taught, passes=0).items(): self.register_buffer(name, torch.tensor(v))
 
     def begin(self,
-        passes:int, # Training passes of the whole run
-    )->None:
-        "True cuts for the first quarter of them (the trainer calls this before the first)"
-        self.taught.fill_(passes//4)
+        passes:int, # Training passes of the whole run, told by the trainer; true cuts for the first quarter
+    )->None: self.taught.fill_(passes//4)
 
     def encode(self,
         batch:Batch, # Needs `scene` and `maps`
@@ -234,10 +232,9 @@ class TSA(nn.Module):
 
     def _read_pairs(self, batch):
         "Dives and exemplars in one pass, by true cuts while the teacher is there"
-        pair = (batch, batch.exemplar)
-        scene,maps = (_both(*pair, name) for name in self.needs)
+        scene,maps = (_both(batch, batch.exemplar, name) for name in self.needs)
         if not self.training: return self.reader(scene, maps)
-        steps = torch.cat([check_steps(o, self.cfg.frames) for o in pair])
+        steps = torch.cat([check_steps(o, self.cfg.frames) for o in (batch, batch.exemplar)])
         self.passes += 1
         return self.reader(scene, maps, steps if self.passes <= self.taught else None)
 
