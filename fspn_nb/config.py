@@ -211,10 +211,10 @@ def finediving(
     "The run that `preset` describes on FineDiving, with `changes`"
     return recipe('finediving', preset, **changes)
 
-# %% ../nbs/01_config.ipynb #6b9c5166
+# %% ../nbs/01_config.ipynb #e0620238
 READS = {'tsa': ('maps',), 'tpt': ('cells',)} # what a method reads beside the clip vectors of both streams: fields of `Batch`
-_SMALL = ('i3d_mlp','i3d_svr','i3d_avg','usdl','musdl','core_tree','hgcn') # heads without a parser or a transformer: cheap epochs, and undertrained after twenty
-PATIENCE = {('demo',m): 5 for m in _SMALL} # (preset, method): how many times the preset's epochs; 1 where it is not listed
+_SLOW = ('i3d_mlp','i3d_svr','i3d_avg','usdl','musdl','core_tree','hgcn','tpt') # cheap epochs, and a training loss that is still falling, or still at chance, after twenty
+PATIENCE = {('demo',m): 5 for m in _SLOW} # (preset, method): how many times the preset's epochs; 1 where it is not listed
 
 def method_epochs(
     cfg:RunCfg, # A run of any method
