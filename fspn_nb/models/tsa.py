@@ -186,7 +186,7 @@ def _both(batch, exemplar, name):
     if a.shape[1:] != b.shape[1:]: raise ValueError(f'TSA needs {name} of one shape for dive and exemplar, got {tuple(a.shape)} and {tuple(b.shape)}; read both from the same clips')
     return torch.cat([a, b])
 
-# %% ../../nbs/43_models.tsa.ipynb #ef26c1b3
+# %% ../../nbs/43_models.tsa.ipynb #961643c3
 class TSA(nn.Module):
     "Steps of a dive against the same steps of an exemplar"
     uses_exemplar,needs,trains_on = True,('scene','maps'),('steps',)
@@ -200,8 +200,7 @@ class TSA(nn.Module):
     ):
         super().__init__()
         self.cfg,self.width = cfg,dim//16
-        self.reader = StepReader(cfg.clips, cfg.frames, dim, peer_reshape=peer_reshape)
-        self.contrast = StepContrast(self.width, cfg.heads, dropout=cfg.dropout)
+        self.reader,self.contrast = StepReader(cfg.clips, cfg.frames, dim, peer_reshape=peer_reshape),StepContrast(self.width, cfg.heads, dropout=cfg.dropout)
         for name,v in dict(theta=float(theta), taught=taught, passes=0).items(): self.register_buffer(name, torch.tensor(v))
 
     def begin(self,

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['mean_rho', 'average_ci', 'add_averages', 'wide']
 
-# %% ../../nbs/60_report.wide.ipynb #e0a5f5be
+# %% ../../nbs/60_report.wide.ipynb #07309f95
+import warnings
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -22,7 +23,7 @@ def mean_rho(
     "Fisher mean of `rhos` where it exists"
     return fisher_mean(rhos) if np.isfinite(rhos).all() and (np.abs(rhos) < 1).all() else float('nan')
 
-# %% ../../nbs/60_report.wide.ipynb #14b23b35
+# %% ../../nbs/60_report.wide.ipynb #5ca9ca80
 def average_ci(
     sheets, # One frame per class, columns pred and true
     mean, # Function of a list of values, one per class
@@ -34,7 +35,8 @@ def average_ci(
     def _value(*ids):
         try: return mean([metric(s.pred.to_numpy()[i], s.true.to_numpy()[i]) for s,i in zip(sheets, ids)])
         except ValueError: return float('nan') # a resample without a score range
-    with np.errstate(all='ignore'):
+    with warnings.catch_warnings(),np.errstate(all='ignore'):
+        warnings.simplefilter('ignore', stats.DegenerateDataWarning) # said of any NaN among the draws; they are dropped below
         drawn = stats.bootstrap([np.arange(len(s)) for s in sheets], _value, vectorized=False, n_resamples=n, method='percentile', random_state=np.random.default_rng(seed)).bootstrap_distribution
     sound = drawn[np.isfinite(drawn)]
     return tuple(float(o) for o in np.quantile(sound, [.025,.975])) if 2*len(sound) > n else (float('nan'),float('nan'))

@@ -1,0 +1,269 @@
+"The report: links, forms, the same bytes twice, and numbers that follow from predictions"
+import re
+import shutil
+from functools import cache, partial
+from html.parser import HTMLParser
+from pathlib import Path
+
+import matplotlib
+matplotlib.use('Agg')
+import numpy as np
+import pandas as pd
+import pytest
+
+from fspn_nb.config import change, recipe
+from fspn_nb.experiments import config_of, grid_base
+from fspn_nb.metrics import cs_area, relative_l2, spearman
+from fspn_nb.protocols import SPORTS
+from fspn_nb.report.ablations import Scorer, ablation_table, average_cell, main_runs, stack
+from fspn_nb.report.book import Chapter, chapter_md, escape_tex, page_html, to_latex
+from fspn_nb.report.build import build_report
+from fspn_nb.report.contents import methods_chapter, open_shelf
+from fspn_nb.report.rehearsal import made_up_run
+from fspn_nb.report.tables import collect, read_predictions
+from fspn_nb.report.wide import mean_rho
+from fspn_nb.significance import seed_mean_ci
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = dict(fspn=5., i3d_mlp=9., i3d_smt=6., without_actor=5.5, fspn_s=7., blocks_1=6.)
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    root, base = tmp_path_factory.mktemp('reports'), grid_base('smoke')
+    for seed in (0, 1):
+        for exp, miss in PARTS.items(): made_up_run(root, config_of(base, exp, seed), miss, n=24, watched=exp in ('fspn', 'i3d_mlp'), votes=exp == 'fspn')
+        for exp, miss in dict(fspn=6., i3d_mlp=9.).items(): made_up_run(root, config_of(base, exp, seed, 'wo_dn'), miss, n=24)
+        made_up_run(root, recipe('mtl_aqa', 'smoke', seed=seed), 6., n=24)
+        for sport in SPORTS: made_up_run(root, recipe('aqa7', 'smoke', setting=sport, seed=seed), 9., n=24)
+    return root
+
+
+@pytest.fixture(scope='module')
+def built(root, tmp_path_factory):
+    "Two builds of the same runs, the second from a copy elsewhere"
+    copy = tmp_path_factory.mktemp('copy')/'deeper'/'reports'
+    shutil.copytree(root, copy)
+    outs = [tmp_path_factory.mktemp('book'), copy]
+    for r, out in ((root, outs[0]), (copy, outs[1])): files, chapters = build_report(r, out, seeds=(0, 1), n=40, tests=40, sizes=False)
+    return outs, [f.relative_to(copy) for f in files], chapters
+
+
+def test_two_builds_are_the_same_bytes(built):
+    (a, b), names, _ = built
+    assert len(names) == len(set(names)) > 40
+    assert {n.suffix for n in names} == {'.csv', '.md', '.tex', '.png', '.pdf', '.html'}
+    for n in names: assert (a/n).read_bytes() == (b/n).read_bytes(), n
+
+
+def test_nothing_tells_when_or_where_it_was_built(built, root):
+    (a, b), names, _ = built
+    for n in names:
+        if n.suffix in ('.csv', '.md', '.tex', '.html'):
+            text = (a/n).read_text()
+            assert str(a) not in text and str(root) not in text and '\r' not in text
+            assert not re.search(r'/(home|root|work|tmp|Users)/|20\d\d-\d\d-\d\d', text), n
+
+
+def test_the_page_has_eleven_tables_and_the_figures(built):
+    page = (built[0][0]/'README.md').read_text()
+    for name in ('I', 'II', 'III', 'IV', 'V', 'VI', 'VII', 'VIII', 'IX', 'X', 'XI'): assert len(re.findall(rf'^## Table {name}:', page, re.M)) == 1, name
+    for i in (6, 7, 8, 9, 11): assert f'](figures/fig_{i:02d}.png)' in page
+    assert page.count('Synthetic data, not comparable with the paper') >= 11
+
+
+def test_every_link_of_the_page_leads_somewhere(built):
+    copy = built[0][1]
+    page = (copy/'README.md').read_text()
+    heads = {re.sub(r'[^\w\- ]', '', h.lower()).replace(' ', '-') for h in re.findall(r'^## (.+)$', page, re.M)}
+    links = re.findall(r'\]\(([^)]+)\)', page)
+    assert len(links) > 50
+    for link in links: assert link[1:] in heads if link.startswith('#') else (copy/link).exists(), link
+    for md in (copy/'tables').glob('*.md'):
+        for link in re.findall(r'\]\(([^)]+)\)', md.read_text()): assert (md.parent/link).exists(), (md.name, link)
+
+
+class Tags(HTMLParser):
+    "Whether every element that is opened is closed in order"
+    VOID = {'meta', 'img', 'br', 'hr', 'link'}
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.hrefs = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID: self.open.append(tag)
+        self.ids += [v for k, v in attrs if k == 'id']
+        self.hrefs += [v for k, v in attrs if k in ('href', 'src')]
+
+    def handle_startendtag(self, tag, attrs): self.handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_html_page_stands_alone(built):
+    text, tags = (built[0][1]/'report.html').read_text(), Tags()
+    tags.feed(text)
+    assert not tags.open and len(tags.ids) == len(set(tags.ids))
+    for h in tags.hrefs: assert h[1:] in tags.ids if h.startswith('#') else (built[0][1]/h).exists(), h
+    assert 'prefers-color-scheme' in text and 'viewport' in text and '<script' not in text and 'http' not in ''.join(tags.hrefs)
+    assert '](' not in text and '**' not in text and '|:--' not in text
+
+
+def test_latex_has_no_markdown_and_balanced_braces(built):
+    for tex in (built[0][0]/'tables').glob('*.tex'):
+        text = tex.read_text()
+        body = text.split('\n', 1)[1]
+        assert '**' not in text and '](' not in text and '`' not in text, tex.name
+        bare = re.sub(r'\\[\\%&_#${}]', '', body)
+        assert bare.count('{') == bare.count('}'), tex.name
+        assert not re.search(r'(?<!\\)[%#$]', body.replace('{%\n', '{\n')), tex.name
+        assert not re.search(r'(?<!\\)_', re.sub(r'\\label\{[^}]*\}', '', body)), tex.name
+        rows = [line for line in body.splitlines() if line.endswith('\\\\')]
+        assert len({len(re.findall(r'(?<!\\)&', line)) for line in rows}) == 1, tex.name
+
+
+@pytest.mark.parametrize('text', ['100 % of R_l2 & {x}', '\\section{a}', '[0](finediving/a/)', '`-p tables "II"`', '<1> ~ ^ |'])
+def test_escaped_text_has_no_bare_command(text):
+    bare = re.sub(r'\\(textbackslash|textasciitilde|textasciicircum|textless|textgreater|textbar|textquotedbl)\{\}', '', escape_tex(text))
+    assert not re.search(r'(?<!\\)[%&_#$~^{}]|\\[a-z]', bare)
+
+
+def test_markup_in_names_cannot_break_the_page():
+    shown = pd.DataFrame(dict(row=['a|b', '<script>x</script>'], seeds=['', '']))
+    ch = Chapter('t', 'T', 'c', shown.assign(runs='', label=shown.row), shown)
+    page = page_html('# T\n\n'+chapter_md(ch), '<T>')
+    assert '<script' not in page and page.count('<tr>') == 3
+    assert '<script' not in to_latex(shown, 'c', 't')
+
+
+def test_one_edited_prediction_takes_its_run_off_the_page(built, tmp_path):
+    root = tmp_path/'r'
+    shutil.copytree(built[0][1], root)
+    run = sorted((root/'finediving').glob('fspn-w_dn*'))[0]
+    df = pd.read_csv(run/'predictions.csv')
+    df.loc[0, 'pred'] += 60
+    df.to_csv(run/'predictions.csv', index=False)
+    shelf = open_shelf(root, (0, 1), n=20, tests=20, sizes=False)
+    name = f'finediving/{run.name}'
+    assert name not in set(shelf.found.run) | set(shelf.main.run)
+    assert 'evaluate the run again' in shelf.runs.set_index('run').problem[name]
+
+
+def test_no_ablation_leaks_into_table_nine(root):
+    runs = collect(root, strict=True)
+    main = main_runs(runs, root)
+    mine = main[main.dataset == 'finediving']
+    assert not mine.duplicated(['method', 'setting', 'seed']).any() and mine.config.groupby(mine.method).nunique().max() == 1
+    assert set(mine.method) == {'fspn', 'fspn_s', 'i3d_mlp'}
+    made_up_run(root, change(config_of(grid_base('smoke'), 'fspn', 0), eval__exemplars=7, model__tau=.3), 1.)
+    try: assert main_runs(collect(root), root).run.tolist() == main.run.tolist()
+    finally: shutil.rmtree(next(p for p in (root/'finediving').iterdir() if f'finediving/{p.name}' not in set(runs.run)))
+
+
+def test_a_folder_without_runs_gives_a_page_of_commands(tmp_path):
+    files, chapters = build_report(tmp_path, n=20, tests=20, sizes=False)
+    page = (tmp_path/'README.md').read_text()
+    assert page.count('papermill nbs/run_ablations.ipynb out.ipynb -p tables "I" -p seeds 0,1,2') == 1
+    assert 'Finished runs: none' in page and page.count('No finished run') >= 11
+    assert not list((tmp_path/'figures').glob('*')) if (tmp_path/'figures').exists() else True
+    assert pd.read_csv(tmp_path/'tables'/'table_01.csv').rho.isna().all()
+
+
+def test_means_intervals_and_gains_are_what_they_say(root):
+    shelf = open_shelf(root, (0, 1), n=100, tests=100, sizes=False)
+    table = ablation_table('I', shelf.found, Scorer(root, 100, 100)).set_index('label')
+    row, full = table.loc['I3D+MLP'], table.loc['FSPN (Ours)']
+    preds, true = stack(root, row.runs.split())
+    assert row.rho == pytest.approx(np.mean([spearman(p, true) for p in preds])) and row.rho_sd == pytest.approx(np.std([spearman(p, true) for p in preds], ddof=1))
+    assert (row.rho_lo, row.rho_hi) == seed_mean_ci(spearman, preds, true, n=100)
+    assert row.rho_gain == pytest.approx(row.rho-full.rho) and np.isnan(full.rho_gain)
+    assert row.rho_diff == pytest.approx(row.rho-.850)
+
+
+def test_the_average_of_classes_is_fishers(root):
+    ten = methods_chapter(open_shelf(root, (0, 1), n=100, sizes=False), 'aqa7').table
+    row = ten[(ten.setting == 'average') & (ten.method == 'fspn')].iloc[0]
+    runs = collect(root)
+    runs = runs[runs.dataset == 'aqa7'].set_index(['seed', 'setting']).spearman
+    assert row.rho == pytest.approx(np.mean([mean_rho(runs[s][list(SPORTS)].to_numpy()) for s in (0, 1)]))
+    assert row.rho_lo < row.rho < row.rho_hi and len(row.runs.split()) == 12
+
+
+# What stands in reports/ now: ten numbers, drawn with fixed seeds, computed again from the predictions of the runs that they name
+
+REPORTS = ROOT/'reports'
+METRICS = dict(rho=(spearman, 1), r_l2_x100=(relative_l2, 100), cs_area=(partial(cs_area, top=20.), 1))
+
+
+@cache
+def printed():
+    "Every number of ours that is printed with the runs that it comes from: (file, row, metric)"
+    if not (REPORTS/'README.md').is_file(): pytest.skip('reports/README.md and its tables are absent: build them with nbs/report.ipynb')
+    tables = {p.name: pd.read_csv(p, dtype=dict(runs=str, label=str)) for p in sorted((REPORTS/'tables').glob('*.csv'))}
+    tables = {k: t for k, t in tables.items() if 'runs' in t and {'rho', 'tiou'} & set(t)}
+    assert tables, 'reports/tables has no table that names its runs: build it again with nbs/report.ipynb'
+    return tables, [(k, i, m) for k, t in tables.items() for m in METRICS if m in t for i in t.index[t[m].notna() & t.runs.notna()]]
+
+
+def again(row, metric, root=None):
+    "(value, low, high) of a printed row, from predictions.csv (votes.csv where voters are counted) alone"
+    runs, (f, k), root = row.runs.split(), METRICS[metric], root or REPORTS
+    if row.get('setting') == 'average':
+        meta = collect(root).set_index('run').loc[runs].reset_index()
+        got = average_cell(root, meta)
+        return got[metric], got[f'{metric}_lo'], got[f'{metric}_hi']
+    preds, true = stack(root, runs)
+    if 'exemplars' in row:
+        sheets = [pd.read_csv(root/r/'votes.csv', dtype=dict(uid=str)) for r in runs]
+        preds, true = np.stack([s[f'm_{int(row.exemplars)}'] for s in sheets]), sheets[0].true.to_numpy()
+    f = partial(relative_l2, lo=true.min(), hi=true.max()) if f is relative_l2 else f
+    lo, hi = seed_mean_ci(f, preds, true)
+    return k*np.mean([f(p, true) for p in preds]), k*lo, k*hi
+
+
+def check(row, metric, root=None):
+    "Raise an `AssertionError` unless the printed row follows from its runs"
+    value, lo, hi = again(row, metric, root)
+    assert row[metric] == pytest.approx(value, abs=1e-8), f'{row.runs}: {metric} {row[metric]} printed, {value} computed'
+    for name, bound in (('lo', lo), ('hi', hi)):
+        if f'{metric}_{name}' in row and np.isfinite(bound): assert row[f'{metric}_{name}'] == pytest.approx(bound, abs=1e-6)
+
+
+@pytest.mark.parametrize('seed', range(10))
+def test_a_printed_number_recomputes(seed):
+    tables, numbers = printed()
+    assert numbers, 'no table in reports/tables has a number of ours'
+    name, i, metric = numbers[np.random.default_rng(seed).integers(len(numbers))]
+    check(tables[name].loc[i], metric)
+
+
+def test_an_edited_number_is_found(built):
+    root = built[0][1]
+    table = pd.read_csv(root/'tables'/'table_01.csv')
+    row = table[table.label == 'I3D+MLP'].iloc[0].copy()
+    value, lo, hi = again(row, 'rho', root)
+    row['rho_lo'], row['rho_hi'] = lo, hi # this page was built with fewer resamples
+    check(row, 'rho', root)
+    row['rho'] += .001
+    with pytest.raises(AssertionError, match='printed'): check(row, 'rho', root)
+
+
+@pytest.mark.parametrize('form', ['README.md', 'report.html', '*.md', '*.tex'])
+def test_every_score_on_the_pages_is_one_of_the_csv_files(form):
+    tables, _ = printed()
+    known = set()
+    for t in tables.values():
+        for m, d in (('rho', 4), ('r_l2_x100', 3), ('r_l2_x100', 2), ('cs_area', 1), ('tiou', 3)):
+            if f'{m}_lo' in t: known |= {f'{r[m]:.{d}f} [{r[f"{m}_lo"]:.{d}f}, {r[f"{m}_hi"]:.{d}f}]' for _, r in t.iterrows() if r[m] == r[m]}
+    files = [REPORTS/form] if '*' not in form else sorted(p for k in tables for p in (REPORTS/'tables').glob(k.replace('.csv', form[1:])))
+    shown = {s for p in files for s in re.findall(r'-?\d+\.\d+ \[-?\d+\.\d+, -?\d+\.\d+\]', p.read_text())}
+    assert shown and shown <= known, f'on the page but in no CSV: {sorted(shown-known)[:5]}'
+
+
+def test_the_committed_page_is_the_one_that_its_runs_give():
+    if not (REPORTS/'README.md').is_file(): pytest.skip('reports/README.md is absent: build it with nbs/report.ipynb')
+    page = (REPORTS/'README.md').read_text()
+    for link in re.findall(r'\]\(([^)#]+)\)', page): assert (REPORTS/link).exists(), link
+    for run in set(re.findall(r'\]\(((?:finediving|mtl_aqa|aqa7)/[^)]+)/\)', page)): assert len(read_predictions(REPORTS/run)) > 0
