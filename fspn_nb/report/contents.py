@@ -6,11 +6,12 @@
 __all__ = ['TITLES', 'PAIRED', 'COSTS', 'Shelf', 'open_shelf', 'key_of', 'order_lines', 'ablation_chapter', 'note_of',
            'floors_on_disk', 'methods_chapter', 'cost_chapter']
 
-# %% ../../nbs/65_report.contents.ipynb #d9856054
+# %% ../../nbs/65_report.contents.ipynb #b5e65525
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 import pandas as pd
+import torch
 from ..complexity import complexity_table
 from ..config import change,load_cfg
 from ..experiments import find_runs,grid_base
@@ -71,11 +72,14 @@ def key_of(
     "What the files of a table are called"
     return f'table_{[*TITLES].index(name)+1:02d}' if name in [*TITLES][:11] else name.replace('Fig. ', 'fig_0')
 
-# %% ../../nbs/65_report.contents.ipynb #17f332ed
+# %% ../../nbs/65_report.contents.ipynb #4ed593fe
 @cache
 def _sizes(methods, dataset):
-    "Costs of those `methods` that the zoo has"
-    return complexity_table([o for o in methods if o in list_models()], dataset)
+    "Costs of those `methods` that the zoo has; on one thread, for two on a busy machine mostly wait for each other"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: return complexity_table([o for o in methods if o in list_models()], dataset)
+    finally: torch.set_num_threads(threads)
 
 # %% ../../nbs/65_report.contents.ipynb #c8264f80
 def order_lines(
@@ -100,8 +104,8 @@ def ablation_chapter(
     said = provenance_line(shelf.of(' '.join(table.runs).split()), f'{HOW} {PAIRED}')+(' '+COSTS if name == 'VIII' else '')
     return Chapter(key_of(name), TITLES[name], said, table, readable_ablation(table), order_lines(table), [], _GRID.format(name))
 
-# %% ../../nbs/65_report.contents.ipynb #aac246aa
-PAIRED = 'Minus FSPN and p: on the seeds that both have, by exchanging the predictions of test videos at random; p is adjusted for the rows of the table.'
+# %% ../../nbs/65_report.contents.ipynb #04f2fb49
+PAIRED = 'Minus FSPN and p: on the seeds that both have, by exchanging the predictions of test videos at random; p is adjusted for the rows of the table. Interval and p ask about other test videos; how another training would have come out, only sd tells.'
 COSTS = ('Weights and operations (2 x multiply-adds) are those of the head on one video, without the I3D and without the adapter of the frozen mode; the last column counts the I3D as well. '
          'The 1.5 M operations that the paper prints cannot include it: one clip of 16 frames costs the I3D over a thousand times as many (D-09), and they are fewer than the weights (D-93).')
 

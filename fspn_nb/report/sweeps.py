@@ -28,7 +28,7 @@ def _pair_of_axes(title, xlabel, size=(8.2, 3.4)):
     fig.suptitle(title, fontsize='medium')
     return fig,axs
 
-# %% ../../nbs/61_report.sweeps.ipynb #178c4c65
+# %% ../../nbs/61_report.sweeps.ipynb #d32846e9
 def _points(ax, x, df, metric, line=False):
     "Dots of ours with intervals and spread over seeds, rings of the paper's values"
     has = df[metric].notna().to_numpy()
@@ -36,7 +36,7 @@ def _points(ax, x, df, metric, line=False):
     if has.any():
         ax.errorbar(x[has], d[metric], _bars(d, metric), fmt='o-' if line else 'o', color=_BLUE, ms=5, capsize=3, lw=1.2, label='ours, mean over seeds, 95 % interval')
         ax.errorbar(x[has], d[metric], d[f'{metric}_sd'].fillna(0), fmt='none', ecolor=_BLUE, elinewidth=5, alpha=.3, label='standard deviation over seeds')
-    if f'{metric}_paper' in df: ax.plot(x, df[f'{metric}_paper'], 'o', mfc='none', mec=_RED, mew=1.5, ms=9, label='paper')
+    if f'{metric}_paper' in df and df[f'{metric}_paper'].notna().any(): ax.plot(x, df[f'{metric}_paper'], 'o', mfc='none', mec=_RED, mew=1.5, ms=9, label='paper')
 
 # %% ../../nbs/61_report.sweeps.ipynb #72762062
 def plot_channels(
@@ -69,7 +69,7 @@ def plot_votes(
     fig.legend(*axs[0].get_legend_handles_labels(), loc='outside lower center', ncols=2, frameon=False, fontsize='small')
     return fig
 
-# %% ../../nbs/61_report.sweeps.ipynb #f3f800f5
+# %% ../../nbs/61_report.sweeps.ipynb #2726e660
 def plot_ablation(
     table:pd.DataFrame, # From `ablation_table`
     data:str, # 'real' | 'synthetic', for the title
@@ -84,7 +84,7 @@ def plot_ablation(
             d = df[df[metric].notna() & ((df[f'{metric}_p_holm'] < level) == sure)]
             if len(d): ax.errorbar(d[metric], d.index, xerr=_bars(d, metric), fmt='o', color=_BLUE, mfc=fill, ms=6, capsize=3, label='ours, differs from FSPN' if sure else 'ours')
         ax.errorbar(df[metric].astype(float), df.index, xerr=df[f'{metric}_sd'].fillna(0), fmt='none', ecolor=_BLUE, elinewidth=5, alpha=.3, label='standard deviation over seeds')
-        ax.plot(df[f'{metric}_paper'], df.index, 'o', mfc='none', mec=_RED, mew=1.5, ms=10, label='paper')
+        if df[f'{metric}_paper'].notna().any(): ax.plot(df[f'{metric}_paper'], df.index, 'o', mfc='none', mec=_RED, mew=1.5, ms=10, label='paper')
         ax.set(xlabel=f'{_NAMES[metric]}, 95 % interval', ylim=(-.6, len(df)-.4)); ax.grid(axis='x', alpha=.25)
     axs[0].set_yticks(df.index, df.label)
     found = {k: v for ax in axs for v,k in zip(*ax.get_legend_handles_labels())}
