@@ -72,7 +72,7 @@ def read_run(
     facts = {o if o != 'label' else 'target': m[o] for o in (*_FACTS,*_SCORES)}
     return dict(run=f'{folder.parent.name}/{folder.name}', dataset=folder.parent.name, config=hashlib.sha256(same.encode()).hexdigest()[:8], **facts)
 
-# %% ../../nbs/60_report.tables.ipynb #cbf44272
+# %% ../../nbs/60_report.tables.ipynb #a34fbbf6
 def collect(
     root:Path, # The reports folder
     strict:bool=False, # True: raise when a run is broken
@@ -80,7 +80,7 @@ def collect(
     "All runs under `root`, broken ones named"
     root,rows = Path(root),[]
     if not root.is_dir(): raise FileNotFoundError(f'need the folder that runs write to, got {root}, which is none')
-    for folder in sorted(o for o in root.glob('*/*') if o.is_dir() and o.parent.name not in ('tables','figures')):
+    for folder in sorted(o for o in root.glob('*/*') if o.is_dir() and o.parent.name not in ('tables','figures','clips')):
         try: rows.append(read_run(folder)|dict(problem=''))
         except (ValueError, OSError) as e: rows.append(dict(run=f'{folder.parent.name}/{folder.name}', dataset=folder.parent.name, problem=str(e)))
     df = pd.DataFrame(rows, columns=list(_COLUMNS))
