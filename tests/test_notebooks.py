@@ -122,7 +122,7 @@ def test_run_notebooks_are_stored_without_outputs(path):
     assert not any(c.get('outputs') for c in json.loads(path.read_text())['cells'])
 
 
-@pytest.mark.parametrize('path', LIBRARY, ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_stored_outputs_are_portable(path):
     for c in json.loads(path.read_text())['cells']:
         text = json.dumps([{k: v for k,v in o.get('data', {}).items() if not k.startswith('image/')} or o.get('text') for o in c.get('outputs', [])])
