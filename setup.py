@@ -9,7 +9,7 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=['='])
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
-extras = {k: shlex.split(cfg[f'{k}_requirements']) for k in ('video', 'onnx', 'gradcam')}
+extras = {k: shlex.split(cfg[f'{k}_requirements']) for k in ('video', 'onnx', 'gradcam', 'processes')}
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], license='Apache-2.0',

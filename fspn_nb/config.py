@@ -74,7 +74,7 @@ class ModelCfg:
     clips:int=9 # K: as many as `clip.starts`
     frames:int=96 # T: steps of the parser's axis, whatever the number of frames read (D-18)
 
-# %% ../nbs/01_config.ipynb #4c8c7c17
+# %% ../nbs/01_config.ipynb #e2976bd5
 @dataclass(frozen=True)
 class TrainCfg:
     "How a model is trained"
@@ -91,7 +91,10 @@ class TrainCfg:
     jitter:int=0 # Largest shift of the window in finetune mode, frames; CoRe moves MTL-AQA's by up to 3
     val_share:float=0. # Share of the training split kept aside for validation; the paper keeps none (D-11)
     precision:str='fp32' # 'fp32' | 'bf16' autocast
-    workers:int=0 # Processes that decode frames in finetune mode; results do not depend on it
+    workers:int=0 # Threads that decode frames in finetune mode; results do not depend on it
+    in_batch:bool=False # Exemplars are dives of the same batch: half the backbone passes, but a dive meets one partner of its batch instead of any (D-139)
+    micro:int=0 # Clips at a time through the backbone, their activations computed again on the way back; 0: all at once. Results do not depend on it
+    compile:bool=False # torch.compile the backbone: pays on a GPU, needs a C++ compiler
 
 # %% ../nbs/01_config.ipynb #ee482c16
 @dataclass(frozen=True)
@@ -222,12 +225,13 @@ def method_epochs(
     "Give the method of `cfg` the epochs that its preset has for it"
     return change(cfg, train__epochs=cfg.train.epochs*PATIENCE.get((cfg.preset, cfg.model.name), 1))
 
-# %% ../nbs/01_config.ipynb #541a75db
+# %% ../nbs/01_config.ipynb #9aa72930
 def run_id(
     cfg:RunCfg, # A run
 )->str: # 'fspn-w_dn-frozen-s0-1a2b3c4d'
     "A name for `cfg` that another configuration cannot have"
-    flat = {**flatten(cfg), 'data_root': bool(cfg.data_root), 'weights': Path(cfg.weights).name, 'actor.boxes': Path(cfg.actor.boxes).name, 'actor.weights': Path(cfg.actor.weights).name}
+    later = {f'train.{k}' for k in ('in_batch','micro','compile') if not getattr(cfg.train, k)} # younger than the first reports: named only where they are used
+    flat = {**{k: v for k,v in flatten(cfg).items() if k not in later}, 'data_root': bool(cfg.data_root), 'weights': Path(cfg.weights).name, 'actor.boxes': Path(cfg.actor.boxes).name, 'actor.weights': Path(cfg.actor.weights).name}
     key = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
     return f'{cfg.model.name}-{cfg.setting}-{cfg.train.backbone}-s{cfg.seed}-{key}'
 

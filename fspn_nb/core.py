@@ -64,17 +64,25 @@ def reports_dir(
         raise PermissionError(f'need a folder that can be written for reports, got {path} ({e.strerror}); pass another `out`') from e
     return path.resolve()
 
-# %% ../nbs/00_core.ipynb #cabbd0ad
+# %% ../nbs/00_core.ipynb #01e3e5ed
 def write_atomic(
     path:Path, # The file to be written
     data:bytes|str, # Its whole content; text is stored as UTF-8
+    former:Path|None=None, # Where what `path` held before is kept; None: nowhere
 )->Path: # `path`
-    "Write `data` to `path` so that a reader sees all of it or nothing"
+    "Write `data` to `path` so that a reader sees all of it or nothing, also after a power cut where `former` is kept"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    part.write_bytes(data.encode() if isinstance(data, str) else data)
-    os.replace(part, path)
+    try:
+        with open(part, 'wb') as f:
+            f.write(data.encode() if isinstance(data, str) else data)
+            if former: f.flush(); os.fsync(f.fileno())
+        if former and path.exists(): os.replace(path, former)
+        os.replace(part, path)
+    except OSError: # a full disk must not be filled further
+        part.unlink(missing_ok=True)
+        raise
     return path
 
 # %% ../nbs/00_core.ipynb #62eaf949

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pick_device', 'pick_backbone', 'load_backbone', 'frozen_encoder', 'Prepared', 'substitutes', 'prepare']
 
-# %% ../nbs/21_prepare.ipynb #25a177c2
+# %% ../nbs/21_prepare.ipynb #7a2f85e9
 import json
 from dataclasses import dataclass,replace
 from functools import partial
@@ -18,8 +18,10 @@ from .config import READS,RunCfg
 from .core import file_hash
 from .data.features import cache_features
 from .data.exemplars import Pools,exemplar_pools
-from .data.loaders import ClipSource,Release,Targets,boxes_of,load_samples,read_targets,split_indices
+from .data.loaders import Release,Targets,boxes_of,load_samples,read_targets,split_indices
+from .data.stored import StoreSource,choose_source
 from .models.i3d import I3D,encode_clips,fast_dtype,fold,kinetics_weights,load_kinetics
+from .parallel import Crew,lead_first
 from .protocols import setting_of
 
 # %% ../nbs/21_prepare.ipynb #3efd7791
@@ -69,7 +71,7 @@ def frozen_encoder(
     where = f'cpu{torch.get_num_threads()}' if device.type == 'cpu' else device.type # sums over two threads round otherwise than over one
     return _encode, f"{key}-{where}-{str(dtype).removeprefix('torch.')}"
 
-# %% ../nbs/21_prepare.ipynb #e9b56128
+# %% ../nbs/21_prepare.ipynb #f99a2870
 @dataclass(frozen=True)
 class Prepared:
     "What training and evaluation work on"
@@ -78,11 +80,12 @@ class Prepared:
     parts:dict # Positions under 'train', 'val', 'test'
     targets:Targets # Labels row by row
     pools:Pools # Who may be whose exemplar
-    source:object # `ClipSource` or `FeatureSource`
+    source:object # `StoreSource`, `ClipSource` or `FeatureSource`
     backbone:nn.Module|None # I3D to be trained; None in frozen mode
     device:torch.device # Where the head trains
     provenance:dict # What went in, for the report
     boxes:tuple=('none',{},[]) # Actor boxes, as `boxes_of` gives them
+    crew:Crew=Crew() # The processes that work on it together
 
 # %% ../nbs/21_prepare.ipynb #c4769d05
 def substitutes(
@@ -101,12 +104,17 @@ def substitutes(
     if weights == 'random': found.append('weights: a random backbone, asked for by name')
     return found
 
-# %% ../nbs/21_prepare.ipynb #6264cab6
-def _source(cfg, release, boxes, device):
+# %% ../nbs/21_prepare.ipynb #f84dc7de
+def _frames(cfg, release, boxes, device, crew, like=None):
+    "Where a backbone that trains gets its frames from: the store of an earlier run, one of its own, or the JPEGs"
+    if isinstance(like, StoreSource) and not cfg.train.jitter: return StoreSource(like.store, cfg, device)
+    return lead_first(crew, lambda: choose_source(release.samples, cfg, boxes, device=device, processes=crew.size))
+
+def _source(cfg, release, boxes, device, crew, like=None):
     "(source, backbone, provenance of the weights) for the mode of `cfg`"
     if cfg.train.backbone == 'finetune':
         backbone,loaded = load_backbone(cfg.weights)
-        return ClipSource(release.samples, cfg, boxes), backbone, loaded
+        return _frames(cfg, release, boxes, device, crew, like), backbone, loaded
     encode,key = frozen_encoder(cfg.weights, device)
     source = cache_features(release.samples, cfg, boxes, encode, key, kinds=READS.get(cfg.model.name, ()))
     name = cfg.weights if cfg.weights == 'random' else 'file' if cfg.weights else 'rgb_scratch'
@@ -117,23 +125,25 @@ def _reads(cfg):
     "The settings that decide which frames or features a run sees"
     return cfg.dataset,setting_of(cfg.dataset, cfg.setting).only,cfg.data_root,cfg.allow_missing,cfg.weights,cfg.clip,cfg.actor,cfg.synth,cfg.train.backbone,READS.get(cfg.model.name, ())
 
-# %% ../nbs/21_prepare.ipynb #ebe6d8f5
+# %% ../nbs/21_prepare.ipynb #c4d5f94b
 def prepare(
     cfg:RunCfg, # The run
     device:str='auto', # As in `pick_device`
-    like:Prepared|None=None, # An earlier run's; its samples and features are taken over where they are the same
+    like:Prepared|None=None, # An earlier run's; its samples, frames and features are taken over where they are the same
+    crew:Crew=Crew(), # The processes that train together; one of them writes what all read
 )->Prepared:
     "Read, check, split and encode what `cfg` asks for"
     device = pick_device(device)
+    if crew.size > 1 and cfg.train.backbone == 'frozen': raise ValueError(f"need train.backbone='finetune' for {crew.size} processes, got 'frozen': a head on kept features trains in one; several runs side by side are what run_ablations does")
     same = like is not None and _reads(cfg) == _reads(like.cfg) and device == like.device
-    release = like.release if same else load_samples(cfg)
-    actor,boxes,said = like.boxes if same else boxes_of(release, cfg.actor, device)
+    release = like.release if same else lead_first(crew, lambda: load_samples(cfg))
+    actor,boxes,said = like.boxes if same else lead_first(crew, lambda: boxes_of(release, cfg.actor, device))
     parts = split_indices(release.samples, cfg.train.val_share, cfg.seed)
     targets = read_targets(release.samples, cfg)
     pools = exemplar_pools(release.samples, parts['train'], setting_of(cfg.dataset, cfg.setting))
     if same and like.backbone is None: source,backbone,loaded = like.source,None,like.provenance['weights']
-    else: source,backbone,loaded = _source(cfg, release, boxes, device)
+    else: source,backbone,loaded = _source(cfg, release, boxes, device, crew, like.source if same else None)
     provenance = dict(data=release.kind, release=release.root.name, counts={k: len(v) for k,v in parts.items()}, excluded=list(release.excluded),
-                      orphans=list(pools.orphans), actor=actor, actor_boxes=said, mode=cfg.train.backbone, weights=loaded, device=str(device),
+                      orphans=list(pools.orphans), actor=actor, actor_boxes=said, mode=cfg.train.backbone, weights=loaded, device=str(device), processes=crew.size,
                       substitutes=substitutes(release, actor, pools, loaded['name']))
-    return Prepared(cfg, release, parts, targets, pools, source, backbone, device, provenance, (actor,boxes,said))
+    return Prepared(cfg, release, parts, targets, pools, source, backbone, device, provenance, (actor,boxes,said), crew)

@@ -104,7 +104,7 @@ def pick_place(
     "Where a store of `size` fits"
     return 'decode' if size > disk else 'memory' if 3*size <= memory else 'map'
 
-# %% ../../nbs/20_data.stored.ipynb #04ad708e
+# %% ../../nbs/20_data.stored.ipynb #9734fb37
 def choose_source(
     samples, # Sequence of `Sample`
     cfg:RunCfg, # As in `StoreSource` and `ClipSource`
@@ -112,13 +112,14 @@ def choose_source(
     folder:Path|None=None, # As in `build_store`
     workers:int|None=None, # As in `build_store`
     device='cpu', # Where clips are wanted
+    processes:int=1, # That read the same store; more than one map it, and the system shares its memory among them
 ): # `StoreSource` or `ClipSource`
     "The fastest source of clips that fits, and one line that says which"
     folder = Path(folder or data_cache()/'frames')
     folder.mkdir(parents=True, exist_ok=True)
     size = sum(record_bytes(o, cfg, boxes[o.uid]) for o in samples)
     there = sum(p.stat().st_size for p in {folder/record_name(o, cfg, boxes[o.uid]) for o in samples} if p.exists())
-    place = 'decode' if cfg.train.jitter else pick_place(size, free_memory(), shutil.disk_usage(folder).free+there)
+    place = 'decode' if cfg.train.jitter else pick_place(size, free_memory() if processes == 1 else 0, shutil.disk_usage(folder).free+there)
     why = {'memory': 'held in memory', 'map': 'mapped from disk', 'decode': 'decoded in each epoch, ' + ('as the window moves' if cfg.train.jitter else 'as the disk is too small for them')}[place]
     print(f'frames: {len(samples)} dives, {size/1e6:.1f} MB, {why}')
     if place == 'decode': return ClipSource(samples, cfg, boxes)

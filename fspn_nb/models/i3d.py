@@ -28,7 +28,7 @@ def same_pad(
     total = [max((-(-n//s)-1)*s+k-n, 0) for n,k,s in zip(sizes, kernel, stride)]
     return [(t//2, t-t//2) for t in total]
 
-# %% ../../nbs/20_models.i3d.ipynb #a77fb486
+# %% ../../nbs/20_models.i3d.ipynb #c316ff34
 class Unit(nn.Module):
     "Convolution with SAME padding, batch normalisation, ReLU"
     def __init__(self,
@@ -48,7 +48,15 @@ class Unit(nn.Module):
         if self.stride > 1:
             pads = same_pad(x.shape[2:], self.conv.kernel_size, self.conv.stride)
             x = F.pad(x, [p for pair in reversed(pads) for p in pair])
-        return F.relu(self.bn(self.conv(x)), inplace=True)
+        frozen = isinstance(self.bn, nn.BatchNorm3d) and not self.bn.training
+        return F.relu(self._fused(x) if frozen else self.bn(self.conv(x)), inplace=True)
+
+    def _fused(self, x):
+        "Convolution and normalisation with fixed statistics as one product; scale, shift and weights all receive their gradients"
+        bn,scale = self.bn,self.bn.weight*(self.bn.running_var+self.bn.eps).rsqrt()
+        weight,bias = self.conv.weight*scale.view(-1, 1, 1, 1, 1),bn.bias-bn.running_mean*scale
+        if self.conv.kernel_size == (1,1,1): return F.linear(x.permute(0, 2, 3, 4, 1), weight.flatten(1), bias).permute(0, 4, 1, 2, 3)
+        return F.conv3d(x, weight, bias, self.stride, self.conv.padding)
 
 # %% ../../nbs/20_models.i3d.ipynb #9c4ea2a7
 class SamePool(nn.Module):
