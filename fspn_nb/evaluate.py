@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'load_model', 'predictions', 'parsing', 'evaluate', 'main']
 
-# %% ../nbs/52_evaluate.ipynb #e11aabfb
+# %% ../nbs/52_evaluate.ipynb #34e5b309
 import argparse,json
 from pathlib import Path
 
@@ -14,12 +14,14 @@ import pandas as pd
 import torch
 from torch import nn
 
+from .checkpoint import load_ckpt
 from .config import RunCfg,load_cfg
 from .core import write_atomic,write_json
+from .epoch import build
 from .metrics import summarise,temporal_iou
+from .parallel import Crew,enlist
 from .predict import predict
 from .prepare import Prepared,prepare
-from .train import build,load_ckpt
 
 # %% ../nbs/52_evaluate.ipynb #eb0e5612
 def load_model(
@@ -65,30 +67,31 @@ def parsing(
     return pd.DataFrame(dict(uid=table.uid, split=table.split, pred_1=pred[:, 0], pred_2=pred[:, -1], true_1=true[:, 0], true_2=true[:, -1],
                              tiou=temporal_iou(pred[:, [0,-1]], true).round(4)))
 
-# %% ../nbs/52_evaluate.ipynb #6c258b7e
+# %% ../nbs/52_evaluate.ipynb #aa070002
 def evaluate(
     run:str|Path, # A trained run's folder
     data:Prepared|None=None, # What `prepare` gave, where it is at hand
     device:str='auto', # As in `pick_device`
+    crew:Crew=Crew(), # The processes that encode the dives; that of `data` where it is given
 )->dict: # What metrics.json holds
     "Predict test and validation dives of `run`; write predictions.csv, parsing.csv and metrics.json"
     run = Path(run)
-    data = data or prepare(load_cfg(run/'config.json'), device)
+    data = data or prepare(load_cfg(run/'config.json'), device, crew=crew)
     cfg,model = data.cfg,load_model(run, data)
     found = [predictions(model, data, s) for s in ('test','val') if len(data.parts[s])]
-    write_atomic(run/'predictions.csv', pd.concat([t for t,_ in found]).to_csv(index=False))
-    test,extras = found[0]
+    files,(test,extras) = {'predictions.csv': pd.concat([t for t,_ in found])},found[0]
     metrics = dict(summarise(test.pred.to_numpy(), test.true.to_numpy(), seed=cfg.seed), method=cfg.model.name, setting=cfg.setting, seed=cfg.seed,
                    mode=cfg.train.backbone, data=data.provenance['data'], epoch_rule=cfg.eval.epoch_rule, weights=data.provenance['weights']['name'],
                    preset=cfg.preset, label=data.targets.unit.kind, epochs=cfg.train.epochs, exemplars=cfg.eval.exemplars)
     if 'transitions' in extras and data.targets.steps is not None:
-        steps = pd.concat([parsing(t, e, data) for t,e in found])
-        write_atomic(run/'parsing.csv', steps.to_csv(index=False))
+        files['parsing.csv'] = steps = pd.concat([parsing(t, e, data) for t,e in found])
         metrics['tiou'] = round(float(steps[steps.split == 'test'].tiou.mean()), 4)
-    write_json(run/'metrics.json', metrics)
+    if data.crew.lead: # all know the same, one writes
+        for name,table in files.items(): write_atomic(run/name, table.to_csv(index=False))
+        write_json(run/'metrics.json', metrics)
     return metrics
 
-# %% ../nbs/52_evaluate.ipynb #3fff8f01
+# %% ../nbs/52_evaluate.ipynb #c3a0cc56
 def main(
     args:list[str]|None=None, # Command line; None: the process's own
 )->None:
@@ -96,8 +99,12 @@ def main(
     p = argparse.ArgumentParser('fspn_evaluate', description='Measure a trained run of fspn_nb.')
     p.add_argument('run', help='folder of the run')
     p.add_argument('--device', default='auto', help='auto, cpu, cuda, ...')
+    p.add_argument('--processes', type=int, default=1, help='processes on this machine, one per GPU; finetune mode only')
+    p.add_argument('--nodes', type=int, default=1, help='machines')
     a = p.parse_args(args)
-    print(json.dumps(evaluate(a.run, device=a.device), indent=1))
+    crew = enlist(a.processes, a.device, a.nodes)
+    metrics = evaluate(a.run, device=a.device if crew.fabric is None else str(crew.fabric.device), crew=crew)
+    if crew.lead: print(json.dumps(metrics, indent=1))
 
 # %% ../nbs/52_evaluate.ipynb #521bbc7c
 if __name__ == '__main__' and globals().get('__spec__'): main()

@@ -12,7 +12,8 @@ import torch
 from fspn_nb.config import change, finediving, run_id, save_cfg
 from fspn_nb.evaluate import evaluate
 from fspn_nb.prepare import prepare
-from fspn_nb.train import fit, load_ckpt
+from fspn_nb.checkpoint import load_ckpt
+from fspn_nb.train import fit
 
 SMALL = dict(synth__n_train=6, synth__n_test=4)
 
