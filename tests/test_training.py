@@ -1,18 +1,22 @@
 "Training that is killed and resumed, both modes, bad input that is found before anything is trained"
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 
+from fspn_nb.checkpoint import load_ckpt, newest_ckpt
 from fspn_nb.config import change, finediving, run_id, save_cfg
+from fspn_nb.data.loaders import ClipSource
 from fspn_nb.evaluate import evaluate
 from fspn_nb.prepare import prepare
-from fspn_nb.checkpoint import load_ckpt
 from fspn_nb.train import fit
 
 SMALL = dict(synth__n_train=6, synth__n_test=4)
@@ -35,28 +39,133 @@ def weights(run): return torch.load(run/'last.pt', weights_only=True)['model']
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def start(cfg, tmp):
+def start(cfg, tmp, *more):
     "The trainer as its own process"
     env = dict(os.environ, OMP_NUM_THREADS='1')
-    return subprocess.Popen([sys.executable, '-m', 'fspn_nb.train', str(save_cfg(cfg, tmp/'config.json')), '--out', str(tmp), '--device', 'cpu'],
+    return subprocess.Popen([sys.executable, '-m', 'fspn_nb.train', str(save_cfg(cfg, tmp/'config.json')), '--out', str(tmp), '--device', 'cpu', *more],
                             env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def test_sigkill_in_an_epoch_changes_nothing(release, tmp_path):
-    cfg = finediving('smoke', **SMALL, train__epochs=40, train__batch=2, model__dropout=.3)
-    whole = start(cfg, tmp_path/'whole')
-    text = whole.communicate(timeout=300)[0]
-    assert whole.returncode == 0, text
-    killed,run = start(cfg, tmp_path/'killed'),tmp_path/'killed'/'finediving'/run_id(cfg)
+def wait_for(run, cfg, epoch):
+    "Until a checkpoint of a later epoch is there"
     deadline = time.time()+200
-    while time.time() < deadline and not ((run/'log.csv').exists() and len((run/'log.csv').read_text().splitlines()) > 8): time.sleep(.02)
-    time.sleep(.15) # into the next epoch
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL, 'it must have been killed, not finished'
-    assert 7 < load_ckpt(run/'last.pt', cfg)['epoch'] < 40
-    again = start(cfg, tmp_path/'killed')
+    while time.time() < deadline:
+        try:
+            if load_ckpt(run/'last.pt', cfg)['epoch'] > epoch: return
+        except FileNotFoundError: pass
+        time.sleep(.02)
+
+
+LONG = finediving('smoke', **SMALL, model__name='fspn_s', train__epochs=60, train__batch=2, model__dropout=.3)
+
+
+@pytest.fixture(scope='session')
+def whole(release, tmp_path_factory):
+    "A run that nobody interrupts"
+    tmp = tmp_path_factory.mktemp('whole')
+    p = start(LONG, tmp)
+    text = p.communicate(timeout=300)[0]
+    assert p.returncode == 0, text
+    return tmp/'finediving'/run_id(LONG)
+
+
+@pytest.mark.parametrize('sign,status', [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
+def test_a_run_that_is_stopped_ends_where_the_whole_one_ends(whole, tmp_path, sign, status):
+    cfg,run = LONG,tmp_path/'finediving'/run_id(LONG)
+    p = start(cfg, tmp_path, '--share', '.3')
+    wait_for(run, cfg, 3)
+    p.send_signal(sign)
+    text = p.communicate(timeout=60)[0]
+    assert p.returncode == status, 'it must have been stopped, not finished'
+    state = load_ckpt(run/'last.pt', cfg)
+    assert 3 < state['epoch'] < 60
+    if sign == signal.SIGTERM: assert 'everything is saved' in text and f"epoch {state['epoch']+1}, step {state['inside']['step']}" in text
+    again = start(cfg, tmp_path)
     assert again.wait(timeout=300) == 0
-    assert same(weights(run), weights(tmp_path/'whole'/'finediving'/run_id(cfg)))
+    assert same(weights(run), weights(whole))
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, tmp_path, capsys):
+    cfg,run = LONG,tmp_path/'finediving'/run_id(LONG)
+    p = start(cfg, tmp_path, '--share', '1')
+    wait_for(run, cfg, 2)
+    p.kill()
+    p.wait()
+    for damage in (lambda b: b[:len(b)//2], lambda b: b[:len(b)//2]+bytes([b[len(b)//2]^1])+b[len(b)//2+1:]):
+        sound = (run/'last.pt').read_bytes()
+        (run/'last.pt').write_bytes(damage(sound))
+        assert newest_ckpt(run, cfg) is not None
+        assert 'going on from the checkpoint before it' in capsys.readouterr().out
+    assert start(cfg, tmp_path).wait(timeout=300) == 0
+    assert same(weights(run), weights(whole))
+
+
+def test_what_a_kill_left_behind_is_removed(release, tmp_path):
+    cfg = finediving('smoke', **SMALL, model__name='i3d_mlp', train__epochs=1)
+    run = tmp_path/'finediving'/run_id(cfg)
+    run.mkdir(parents=True)
+    (run/'.last.pt.77.part').write_bytes(b'half')
+    fit(cfg, tmp_path, 'cpu')
+    assert not list(run.glob('.*.part'))
+
+
+def test_a_full_disk_is_found_before_training(release, tmp_path, monkeypatch):
+    monkeypatch.setattr('fspn_nb.checkpoint.shutil.disk_usage', lambda p: shutil._ntuple_diskusage(10**9, 10**9-1000, 1000))
+    with pytest.raises(OSError, match='for the checkpoints of'): fit(finediving('smoke', **SMALL), tmp_path, 'cpu', prepare(finediving('smoke', **SMALL), 'cpu'))
+
+
+def test_a_disk_that_fills_up_costs_no_checkpoint(release, tmp_path, monkeypatch):
+    cfg = finediving('smoke', **SMALL, model__name='i3d_mlp', train__epochs=3)
+    def full(*a): raise OSError(28, 'No space left on device')
+    def each(model, data, epoch, run):
+        if epoch == 2: monkeypatch.setattr('fspn_nb.core.os.fsync', full)
+    with pytest.raises(OSError, match='No space left'): fit(cfg, tmp_path, 'cpu', each=each, share=1)
+    monkeypatch.undo()
+    run = tmp_path/'finediving'/run_id(cfg)
+    assert load_ckpt(run/'last.pt', cfg)['epoch'] == 1 and not list(run.glob('.*.part'))
+    os.environ['IN_TEST'] = '1'
+    fit(cfg, tmp_path, 'cpu')
+    assert load_ckpt(run/'last.pt', cfg)['epoch'] == 3
+
+
+TINY = dict(clip__size=32, clip__starts=(0,40), model__clips=2, weights='random', train__backbone='finetune', model__adapter=False, train__epochs=1)
+
+
+def test_exemplars_of_the_batch(release, tmp_path):
+    data = prepare(finediving('smoke', **SMALL, setting='wo_dn', model__name='fspn_s', train__in_batch=True, **TINY), 'cpu')
+    seen,fetch = [],data.source.fetch
+    data.source.fetch = lambda ids, event=None: (seen.append(len(ids)), fetch(ids, event))[1]
+    fit(data.cfg, tmp_path, 'cpu', data)
+    assert sum(seen) == 6, 'each training dive goes through the backbone once'
+    assert run_id(data.cfg) != run_id(change(data.cfg, train__in_batch=False))
+
+
+def test_clips_in_small_portions_change_nothing(release, tmp_path):
+    base = finediving('smoke', **SMALL, model__name='i3d_mlp', **TINY)
+    logs = [pd.read_csv(fit(change(base, train__micro=m), tmp_path, 'cpu')/'log.csv').total[0] for m in (0, 3)]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+
+
+def test_two_processes_are_one(release, tmp_path):
+    cfg,found = finediving('smoke', **SMALL, model__name='fspn_s', **dict(TINY, train__epochs=2)),{}
+    for n in ('1','2'):
+        p = start(cfg, tmp_path/n, '--processes', n)
+        assert p.wait(timeout=300) == 0, p.stdout.read()
+        run = tmp_path/n/'finediving'/run_id(cfg)
+        tables = []
+        for m in ('1','2'): # measured by one process and by two
+            subprocess.run([sys.executable, '-m', 'fspn_nb.evaluate', str(run), '--device', 'cpu', '--processes', m], check=True, capture_output=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+            tables.append(pd.read_csv(run/'predictions.csv'))
+        assert list(tables[0].uid) == list(tables[1].uid) and not tables[0].uid.duplicated().any()
+        assert (tables[0].pred-tables[1].pred).abs().max() < 1e-3
+        found[n] = tables[0]
+    assert ((found['1'].pred-found['2'].pred).abs()/found['1'].pred.abs()).max() < 1e-5
+    assert json.loads((run/'provenance.json').read_text())['processes'] == 2
+
+
+def test_several_processes_want_a_backbone_to_train(release, tmp_path):
+    from fspn_nb.parallel import Crew
+    with pytest.raises(ValueError, match="need train.backbone='finetune' for 2 processes"): fit(finediving('smoke', **SMALL), tmp_path, 'cpu', crew=Crew(0, 2))
 
 
 def test_evaluation_repeats_itself(release, tmp_path):
@@ -90,11 +199,25 @@ def test_finetune_mode_trains_the_backbone(release, tmp_path):
 
 
 def test_finetune_results_do_not_depend_on_workers(release, tmp_path):
-    clip = dict(clip__size=32, clip__starts=(0,), model__clips=1, synth__n_train=6, synth__n_test=4, weights='random')
-    base = finediving('smoke', **clip, train__backbone='finetune', model__adapter=False, model__name='i3d_mlp', train__epochs=1, train__batch=3)
-    torch.manual_seed(7)
-    a,b = (prepare(change(base, train__workers=w), 'cpu').source.fetch([0,1,2], (1, 3)) for w in (0,2))
-    assert all(torch.equal(x, y) for x,y in zip(a, b))
+    base = finediving('smoke', **SMALL, model__name='fspn_s', train__jitter=1, **TINY) # a window that moves is decoded anew each time
+    runs = []
+    for n in (0,1,4):
+        data = prepare(change(base, train__workers=n), 'cpu')
+        assert type(data.source).__name__ == 'ClipSource' and bool(data.source.pool) == (n > 0)
+        runs.append(fit(data.cfg, tmp_path, 'cpu', data))
+        evaluate(runs[-1], data)
+    assert len(set(runs)) == 3
+    assert all(same(weights(runs[0]), weights(r)) for r in runs[1:])
+    assert len({(r/'predictions.csv').read_text() for r in runs}) == 1
+
+
+def test_the_store_gives_what_decoding_gives(release, tmp_path):
+    base = finediving('smoke', **SMALL, model__name='i3d_mlp', train__flip=0., **TINY)
+    kept = prepare(base, 'cpu')
+    decoded = replace(kept, source=ClipSource(kept.release.samples, base, kept.boxes[1]), backbone=prepare(base, 'cpu').backbone)
+    assert type(kept.source).__name__ == 'StoreSource'
+    a,b = (weights(fit(base, tmp_path/n, 'cpu', d)) for n,d in (('kept',kept), ('decoded',decoded)))
+    assert same(a, b)
 
 
 def test_validation_is_cut_from_training(release, tmp_path):
