@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from conftest import film
 
 from fspn_nb.config import ClipCfg, ModelCfg
 from fspn_nb.core import Batch
@@ -51,14 +52,6 @@ class Red(nn.Module):
     def encode(self, batch): return Encoded(torch.cat([batch.scene[..., :1], batch.actor[..., 1:2]], -1).mean(1), {})
 
     def score(self, feature): return 10*feature[..., 0]+20*feature[..., 1]
-
-
-def film(corner, colour, n=20):
-    "A black film (n,64,64,3) with a bright corner"
-    frames = torch.zeros(n, 64, 64, 3, dtype=torch.uint8)
-    y, x = dict(tl=(0, 0), tr=(0, 48), bl=(48, 0), br=(48, 48))[corner]
-    frames[:, y:y+16, x:x+16, colour] = 255
-    return frames
 
 
 @pytest.fixture(scope='module')

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import edit_pickle
 
 from fspn_nb.data.finediving import FRAMES, describe, read_finediving, write_finediving, write_frames
 from fspn_nb.data.motion import make_dive
@@ -47,11 +48,8 @@ def real(shared):
 
 
 def edit(root, name, change):
-    "Replace the content of one pickle by `change(content)` (None: changed in place)"
-    path = root/'Annotations'/f'{name}.pkl'
-    value = load_pickle(path)
-    new = change(value)
-    path.write_bytes(pickle.dumps(value if new is None else new, protocol=3))
+    "Change one pickle of the release"
+    edit_pickle(root/'Annotations'/f'{name}.pkl', change)
 
 
 # ---- the real release

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from conftest import film
 
 from fspn_nb.config import ClipCfg, ModelCfg
 from fspn_nb.core import Batch
@@ -152,14 +153,6 @@ def test_hook_inside_the_whole_network_gives_the_same():
 def test_batches_do_not_matter():
     net, clips = backbone(), torch.randint(0, 256, (5, 3, 16, 32, 32), dtype=torch.uint8)
     assert same(feature_maps(net, clips, 2), feature_maps(net, clips, 5))
-
-
-def film(corner, colour, n=20):
-    "A black film (n,64,64,3) with a bright corner"
-    frames = torch.zeros(n, 64, 64, 3, dtype=torch.uint8)
-    y, x = dict(tl=(0, 0), tr=(0, 48), bl=(48, 0), br=(48, 48))[corner]
-    frames[:, y:y+16, x:x+16, colour] = 255
-    return frames
 
 
 CLIP = ClipCfg(frames=20, starts=(0, 4), size=64)

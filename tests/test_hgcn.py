@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from scipy.stats import spearmanr
+from conftest import bf16_is_close, trains_on_one, weights_carry_everything
 
 from fspn_nb.config import ModelCfg
 from fspn_nb.core import Batch
@@ -76,26 +77,18 @@ def test_the_order_of_clips_matters():
 
 def test_weights_carry_everything(tmp_path):
     batch, a, b = random_batch(), made(1, [20., 50., 95.]).eval(), made(2, [40., 45., 60.]).eval()
-    torch.save(a.state_dict(), tmp_path/'w.pt')
-    b.load_state_dict(torch.load(tmp_path/'w.pt', weights_only=True))
-    with torch.no_grad(): assert torch.equal(a(batch).score, b(batch).score)
+    weights_carry_everything(a, b, batch, tmp_path/'w.pt')
 
 
 def test_batch_mates_and_batches_of_one():
     model, batch = made().eval(), random_batch()
     one = Batch(batch.scene[2:3], label=batch.label[2:3])
     with torch.no_grad(): assert torch.allclose(model(one).score, model(batch).score[2:3], atol=1e-3)
-    out = model.train()(one)
-    assert out.score.shape == (1,) and out.total.isfinite()
+    trains_on_one(model, one)
 
 
 def test_bf16_is_close():
-    model, batch = made().eval(), random_batch()
-    with torch.no_grad():
-        full = model(batch)
-        with torch.autocast('cpu', torch.bfloat16): half = model(batch)
-    assert half.score.dtype == torch.float32 and (half.score-full.score).abs().max() < 5
-    assert torch.isclose(half.losses['mse'], full.losses['mse'], rtol=.15)
+    bf16_is_close(made(), random_batch())
 
 
 def test_drawn_in_training_and_only_on_request_afterwards():

@@ -6,10 +6,10 @@ import random
 import time
 from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import edit_pickle
 
 from fspn_nb.data import mtl_aqa
 from fspn_nb.data.finediving import read_finediving
@@ -56,11 +56,8 @@ def sheets(real):
 
 
 def edit(root, name, change):
-    "Replace the content of one pickle by `change(content)` (None: changed in place)"
-    path = root/'info'/f'{name}.pkl'
-    value = load_pickle(path)
-    new = change(value)
-    path.write_bytes(pickle.dumps(value if new is None else new, protocol=3))
+    "Change one pickle of the release"
+    edit_pickle(root/'info'/f'{name}.pkl', change)
 
 
 def empty_frames(root, video, numbers, padding=8):

@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import bf16_is_close, trains_on_one, weights_carry_everything
 
 from fspn_nb.config import ModelCfg
 from fspn_nb.core import Batch
@@ -46,9 +47,7 @@ def test_contract(name, cfg):
 def test_weights_carry_everything(name, tmp_path):
     "Another scale, other weights: after loading the same score"
     batch, a, b = random_batch(), made(name, 1, [20., 50., 95.]).eval(), made(name, 2, [40., 45., 60.]).eval()
-    torch.save(a.state_dict(), tmp_path/'w.pt')
-    b.load_state_dict(torch.load(tmp_path/'w.pt', weights_only=True))
-    with torch.no_grad(): assert torch.equal(a(batch).score, b(batch).score)
+    weights_carry_everything(a, b, batch, tmp_path/'w.pt')
 
 
 @pytest.mark.parametrize('name', ALL)
@@ -57,18 +56,12 @@ def test_batch_mates_and_batches_of_one(name):
     cut = lambda b: Batch(**{k: v[2:3] for k, v in vars(b).items() if k != 'exemplar'})
     one = replace(cut(batch), exemplar=cut(batch.exemplar))
     with torch.no_grad(): assert torch.allclose(model.encode(one).feature, model.encode(batch).feature[2:3], atol=1e-4)
-    out = model.train()(one)
-    assert out.score.shape == (1,) and out.total.isfinite()
+    trains_on_one(model, one)
 
 
 @pytest.mark.parametrize('name', ALL)
 def test_bf16_is_close(name):
-    model, batch = made(name, decode='expected').eval(), random_batch()
-    with torch.no_grad():
-        full = model(batch)
-        with torch.autocast('cpu', torch.bfloat16): half = model(batch)
-    assert half.score.dtype == torch.float32 and (half.score-full.score).abs().max() < 5
-    assert all(torch.isclose(half.losses[k], v, rtol=.15, atol=.02) for k, v in full.losses.items())
+    bf16_is_close(made(name, decode='expected'), random_batch())
 
 
 def sixteen(seed=0):

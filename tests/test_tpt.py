@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+from conftest import bf16_is_close, trains_on_one, weights_carry_everything
 
 from fspn_nb.complexity import flops_of
 from fspn_nb.config import ModelCfg
@@ -52,9 +53,7 @@ def test_contract(cfg, monkeypatch):
 
 def test_weights_carry_everything(tmp_path):
     batch, a, b = zoo.random_batch(), made(1, torch.tensor([20., 50., 95.])).eval(), made(2, torch.tensor([4., 5., 9.])).eval()
-    torch.save(a.state_dict(), tmp_path/'w.pt')
-    b.load_state_dict(torch.load(tmp_path/'w.pt', weights_only=True))
-    with torch.no_grad(): assert torch.equal(a(batch).score, b(batch).score)
+    weights_carry_everything(a, b, batch, tmp_path/'w.pt')
 
 
 def test_batch_mates_and_batches_of_one():
@@ -62,17 +61,11 @@ def test_batch_mates_and_batches_of_one():
     cut = lambda b: Batch(b.scene[2:3], label=b.label[2:3], cells=b.cells[2:3])
     one = replace(cut(batch), exemplar=cut(batch.exemplar))
     with torch.no_grad(): assert torch.allclose(model.encode(one).feature, model.encode(batch).feature[2:3], atol=1e-4)
-    out = model.train()(one)
-    assert out.score.shape == (1,) and out.total.isfinite()
+    trains_on_one(model, one)
 
 
 def test_bf16_is_close():
-    model, batch = made(decode='expected').eval(), zoo.random_batch()
-    with torch.no_grad():
-        full = model(batch)
-        with torch.autocast('cpu', torch.bfloat16): half = model(batch)
-    assert half.score.dtype == torch.float32 and (half.score-full.score).abs().max() < 5
-    assert all(torch.isclose(half.losses[k], v, rtol=.15, atol=.02) for k, v in full.losses.items())
+    bf16_is_close(made(decode='expected'), zoo.random_batch())
 
 
 def test_votes_broadcast_and_the_exemplars_score_is_only_added():

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import bf16_is_close, trains_on_one, weights_carry_everything
 
 from fspn_nb.complexity import flops_of
 from fspn_nb.config import ModelCfg
@@ -173,9 +174,7 @@ def test_votes_do_not_depend_on_company():
 def test_weights_carry_everything(tmp_path):
     batch, a, b = random_batch(), made(1, [20., 50., 95.]).eval(), made(2, [10., 15., 20.]).eval()
     a.train()(batch)
-    torch.save(a.eval().state_dict(), tmp_path/'w.pt')
-    b.load_state_dict(torch.load(tmp_path/'w.pt', weights_only=True))
-    with torch.no_grad(): assert torch.equal(a(batch).score, b(batch).score)
+    weights_carry_everything(a, b, batch, tmp_path/'w.pt')
     assert (b.theta, b.passes) == (100, 1)
 
 
@@ -184,17 +183,11 @@ def test_batch_mates_and_batches_of_one():
     cut = lambda b: Batch(b.scene[2:3], label=b.label[2:3], steps=b.steps[2:3], maps=b.maps[2:3])
     one = replace(cut(batch), exemplar=cut(batch.exemplar))
     with torch.no_grad(): assert torch.allclose(model.encode(one).feature, model.encode(batch).feature[2:3], atol=1e-4)
-    out = model.train()(one)
-    assert out.score.shape == (1,) and out.total.isfinite()
+    trains_on_one(model, one)
 
 
 def test_bf16_is_close():
-    model, batch = made().eval(), random_batch()
-    with torch.no_grad():
-        full = model(batch)
-        with torch.autocast('cpu', torch.bfloat16): half = model(batch)
-    assert half.score.dtype == torch.float32 and (half.score-full.score).abs().max() < 5
-    assert all(torch.isclose(half.losses[k], v, rtol=.15, atol=.02) for k, v in full.losses.items())
+    bf16_is_close(made(), random_batch())
 
 
 def test_four_dives_are_learnt_by_heart():

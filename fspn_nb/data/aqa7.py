@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['read_aqa7', 'write_act_frames', 'write_aqa7', 'describe', 'ranges_of']
 
-# %% ../../nbs/14_data.aqa7.ipynb #3677851a
+# %% ../../nbs/14_data.aqa7.ipynb #e34b9fe2
 import os,re,shutil
-from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 from PIL import Image
@@ -15,16 +14,7 @@ from ..core import write_atomic
 from ..protocols import PROTOCOLS,SPORTS
 from .matlab import load_mat,mat_bytes
 from .records import Sample,frame_problem
-from .untrusted import wrong_value
-
-# %% ../../nbs/14_data.aqa7.ipynb #c6d921fd
-@contextmanager
-def _noted(problems, uid):
-    "Errors inside go to the list `problems` under `uid`; without a list they are raised"
-    try: yield
-    except ValueError as e:
-        if problems is None: raise
-        problems.append((uid, str(e)))
+from .untrusted import noted,wrong_value
 
 # %% ../../nbs/14_data.aqa7.ipynb #f780f7ed
 def _row(values, where):
@@ -61,7 +51,7 @@ def _points(row, unit, where):
     if not _fits(sport, score, unit): raise _misfit(f'{where}, {sport}/{idx:03d}', sport, f'{score:g}')
     return f'{sport}/{idx:03d}',sport,round(score/100, 6) if unit == 100 else score
 
-# %% ../../nbs/14_data.aqa7.ipynb #cd24d4c6
+# %% ../../nbs/14_data.aqa7.ipynb #14e80857
 def _rows(path, split, problems):
     "[(class id, sample id, score as it stands)] of one list"
     name = f'consolidated_{split}_list'
@@ -69,10 +59,10 @@ def _rows(path, split, problems):
     if table.shape[1] != 3 or not len(table): raise wrong_value(f'{path}, {name}', 'rows of class id, sample id and score', table)
     rows = []
     for i,values in enumerate(table.tolist(), 1):
-        with _noted(problems, f'{path.name}, row {i}'): rows.append(_row(values, f'{path}, row {i}'))
+        with noted(problems, f'{path.name}, row {i}'): rows.append(_row(values, f'{path}, row {i}'))
     return rows
 
-# %% ../../nbs/14_data.aqa7.ipynb #6380089a
+# %% ../../nbs/14_data.aqa7.ipynb #02d6ca68
 def _split(path, split, problems):
     "[(uid, sport, points)] of one list, its unit, and its trampoline videos"
     rows,sports = _rows(path, split, problems),{o.id:k for k,o in SPORTS.items()}
@@ -80,10 +70,10 @@ def _split(path, split, problems):
     if not rows: raise ValueError(f"{path}: need videos of the six classes {', '.join(SPORTS)}, got none; take the lists anew from the release")
     unit,out = _unit(rows, path),[]
     for row in rows:
-        with _noted(problems, f'{row[0]}/{row[1]:03d}'): out.append(_points(row, unit, path))
+        with noted(problems, f'{row[0]}/{row[1]:03d}'): out.append(_points(row, unit, path))
     return out,unit,left_out
 
-# %% ../../nbs/14_data.aqa7.ipynb #2b80db3e
+# %% ../../nbs/14_data.aqa7.ipynb #5b32f5a4
 def _once(rows, problems):
     "The `rows` (uid, split, sport, points) whose uid occurs once"
     seen = {}
@@ -91,7 +81,7 @@ def _once(rows, problems):
     twice = {uid:o for uid,o in seen.items() if len(o) > 1}
     for uid,o in twice.items():
         what = f'{len(o)} times in the {o[0]} list' if len(set(o)) == 1 else 'in the train and in the test list'
-        with _noted(problems, uid): raise ValueError(f"{uid}: need every video once in both lists together, got it {what}; take both lists from one release")
+        with noted(problems, uid): raise ValueError(f"{uid}: need every video once in both lists together, got it {what}; take both lists from one release")
     return [o for o in rows if o[0] not in twice]
 
 # %% ../../nbs/14_data.aqa7.ipynb #b5c261fe
@@ -133,7 +123,7 @@ def _sample(root, uid, split, sport, score):
     folder = root and root/f'{sport}-out'/uid.rpartition('/')[2]
     return Sample(uid, split, sport, score, None, folder, _frame_files(folder) if folder else (), start_frame=1, end_frame=_LENGTH)
 
-# %% ../../nbs/14_data.aqa7.ipynb #864d2fff
+# %% ../../nbs/14_data.aqa7.ipynb #e5e6cd0a
 def read_aqa7(
     root, # Folder of the release, with `diving-out` and the other classes; None: lists only, all samples without frames
     annotations=None, # Folder of the two lists; None: `root/Split_4` or `root`
@@ -147,7 +137,7 @@ def read_aqa7(
     _told({paths[k].name:o[1] for k,o in lists.items()}, [uid for o in lists.values() for uid in o[2]], problems)
     samples = []
     for uid,*row in _once([(uid,k,*rest) for k,o in lists.items() for uid,*rest in o[0]], problems):
-        with _noted(problems, uid): samples.append(_sample(root, uid, *row))
+        with noted(problems, uid): samples.append(_sample(root, uid, *row))
     if not samples: raise ValueError(f"{paths['train']}: need at least one video without a fault, got none; take the lists and frames anew from the release")
     return samples
 

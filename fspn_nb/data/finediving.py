@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FRAMES', 'read_finediving', 'write_frames', 'write_finediving', 'describe']
 
-# %% ../../nbs/12_data.finediving.ipynb #980ecc21
+# %% ../../nbs/12_data.finediving.ipynb #5953bc07
 import os,pickle,re,shutil
 from pathlib import Path
 import numpy as np
@@ -13,7 +13,7 @@ from PIL import Image
 from ..core import write_atomic
 from .dives import SUB_ACTIONS
 from .records import Sample,frame_problem
-from .untrusted import checked,load_pickle,wrong_value
+from .untrusted import checked,load_part,noted,tried,wrong_value
 
 # %% ../../nbs/12_data.finediving.ipynb #660cfc38
 FRAMES = 'FINADiving_MTL_256s' # Folder of the frames, below the release's root
@@ -45,32 +45,11 @@ def _entry(value, fields, where):
     if gone:=[o for o in fields if o not in value]: raise wrong_value(where, f'the field {gone[0]!r}', value)
     return {o:checked(value[o], _KIND[o], f'{where}, {o}') for o in fields}
 
-# %% ../../nbs/12_data.finediving.ipynb #ec426ca8
-def _fault(bad, key, message):
-    "Raises `message`, or notes it in `bad` as the fault of dive `key`"
-    if bad is None: raise ValueError(message)
-    bad.setdefault(key, message)
-
-def _tried(bad, key, f, *args):
-    "`f(*args)`; None after a fault that was noted in `bad`"
-    try: return f(*args)
-    except ValueError as e:
-        if bad is None: raise
-        bad.setdefault(key, str(e))
-
-# %% ../../nbs/12_data.finediving.ipynb #abd19504
-def _load(folder, name, kind):
-    "The content of one file, which must be of type `kind` and not empty"
-    path = Path(folder)/f'{name}.pkl'
-    value = load_pickle(path)
-    if not isinstance(value, kind) or not value: raise wrong_value(path, f'a {kind.__name__} that is not empty', value)
-    return value
-
-# %% ../../nbs/12_data.finediving.ipynb #99c94f8b
+# %% ../../nbs/12_data.finediving.ipynb #19c554c7
 def _records(folder, name, bad=None):
     "All dives of one annotation file: {(video, index): {field: value}}"
     where = f'{Path(folder)/name}.pkl'
-    return {(k:=_key(key, where)):_tried(bad, k, _entry, value, _FIELDS[name], f'{where}, {k}') for key,value in _load(folder, name, dict).items()}
+    return {(k:=_key(key, where)):tried(bad, k, _entry, value, _FIELDS[name], f'{where}, {k}') for key,value in load_part(folder, name, dict).items()}
 
 # %% ../../nbs/12_data.finediving.ipynb #5feb3b90
 def _differ(key, what, values):
@@ -95,30 +74,33 @@ def _merge(key, rec, table):
     if dive['dive_score'] < 0 or dive['difficulty'] <= 0: raise ValueError(f"{key}: need score >= 0 and difficulty > 0, got {dive['dive_score']}, {dive['difficulty']}; correct the annotations")
     return dive
 
-# %% ../../nbs/12_data.finediving.ipynb #eb4abb88
+# %% ../../nbs/12_data.finediving.ipynb #9734ceaa
 def _splits(folder, known, bad=None):
     "{key: 'train' or 'test'} in the order of the split files; every dive exactly once"
     out = {}
     for name in _SPLITS:
-        for key in (_key(o, f'{Path(folder)/name}.pkl') for o in _load(folder, name, list)):
-            if key in out: _fault(bad, key, f"{name}: need every dive once in train and test together, got {key} again; take both split files from one release")
-            if key not in known: _fault(bad, key, f"{name}: need annotated dives, got {key}, which is in no annotation file; take split and annotations from one release")
+        for key in (_key(o, f'{Path(folder)/name}.pkl') for o in load_part(folder, name, list)):
+            with noted(bad, key):
+                if key in out: raise ValueError(f"{name}: need every dive once in train and test together, got {key} again; take both split files from one release")
+                if key not in known: raise ValueError(f"{name}: need annotated dives, got {key}, which is in no annotation file; take split and annotations from one release")
             out.setdefault(key, name.split('_')[0])
     rest = [o for o in known if o not in out]
-    for o in rest: _fault(bad, o, f"need every dive in a split, got {len(rest)} in none ({o}, ...); take splits and annotations from one release")
+    for o in rest:
+        with noted(bad, o): raise ValueError(f"need every dive in a split, got {len(rest)} in none ({o}, ...); take splits and annotations from one release")
     return out
 
-# %% ../../nbs/12_data.finediving.ipynb #59075226
+# %% ../../nbs/12_data.finediving.ipynb #82cbb99c
 def _annotations(folder, bad=None):
     "{key: (split, merged fields)} of a folder with the six files; None for the fields of a dive in `bad`"
     files = {name:_records(folder, name, bad) for name in _FIELDS}
     first,*rest = files
     for name in rest:
         odd = sorted(files[first].keys() ^ files[name].keys())
-        for o in odd: _fault(bad, o, f"{first} and {name}: need the same dives, got {len(odd)} that only one has ({o}, ...); take all files from one release")
-    table = checked(_load(folder, _TABLE, dict), 'names', f'{Path(folder)/_TABLE}.pkl')
+        for o in odd:
+            with noted(bad, o): raise ValueError(f"{first} and {name}: need the same dives, got {len(odd)} that only one has ({o}, ...); take all files from one release")
+    table = checked(load_part(folder, _TABLE, dict), 'names', f'{Path(folder)/_TABLE}.pkl')
     splits = _splits(folder, files[first], bad)
-    merged = lambda k: None if k in (bad or ()) else _tried(bad, k, _merge, k, {name:o[k] for name,o in files.items()}, table)
+    merged = lambda k: None if k in (bad or ()) else tried(bad, k, _merge, k, {name:o[k] for name,o in files.items()}, table)
     return {k:(split,merged(k)) for k,split in splits.items()}
 
 # %% ../../nbs/12_data.finediving.ipynb #3d824e3c

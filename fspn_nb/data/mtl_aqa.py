@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FRAMES', 'read_mtl_aqa', 'write_mtl_aqa', 'write_video_frames', 'judge_mismatches', 'describe']
 
-# %% ../../nbs/13_data.mtl_aqa.ipynb #0044c1b0
+# %% ../../nbs/13_data.mtl_aqa.ipynb #e0540982
 import io,os,pickle,re,struct
 from collections import Counter
 from itertools import takewhile
@@ -17,7 +17,7 @@ from ..core import write_atomic
 from .dives import parse_code
 from .judging import final_score
 from .records import Sample,frame_problem
-from .untrusted import checked,load_pickle,wrong_value
+from .untrusted import checked,load_part,tried,wrong_value
 from ..protocols import PROTOCOLS
 
 # %% ../../nbs/13_data.mtl_aqa.ipynb #f0dd0706
@@ -36,15 +36,8 @@ def _key(x, where):
     if min(video, index) < 0: raise wrong_value(where, 'numbers >= 0 as key', min(video, index))
     return video,index
 
-# %% ../../nbs/13_data.mtl_aqa.ipynb #6b0bd6db
+# %% ../../nbs/13_data.mtl_aqa.ipynb #2bc057df
 def _uid(key): return f'{key[0]:02d}/{key[1]}'
-
-def _attempt(problems, uid, read, *args):
-    "`read(*args)`; where that fails and there is a list `problems`, a line in it and None"
-    try: return read(*args)
-    except ValueError as e:
-        if problems is None: raise
-        problems.append((uid, str(e)))
 
 # %% ../../nbs/13_data.mtl_aqa.ipynb #80d69768
 _WAYS,_GROUPS,_LETTERS = ('Back','Forward','Inward','Reverse'),'2143','DBC' # by rotation_type, the same, by position: free, pike, tuck
@@ -56,14 +49,6 @@ def _dive_number(o, where):
     way,twists = _GROUPS[o['rotation_type']],o['tw_no'] or ''
     head = f'6{way}' if o['armstand'] else f'5{way}' if twists else f'{way}0'
     return f"{head}{o['ss_no']}{twists}{_LETTERS[o['position']]}"
-
-# %% ../../nbs/13_data.mtl_aqa.ipynb #3876400d
-def _load(folder, name, kind):
-    "The content of one file, which must be of type `kind` and not empty"
-    path = Path(folder)/f'{name}.pkl'
-    value = load_pickle(path)
-    if not isinstance(value, kind) or not value: raise wrong_value(path, f'a {kind.__name__} that is not empty', value)
-    return value
 
 # %% ../../nbs/13_data.mtl_aqa.ipynb #bab6368b
 def _entry(value, name, where):
@@ -97,25 +82,25 @@ def _dive(folder, files, key):
     if o.setdefault('dive_number', number) != number: raise ValueError(f"{key}: dive_number is {o['dive_number']!r} and its fields make {number}; need one dive, so take the file from the release")
     return o
 
-# %% ../../nbs/13_data.mtl_aqa.ipynb #a65169d3
+# %% ../../nbs/13_data.mtl_aqa.ipynb #81a589a9
 def _annotations(folder, problems=None):
     "{key: fields} of a folder with one or both annotation files; None for a dive with a line in `problems`"
     folder = Path(folder)
-    files = {name:_load(folder, name, dict) for name in (_CORE,_MUSDL) if (folder/f'{name}.pkl').exists()}
+    files = {name:load_part(folder, name, dict) for name in (_CORE,_MUSDL) if (folder/f'{name}.pkl').exists()}
     if not files: raise FileNotFoundError(f"need {_CORE}.pkl or {_MUSDL}.pkl in {folder}, found neither; download one with the release's annotations")
     out = {}
     for i,raw in enumerate(dict.fromkeys(k for o in files.values() for k in o)):
-        key = _attempt(problems, f'annotated dive {i}', _key, raw, f'{folder/next(iter(files))}.pkl')
-        if key: out[key] = _attempt(problems, _uid(key), _dive, folder, files, key)
+        key = tried(problems, f'annotated dive {i}', _key, raw, f'{folder/next(iter(files))}.pkl')
+        if key: out[key] = tried(problems, _uid(key), _dive, folder, files, key)
     return out
 
-# %% ../../nbs/13_data.mtl_aqa.ipynb #e71b33e6
+# %% ../../nbs/13_data.mtl_aqa.ipynb #c991a59a
 def _listed(folder, problems=None):
     "(split, key) of every entry of the two split files, in order"
     for name in _SPLITS:
         where = f'{Path(folder)/name}.pkl'
-        for i,raw in enumerate(_load(folder, name, list)):
-            if key:=_attempt(problems, f'{name}, entry {i}', _key, raw, where): yield name.split('_')[0],key
+        for i,raw in enumerate(load_part(folder, name, list)):
+            if key:=tried(problems, f'{name}, entry {i}', _key, raw, where): yield name.split('_')[0],key
 
 # %% ../../nbs/13_data.mtl_aqa.ipynb #2092f661
 def _splits(folder, known, problems=None):
@@ -173,7 +158,7 @@ def _sample(folder, key, split, o, found):
     return Sample(_uid(key), split, o['dive_number'], o['final_score'], o['difficulty'], folder, files, judges=o['judge_scores'], start_frame=o['end_frame']-_WINDOW+1,
                   end_frame=o['end_frame'], annotated=(o['start_frame'],o['end_frame']), before=before, after=after)
 
-# %% ../../nbs/13_data.mtl_aqa.ipynb #6e6f1540
+# %% ../../nbs/13_data.mtl_aqa.ipynb #40bb2d19
 def _samples(root, notes, splits, problems=None):
     "{key: Sample}; each broadcast's folder is listed once"
     videos,out = {},{}
@@ -182,7 +167,7 @@ def _samples(root, notes, splits, problems=None):
     for video,keys in videos.items():
         folder = root and root/f'{video:02d}'
         found = _find(folder, {0}.union(*(_reach(notes[k]['end_frame']) for k in keys))) if folder else {}
-        for k in keys: out[k] = _attempt(problems, _uid(k), _sample, folder, k, splits[k], notes[k], found)
+        for k in keys: out[k] = tried(problems, _uid(k), _sample, folder, k, splits[k], notes[k], found)
     return out
 
 # %% ../../nbs/13_data.mtl_aqa.ipynb #3cdc41b7

@@ -5,64 +5,23 @@
 # %% auto #0
 __all__ = ['OneDive', 'I3DSVR', 'I3DLSTM', 'I3DAvg', 'I3DClipMLP']
 
-# %% ../../nbs/46_models.baselines.ipynb #82e905b1
+# %% ../../nbs/46_models.baselines.ipynb #db194782
 import torch
 import torch.nn.functional as F
 from torch import nn,Tensor
 
 from ..config import ModelCfg
-from ..core import Batch,Output,need
-from .encoder import Encoded
-from .i3d_mlp import LabelScale
+from .i3d_mlp import LabelScale,Regressor
 
-# %% ../../nbs/46_models.baselines.ipynb #5cee3d94
-class OneDive(nn.Module):
+# %% ../../nbs/46_models.baselines.ipynb #0326149f
+class OneDive(Regressor):
     "Clips to a summary, the summary to a score; here the mean, and whatever `head` is"
-    uses_exemplar,needs = False,('scene',)
-
     def __init__(self,
         head:nn.Module, # Summary (...,D) to one number (...,1)
         labels=None, # Training labels, (n,), for the scale; None: to be loaded with weights
     ):
         super().__init__()
         self.head,self.scale = head,LabelScale(labels)
-
-    def summarise(self,
-        scene:Tensor, # Clip vectors, (B,K,1024)
-    )->Tensor: # (B,D)
-        "The mean of the clips"
-        return scene.mean(1)
-
-    def errors(self,
-        z:Tensor, # Predictions, (B,), in deviations of the training labels
-        y:Tensor, # Truth, the same
-    )->dict[str,Tensor]: # Named scalars
-        "Mean squared error"
-        return {'mse': F.mse_loss(z, y)}
-
-    def encode(self,
-        batch:Batch, # Needs `scene`
-    )->Encoded: # The summary, (B,D); no extras
-        "All but the head"
-        need(batch, *self.needs, who=f'{type(self).__name__}.encode')
-        return Encoded(self.summarise(batch.scene), {})
-
-    def score(self,
-        feature:Tensor, # Summaries, (...,D)
-        exemplar_feature:Tensor|None=None, # Not used
-        exemplar_label:Tensor|None=None, # Not used
-    )->Tensor: # (...), label units
-        "Score of each dive"
-        return self.scale.grow(self.head(feature).squeeze(-1).float())
-
-    def forward(self,
-        batch:Batch, # Dives; an exemplar is ignored
-    )->Output: # Score, and losses where there is a label
-        "One training or evaluation pass"
-        need(batch, *self.needs, *['label']*self.training, who=type(self).__name__)
-        score = self.score(self.encode(batch).feature)
-        if batch.label is None: return Output(score)
-        return Output(score.detach() if self.training else score, self.errors(self.scale.shrink(score), self.scale.shrink(batch.label)))
 
 # %% ../../nbs/46_models.baselines.ipynb #c73b9a5a
 class I3DSVR(OneDive):

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['neighbour_edges', 'GraphConv', 'Hierarchy', 'ScoreSpread', 'draw', 'points_error', 'HGCN', 'build_hgcn']
 
-# %% ../../nbs/45_models.hgcn.ipynb #04f106f9
+# %% ../../nbs/45_models.hgcn.ipynb #d8de7bf0
 import torch
 import torch.nn.functional as F
 from torch import nn,Tensor
 
 from ..config import ModelCfg
-from ..core import Batch,Output,need
-from .encoder import Encoded
-from .i3d_mlp import LabelScale
+from ..core import Batch,need
+from .i3d_mlp import LabelScale,Regressor
 
 # %% ../../nbs/45_models.hgcn.ipynb #4a8a0132
 def neighbour_edges(
@@ -115,11 +114,9 @@ def points_error(
     if not off.isfinite().all(): raise ValueError('HGCN needs a score, a label and a difficulty for every dive of the batch, and some are not finite; mend the annotation or lower train.lr')
     return off.square().mean()
 
-# %% ../../nbs/45_models.hgcn.ipynb #843d98ed
-class HGCN(nn.Module):
+# %% ../../nbs/45_models.hgcn.ipynb #7f721b3d
+class HGCN(Regressor):
     "The hierarchy, and a score drawn from what it says"
-    uses_exemplar,needs = False,('scene',)
-
     def __init__(self,
         cfg:ModelCfg=ModelCfg(name='hgcn'), # Only `dropout` is used
         labels=None, # Training labels, (n,), for the scale; None: to be loaded with weights
@@ -135,12 +132,11 @@ class HGCN(nn.Module):
         self.tower = Hierarchy(dim, num_groups, motion)
         self.head = ScoreSpread(self.tower.dim, cfg.dropout)
 
-    def encode(self,
-        batch:Batch, # Needs `scene`
-    )->Encoded: # One vector per dive, (B,128); no extras
+    def summarise(self,
+        scene:Tensor, # Clip vectors, (B,K,1024)
+    )->Tensor: # One vector per dive, (B,128)
         "Clips to shots to scenes to a dive"
-        need(batch, *self.needs, who='HGCN.encode')
-        return Encoded(self.tower(batch.scene), {})
+        return self.tower(scene)
 
     def spread(self,
         feature:Tensor, # Of `encode`, (...,128)
@@ -149,23 +145,19 @@ class HGCN(nn.Module):
         mean,sd = self.head(feature)
         return self.scale.grow(mean),self.scale.sd*sd
 
-    def score(self,
+    def answer(self,
         feature:Tensor, # Of `encode`, (...,128)
-        exemplar_feature:Tensor|None=None, # Not used
-        exemplar_label:Tensor|None=None, # Not used
     )->Tensor: # (...), label units
         "Drawn in training or with `sample`, else the mean"
         mean,sd = self.spread(feature)
         return draw(mean, sd) if self.training or self.sample else mean
 
-    def forward(self,
-        batch:Batch, # Dives; an exemplar is ignored
-    )->Output: # Score, and the loss where there is a label
-        "One training or evaluation pass"
-        need(batch, *self.needs, *['label', *self.trains_on]*self.training, who='HGCN')
-        score = self.score(self.encode(batch).feature)
-        if batch.label is None: return Output(score)
-        return Output(score.detach() if self.training else score, {'mse': points_error(score, batch, self.points)})
+    def losses(self,
+        score:Tensor, # Predictions, (B,), label units
+        batch:Batch, # With `label`, and `difficulty` where labels are points / difficulty
+    )->dict[str,Tensor]: # 'mse', a scalar
+        "The squared error in points"
+        return {'mse': points_error(score, batch, self.points)}
 
 # %% ../../nbs/45_models.hgcn.ipynb #5924485c
 def build_hgcn(

@@ -4,18 +4,17 @@
 
 # %% auto #0
 __all__ = ['centres', 'order_hinge', 'free_range', 'spread', 'order_losses', 'PartAttention', 'PartLayer', 'PartDecoder',
-           'PairHead', 'read_difference', 'TPT', 'build_tpt']
+           'PairHead', 'TPT', 'build_tpt']
 
-# %% ../../nbs/44_models.tpt.ipynb #5f21404e
+# %% ../../nbs/44_models.tpt.ipynb #147eeebc
 import torch
 from torch import nn,Tensor
 
 from ..config import ModelCfg
-from ..core import Batch,Output,need
-from .core_tree import leaf_losses,scale_end
+from ..core import Batch,need
+from .core_tree import Contrast,read_difference,scale_end
 from .encoder import Encoded
-from .fspn import align
-from .heads import ScoreBins,pick
+from .heads import ScoreBins
 
 # %% ../../nbs/44_models.tpt.ipynb #8ff4cd1d
 def centres(
@@ -159,22 +158,10 @@ class PairHead(nn.Module):
         z = self.pair(torch.cat([reference, other], -1)).mean(-2)
         return self.choose(z).float().log_softmax(-1),self.place(z).float().sigmoid()
 
-# %% ../../nbs/44_models.tpt.ipynb #b1b45091
-def read_difference(
-    logp:Tensor, # Log-probability of each interval, (...,I)
-    place:Tensor, # Place in each, (...,I)
-    bins:ScoreBins, # The intervals
-    how:str='argmax', # 'argmax' or 'expected'
-)->Tensor: # (...), label units
-    "One difference from a distribution over intervals"
-    answers = bins.lo+(bins.hi-bins.lo)*place
-    if how == 'expected': return (logp.exp()*answers).sum(-1)
-    return pick(answers, logp, how)
-
-# %% ../../nbs/44_models.tpt.ipynb #3c04c1cd
-class TPT(nn.Module):
+# %% ../../nbs/44_models.tpt.ipynb #94d7429c
+class TPT(Contrast):
     "Parts of a dive beside those of an exemplar"
-    uses_exemplar,needs = True,('cells',)
+    needs = ('cells',)
 
     def __init__(self,
         cfg:ModelCfg=ModelCfg(name='tpt'), # `intervals` and `decode` are used
@@ -187,9 +174,7 @@ class TPT(nn.Module):
         hidden:int=512, # Of the feed-forward nets (TPT)
         dropout:float=.1, # In decoder and pair encoder (TPT)
     ):
-        super().__init__()
-        self.cfg,self.bins = cfg,ScoreBins(cfg.intervals) if bins is None else bins
-        if (self.bins.signed, len(self.bins)) != (True, cfg.intervals): raise ValueError(f'need {cfg.intervals} intervals of differences, got {len(self.bins)}, signed={self.bins.signed}; use ScoreBins.fit_pairs')
+        super().__init__(cfg, bins)
         self.margin,self.sparsity,self.dim = margin,sparsity,dim
         self.decoder,self.head = PartDecoder(d, parts, dim, hidden, dropout=dropout),PairHead(d, cfg.intervals, dropout)
 
@@ -202,39 +187,24 @@ class TPT(nn.Module):
         parts,attention = self.decoder(batch.cells)
         return Encoded(parts.flatten(1), {'attention': attention})
 
-    def ask(self,
+    def compare(self,
         reference:Tensor, # Parts of the dives whose score is known, (...,P*d)
         other:Tensor, # Parts of the others, (...,P*d)
+        label:Tensor|None=None, # Not shown to it
     )->tuple[Tensor,Tensor]: # Log-probability of each interval and place in it, (...,I)
         "What the heads say"
-        if not self.bins.fitted: raise ValueError('need score intervals, got empty ones; build the model with ScoreBins.fit_pairs(labels, groups) or load weights')
         shape = self.decoder.ask.shape
         return self.head(reference.unflatten(-1, shape), other.unflatten(-1, shape))
 
-    def score(self,
-        feature:Tensor, # (B,P*d), of `encode`
-        exemplar_feature:Tensor|None=None, # (B,P*d) or (B,M,P*d)
-        exemplar_label:Tensor|None=None, # (B,) or (B,M), label units
-    )->Tensor: # (B,) or (B,M), label units
-        "Score of each dive by each of its exemplars"
-        if exemplar_feature is None or exemplar_label is None: raise ValueError("TPT needs the exemplar's feature and label, got None; pass both")
-        other,reference,label = align(feature, exemplar_feature, exemplar_label)
-        logp,place = self.ask(reference, other)
-        return label+read_difference(logp, place, self.bins, self.cfg.decode)
-
-    def forward(self,
-        batch:Batch, # Dives, with one exemplar each
-    )->Output: # Score, and losses where there is a label
-        "One pass over dives and exemplars; in the losses each is the reference once"
-        need(batch, *self.needs, 'exemplar', *['label']*self.training, who='TPT')
-        need(batch.exemplar, *self.needs, 'label', who='TPT, for the exemplar,')
-        (mine,seen),(theirs,seen_too) = self.encode(batch),self.encode(batch.exemplar)
-        a,b = batch.label,batch.exemplar.label
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training): score = self.score(mine, theirs, b)
-        if a is None: return Output(score, extras=seen)
-        said = self.ask(torch.cat([theirs, mine]), torch.cat([mine, theirs])) # D-106
-        order = order_losses(torch.cat([seen['attention'], seen_too['attention']]), self.margin, self.sparsity)
-        return Output(score, dict(leaf_losses(*said, torch.cat([a-b, b-a]), self.bins), **order), seen)
+    def losses(self,
+        mine:Encoded, # The dives
+        theirs:Encoded, # Their exemplars
+        a:Tensor, # Labels of the dives, (B,)
+        b:Tensor, # Labels of the exemplars, (B,)
+    )->dict[str,Tensor]: # 'leaf', 'place', 'order' and 'spread', scalars
+        "CoRe's, and what keeps the queries in order"
+        looked = torch.cat([o.extras['attention'] for o in (mine, theirs)])
+        return dict(super().losses(mine, theirs, a, b), **order_losses(looked, self.margin, self.sparsity))
 
 # %% ../../nbs/44_models.tpt.ipynb #6c171998
 def build_tpt(

@@ -22,7 +22,7 @@ from .book import Chapter,HOW,_p,provenance_line,readable_ablation
 from .tables import _NAMES,_cell,collect,ours_vs_paper,readable
 from .wide import add_averages,wide
 
-# %% ../../nbs/65_report.contents.ipynb #44325f20
+# %% ../../nbs/65_report.contents.ipynb #ddb21354
 @dataclass
 class Shelf:
     "The runs of a reports folder, sorted for the tables"
@@ -33,7 +33,11 @@ class Shelf:
     scorer:Scorer # Remembers scores
     sizes:bool=True # Count weights and operations for Tables VII and VIII
 
-    def of(self, names): return self.runs[self.runs.run.isin(names)]
+    def of(self,
+        names, # Names of runs, as in the column `run`
+    )->pd.DataFrame: # Their rows
+        "The runs with these names, in the order of the shelf"
+        return self.runs[self.runs.run.isin(names)]
 
 # %% ../../nbs/65_report.contents.ipynb #fab577f8
 def _base(main, root, preset):

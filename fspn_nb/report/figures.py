@@ -62,7 +62,7 @@ def plot_scatter(
     fig.suptitle(f'Predicted and true scores, {said}', fontsize='medium')
     return fig
 
-# %% ../../nbs/61_report.figures.ipynb #2d81d9e2
+# %% ../../nbs/61_report.figures.ipynb #d931efb5
 def plot_cs(
     preds:dict, # Method's name -> frame with columns true and pred (judge points)
     data:str, # 'real' | 'synthetic', for the title
@@ -73,13 +73,14 @@ def plot_cs(
     "Share of dives within an error, against that error; returns the figure"
     said,grid = _says(data, note),np.linspace(0, top, 401)
     if not 0 < len(preds) <= len(_LINES): raise ValueError(f'need at least one method and at most {len(_LINES)} to tell their lines apart, got {len(preds)}')
-    fig,ax = plt.subplots(figsize=(5.6, 3.2), layout='constrained')
+    fig,ax = plt.subplots(figsize=(7.2, max(3.2, 1.1+.2*len(preds))), layout='constrained')
     for (color,dash),(name,df) in zip(_LINES, preds.items()):
         label = f'{name} ({cs_area(df.pred, df.true, top):.1f} %)'
         ax.plot(grid, cumulative_score(df.pred, df.true, grid), color=color, ls=dash, label=label)
     ax.set(xlabel=f'error threshold ({unit})', ylabel='videos within it (%)', xlim=(0, top), ylim=(0, 101))
     ax.set_title(f'Cumulative score, {said}', fontsize='medium')
-    ax.grid(alpha=.25); ax.legend(title='area under the curve', frameon=False, loc='lower right', fontsize='small' if len(preds) > 6 else None)
+    ax.grid(alpha=.25)
+    ax.legend(title='area under the curve', frameon=False, loc='upper left', bbox_to_anchor=(1, 1), fontsize='small' if len(preds) > 6 else None) # beside the axes: curves may end anywhere
     return fig
 
 # %% ../../nbs/61_report.figures.ipynb #62300a67

@@ -19,15 +19,6 @@ def _bars(df, metric):
     "Lengths of the interval on both sides of `metric`, (2,n)"
     return np.clip(np.nan_to_num([df[metric]-df[f'{metric}_lo'], df[f'{metric}_hi']-df[metric]]), 0, None).astype(float)
 
-# %% ../../nbs/61_report.sweeps.ipynb #dcba95b5
-def _pair_of_axes(title, xlabel, size=(8.2, 3.4)):
-    "A figure with one panel per metric"
-    fig,axs = plt.subplots(1, 2, figsize=size, layout='constrained')
-    for ax,metric in zip(axs, SCORES):
-        ax.set(ylabel=_NAMES[metric], xlabel=xlabel); ax.grid(axis='y', alpha=.25)
-    fig.suptitle(title, fontsize='medium')
-    return fig,axs
-
 # %% ../../nbs/61_report.sweeps.ipynb #d32846e9
 def _points(ax, x, df, metric, line=False):
     "Dots of ours with intervals and spread over seeds, rings of the paper's values"
@@ -38,35 +29,43 @@ def _points(ax, x, df, metric, line=False):
         ax.errorbar(x[has], d[metric], d[f'{metric}_sd'].fillna(0), fmt='none', ecolor=_BLUE, elinewidth=5, alpha=.3, label='standard deviation over seeds')
     if f'{metric}_paper' in df and df[f'{metric}_paper'].notna().any(): ax.plot(x, df[f'{metric}_paper'], 'o', mfc='none', mec=_RED, mew=1.5, ms=9, label='paper')
 
-# %% ../../nbs/61_report.sweeps.ipynb #72762062
+# %% ../../nbs/61_report.sweeps.ipynb #6b9fabe7
+def _sweep(title, xlabel, x, points, line=False, ncols=3):
+    "The `points` at the places `x`, a panel for each metric; returns the figure and {metric: panel}"
+    fig,axs = plt.subplots(1, 2, figsize=(8.2, 3.4), layout='constrained')
+    for ax,metric in zip(axs, SCORES):
+        ax.set(ylabel=_NAMES[metric], xlabel=xlabel); ax.grid(axis='y', alpha=.25)
+        _points(ax, x, points, metric, line)
+    fig.suptitle(title, fontsize='medium')
+    fig.legend(*axs[0].get_legend_handles_labels(), loc='outside lower center', ncols=ncols, frameon=False, fontsize='small')
+    return fig,dict(zip(SCORES, axs))
+
+# %% ../../nbs/61_report.sweeps.ipynb #0a8871d6
 def plot_channels(
     points:pd.DataFrame, # From `ablation_table('Fig. 7', ...)`
     data:str, # 'real' | 'synthetic', for the title
     note:str='', # What else the title must say
 ):
     "Both metrics for each width of the channels; returns the figure"
-    fig,axs = _pair_of_axes(f'Channels of the stages, {_says(data, note)}', 'channels of each stage')
-    for ax,metric in zip(axs, SCORES):
-        _points(ax, range(len(points)), points, metric)
-        ax.set_xticks(range(len(points)), [o.replace('-', '\n') for o in points.label], fontsize='small'); ax.set_xlim(-.5, len(points)-.5)
-    fig.legend(*axs[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, frameon=False, fontsize='small')
+    places = range(len(points))
+    fig,panels = _sweep(f'Channels of the stages, {_says(data, note)}', 'channels of each stage', places, points)
+    for ax in panels.values():
+        ax.set_xticks(places, [o.replace('-', '\n') for o in points.label], fontsize='small'); ax.set_xlim(-.5, len(points)-.5)
     return fig
 
-# %% ../../nbs/61_report.sweeps.ipynb #14f8d656
+# %% ../../nbs/61_report.sweeps.ipynb #06badb9d
 def plot_votes(
     points:pd.DataFrame, # From `vote_points`
     data:str, # 'real' | 'synthetic', for the title
     note:str='', # What else the title must say
 ):
     "Both metrics for each number of voters; returns the figure"
-    fig,axs = _pair_of_axes(f'Voters on a test video, {_says(data, note)}', 'exemplars that vote, M')
-    for ax,metric in zip(axs, SCORES):
-        _points(ax, points.exemplars, points, metric, line=True)
+    fig,panels = _sweep(f'Voters on a test video, {_says(data, note)}', 'exemplars that vote, M', points.exemplars, points, line=True, ncols=2)
+    for metric,ax in panels.items():
         best = points.loc[points.rho.idxmax() if metric == 'rho' else points.r_l2_x100.idxmin()]
         ax.axvline(best.exemplars, color=_GREY, lw=1, ls=':', zorder=0)
         ax.axhline(best.rho_lo if metric == 'rho' else best.r_l2_x100_hi, color=_GREY, lw=1, ls='--', zorder=0)
         ax.set_xticks(points.exemplars)
-    fig.legend(*axs[0].get_legend_handles_labels(), loc='outside lower center', ncols=2, frameon=False, fontsize='small')
     return fig
 
 # %% ../../nbs/61_report.sweeps.ipynb #2726e660
