@@ -55,7 +55,7 @@ def _cells(backbone, scene, starts):
     short = torch.stack([recut(v, starts) for v in scene]) # (B,20,3,8,H,W)
     return backbone.features(to_input(short.flatten(0, 1))).mean((2,3,4)).unflatten(0, short.shape[:2])
 
-# %% ../nbs/51_train.ipynb #ccd7907f
+# %% ../nbs/51_train.ipynb #e2940fe8
 class WithBackbone(nn.Module):
     "A method with I3D in front; keeps the contract of the zoo"
     def __init__(self,
@@ -70,7 +70,9 @@ class WithBackbone(nn.Module):
         self.streams = tuple(s for s in ('scene','actor') if s in head.needs)
         self.kinds = tuple(k for k in ('maps','cells') if k in head.needs)
 
-    def _lift(self, batch): return lift(self.backbone, batch, self.streams, self.kinds, self.starts)
+    def _lift(self, batch):
+        own = getattr(self.head, 'lift', None) # of a method that works inside the backbone
+        return own(self.backbone, batch) if own else lift(self.backbone, batch, self.streams, self.kinds, self.starts)
 
     def train(self,
         mode:bool=True, # As in PyTorch
