@@ -1,5 +1,6 @@
 "TSA-Net: the tube, what attention may touch, boxes that go with the frames, and training through the backbone"
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from fspn_nb.models.i3d import I3D, to_input
 from fspn_nb.models.tsa_net import TSANet, TubeAttention, build_tsa_net, tube_cells
 from fspn_nb.models.zoo import list_models, random_batch
 from fspn_nb.prepare import prepare
+from fspn_nb.report.session import Done, plot_first_parse
 from fspn_nb.train import WithBackbone, fit
 
 LABELS = [20., 50., 80., 95.]
@@ -273,4 +275,7 @@ def test_a_run_from_frames_to_metrics(tmp_path):
     assert (found['method'], found['mode'], found['n']) == ('tsa_net', 'finetune', 4)
     w = torch.load(run/'last.pt', weights_only=True)['model']
     assert w['head.tube.norm.weight'].any() and w['head.tube.norm.num_batches_tracked'] == 3
-    assert prepare(cfg, 'cpu').source.rest([0])['boxes'].shape == (1, 2, 16, 4)
+    data = prepare(cfg, 'cpu')
+    assert data.source.rest([0])['boxes'].shape == (1, 2, 16, 4)
+    done = SimpleNamespace(done=[Done(cfg, run, found, 0., data)])
+    assert plot_first_parse(done, 'w_dn') is None, 'no picture of steps that nobody found'
