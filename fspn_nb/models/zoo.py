@@ -137,18 +137,24 @@ def _check_missing(name, model, batch):
         except ValueError as e: assert field in str(e), f'{name}: the error about a missing {field} must name it, got {e}'
         else: raise AssertionError(f'{name}: a batch without {field} must raise a ValueError')
 
-# %% ../../nbs/48_models.zoo.ipynb #08165ff0
+# %% ../../nbs/48_models.zoo.ipynb #ffce16bc
 class _Inside(nn.Module):
     "A method with `lift`, and a random backbone around it"
-    def __init__(self, head):
+    def __init__(self,
+        head:nn.Module, # With `lift`
+    ):
         super().__init__()
         self.head,self.backbone,self.uses_exemplar,self.needs = head,I3D(),head.uses_exemplar,head.needs
         self.backbone.Logits = nn.Identity() # nobody asks for them
         self.score = head.score
 
-    def encode(self, batch): return self.head.encode(self.head.lift(self.backbone, batch))
+    def encode(self,
+        batch:Batch, # Frames and what else it needs
+    ): return self.head.encode(self.head.lift(self.backbone, batch))
 
-    def forward(self, batch): return self.head(self.head.lift(self.backbone, batch))
+    def forward(self,
+        batch:Batch, # The same
+    ): return self.head(self.head.lift(self.backbone, batch))
 
 # %% ../../nbs/48_models.zoo.ipynb #bc3320d8
 def check_model(
