@@ -134,7 +134,7 @@ def latency_of(
             wait(); times.append(time.perf_counter()-start)
     return statistics.median(times[2:])
 
-# %% ../nbs/53_complexity.ipynb #1fdea1e3
+# %% ../nbs/53_complexity.ipynb #00ec65d8
 def _costs(name, protocol, n):
     "One row of `complexity_table`"
     torch.manual_seed(0)
@@ -142,11 +142,13 @@ def _costs(name, protocol, n):
     model,batch = create_model(name, replace(cfg, adapter=False)).eval(),random_batch(1, cfg.clips, side=-(-protocol.size//32))
     with torch.no_grad(): pair = (model.encode(batch).feature, *((model.encode(batch.exemplar).feature, batch.exemplar.label) if model.uses_exemplar else ()))
     steps = ((model.encode, batch), (model.score, *pair))
+    inner = [model.inside(cfg.clips, protocol.size)] if hasattr(model, 'inside') else [] # what it computes within the backbone
     video,vote = (flops_of(*o)/1e6 for o in steps)
+    video += sum(flops_of(*o)/1e6 for o in inner)
     size,streams = parameters_of(create_model(name, cfg)),sum(o in model.needs for o in ('scene','actor'))
     backbone = streams*cfg.clips*backbone_flops(protocol.size)+20*('cells' in model.needs)*backbone_flops(protocol.size, 8)
     row = dict(method=name, parameters=size['head'], adapter=size['adapter'], mflops=video+vote, mflops_vote=vote if model.uses_exemplar else 0.,
-               memory_mb=(4*size['head']+max(peak_of(*o) for o in steps))/1e6, streams=streams, i3d_gflops=backbone/1e9)
+               memory_mb=(4*size['head']+max(peak_of(*o) for o in (*steps, *inner)))/1e6, streams=streams, i3d_gflops=backbone/1e9)
     return row|({'seconds': sum(latency_of(*o, n=n) for o in steps)} if n else {})
 
 # %% ../nbs/53_complexity.ipynb #00f25752

@@ -101,7 +101,7 @@ def file_hash(
     "SHA-256 of the content of `path`"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:digits]
 
-# %% ../nbs/00_core.ipynb #2630a3cc
+# %% ../nbs/00_core.ipynb #c02fb77d
 @dataclass
 class Batch:
     "B dives, as a model is given them"
@@ -113,6 +113,7 @@ class Batch:
     judges:Tensor|None=None # (B,7) single marks, NaN where a panel is smaller
     maps:Tensor|None=None # (B,K,C,h,w) clip features that keep their place in the picture, for methods that look there (TSA)
     cells:Tensor|None=None # (B,20,C) one vector per clip of eight frames, for methods with a finer clock (TPT)
+    boxes:Tensor|None=None # (B,K,L,4) the actor's corners x1,y1,x2,y2 in each frame, shares 0..1 of the square; no area: not in the picture (TSA-Net)
     uid:tuple[str,...]=() # Names of the dives
     exemplar:'Batch|None'=None # One exemplar per dive
 

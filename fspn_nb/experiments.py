@@ -6,13 +6,13 @@
 __all__ = ['PARTS', 'SIZES', 'BEYOND', 'PEERS', 'EXPERIMENTS', 'CELLS', 'config_of', 'grid_base', 'cells_of', 'plan_grid',
            'find_runs']
 
-# %% ../nbs/54_experiments.ipynb #57ab593c
+# %% ../nbs/54_experiments.ipynb #d0b7ab63
 from io import StringIO
 from pathlib import Path
 
 import pandas as pd
 
-from .config import RunCfg,change,check,method_epochs,recipe,run_id
+from .config import FINETUNE_ONLY,RunCfg,change,check,method_epochs,recipe,run_id
 from .models.zoo import list_models
 from .paper import paper_table
 
@@ -36,7 +36,7 @@ SIZES = {
     'fspn_s': dict(model__name='fspn_s'), 'fspn_m': dict(model__name='fspn_m'), # D-12: one and two stages
     **{f'channels_{n}': dict(model__stages=1, model__widths=(n,)) for n in (128,256)}} # one stage of that width; 64 is FSPN-S
 
-# %% ../nbs/54_experiments.ipynb #205987d5
+# %% ../nbs/54_experiments.ipynb #e33f2c5f
 BEYOND = {
     **{f'sub_actions_{n}': dict(model__sub_actions=n) for n in (2,4,5,6)}, # S is never stated
     'tau_0.5': dict(model__tau=.5), 'tau_1': dict(model__tau=1.), # D-04
@@ -47,7 +47,7 @@ BEYOND = {
     'scene_residual': dict(model__residual='scene'), # D-30, Eq. 9 as printed
     'no_adapter': dict(model__adapter=False), # D-21
     'peer_frames': dict(clip__orientation='peer')} # height and width swapped, as in the released code
-PEERS = {m: dict(model__name=m) for m in list_models() if not m.startswith('fspn') and m != 'i3d_mlp'}
+PEERS = {m: dict(model__name=m) for m in list_models() if not m.startswith('fspn') and m not in ('i3d_mlp',*FINETUNE_ONLY)} # the grid's backbone is frozen
 EXPERIMENTS = {**PARTS, **SIZES, **BEYOND, **PEERS}
 
 # %% ../nbs/54_experiments.ipynb #daac585c
@@ -117,11 +117,11 @@ beyond,frames as the peers,peer_frames
 """
 CELLS = pd.read_csv(StringIO(_TABLES+_FIGURES), names=['table','row','experiment']).assign(setting='w_dn')
 
-# %% ../nbs/54_experiments.ipynb #892c353d
+# %% ../nbs/54_experiments.ipynb #7a8ab431
 def _table_ix():
     "Cells of Table IX: printed methods first, then those that the paper lacks"
     paper = paper_table('IX')
-    mine = [m for m in ('fspn','i3d_mlp',*PEERS) if m != 'tpt'] # printed in Tables X and XI only, and as costly as FSPN
+    mine = ('fspn','i3d_mlp',*PEERS)
     label = dict(zip(paper.method, paper.label))
     return pd.DataFrame([dict(table='IX', row=label.get(m, m), experiment=m, setting=s) for m in mine for s in ('w_dn','wo_dn')])
 

@@ -230,7 +230,7 @@ D-97 | No interval and no repetition anywhere | 95 % of 0.942 on 749 dives is 0.
 D-98 | Fig. 6 shows other methods in its caption than in its text | caption: I3D+MLP, I3D+SMT, FSPN; text: I3D+MLP, I3D+IAP, I3D+SMT | whichever predictions are given, each with its name | plot_scatter (report.figures)
 """
 
-# %% ../nbs/02_paper.ipynb #04429db8
+# %% ../nbs/02_paper.ipynb #59ad1684
 LEDGER_METHODS = """
 D-100 | USDL's grid of scores ends at 104.5 points | protocols: targets at score*100/104.5; 104.5 is MTL-AQA's best test dive, training ends at 102.6 | 101 bins over the range of the training labels, in their unit; a label beyond an end counts as the end | LabelBins(lo, hi, bins, sd)
 D-101 | USDL and MUSDL read the likeliest bin: many dives tie | 101 (21) values; 50 scores between 60 and 70 become 11 at most | as the authors for decode='argmax', mean of the distribution for 'expected' (the demo preset) | ModelCfg.decode
@@ -266,6 +266,11 @@ D-130 | H-GCN's layers are not in the description, only widths, seven scenes of 
 D-131 | H-GCN draws its score at test time too; its loss is a summed squared error of prediction x difficulty | E(draw-y)^2 = (mean-y)^2 + sd^2, so the deviation is trained towards zero and measures no doubt | drawn in training, the mean at test, so that evaluation repeats itself; mean of squared errors in points | HGCN(sample=True), HGCN(points)
 D-132 | TPT's twenty clips begin every five frames of 103; ten CoRe clips end with frame 101 | starts 0, 5, ..., 95 against 0, 10, ..., 80, 86 | twenty clips of eight spread evenly over what the long clips hold, so the last ones begin one frame earlier; on 96 frames they begin every 4.6 | data.features.recut
 D-133 | Finetuning reads the same frames hundreds of times, and CoRe's window jitter needs neighbours that are not kept | neither the paper nor the peers name a store | kept frames are stored once as uint8, the scene before the square is cut; jitter above 0 is left to decoding; a mirrored actor is the mirrored crop, at most one grey level off | data.stored.choose_source
+D-134 | TSA-Net's block has 480 channels inside as outside and 462,720 parameters, which is less than four projections | four maps with bias and a normalisation would be 924,480, half the width 462,960; two maps with bias and a normalisation are 462,720 | g and the output projection are learnt, cells are compared as they are (Gaussian non-local) | TubeAttention(embed=True)
+D-135 | How TSA-Net weighs likeness, and when a cell counts as covered, is not in the description | only: non-local, and any of the four frames of a temporal cell; undivided, one cell of the demo dive's tube gives more than half of all that is collected | softmax of the product over sqrt(480); a cell is in the tube where the box, smoothed and without margin, covers any part of it | tube_cells
+D-136 | Over which positions TSA-Net's block normalises | the description says only that the normalisation starts at zero | over the tube's cells of the whole batch; a tube without cells changes nothing; its statistics are learnt though the backbone's stay | none
+D-137 | TSA-Net's own recipe: seven clips of 103 frames at 224 pixels, a tracker's boxes, no mirroring, learning rate 1e-4; its loop mixes dives and clips in a reshape | description of the released program, whose public part is for falls in figure skating | clips, size, mirroring, rates and epochs of the run (D-104); this kit's boxes, mirrored and cut with the frames; clips stay with their dive | ClipCfg, ActorCfg, TrainCfg
+D-138 | TSA-Net cannot be compared on frozen features, since it changes what the upper half of I3D sees | its block stands behind MaxPool3d_4a | finetune only: refused elsewhere, and not in the frozen grid; beside it a finetuned i3d_mlp differs by the tube alone | config.FINETUNE_ONLY
 """
 
 # %% ../nbs/02_paper.ipynb #377685e9

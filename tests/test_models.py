@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from fspn_nb.config import ModelCfg
+from fspn_nb.config import FINETUNE_ONLY, ModelCfg
 from fspn_nb.core import Batch
 from fspn_nb.models.fspn import FSPN, build_fspn, fspn, fspn_m, fspn_s, part_sizes
 from fspn_nb.models.heads import ScoreBins
+from fspn_nb.models.i3d import I3D
 from fspn_nb.models.i3d_mlp import build_i3d_mlp
 from fspn_nb.models.iap import transitions
 from fspn_nb.models.smt import head_width
+from fspn_nb.models.zoo import create_model, random_batch
+from fspn_nb.train import WithBackbone
 
 LABELS = np.linspace(20, 100, 40)
 FLAGS = [dict(), dict(iap=False), dict(smt=False), dict(mtf=False), dict(smt=False, mtf=False), dict(iap=False, smt=False, mtf=False),
@@ -69,6 +72,15 @@ def test_every_size_keeps_the_contract(make):
 
 def test_baseline_keeps_the_contract():
     conform(build_i3d_mlp(ModelCfg(name='i3d_mlp'), LABELS), batch_of(exemplar=False))
+
+
+@pytest.mark.parametrize('name', FINETUNE_ONLY)
+def test_methods_inside_the_backbone_keep_the_contract(name):
+    "Over frames, with the backbone that trains: its own logits have nothing to say"
+    torch.manual_seed(0)
+    net = WithBackbone(I3D(), create_model(name))
+    del net.backbone.Logits
+    conform(net, random_batch(2, 2, exemplar=False, pixels=32))
 
 
 @pytest.mark.parametrize('choice', [dict(tokens='frames'), dict(tokens_per_step=5), dict(residual='scene'), dict(residual='actor'), dict(order_prior=0.), dict(fusion=64)], ids=name_of)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Release', 'describe', 'load_samples', 'split_indices', 'axis_of', 'move_window', 'Targets', 'read_judges', 'unit_of',
-           'read_targets', 'dive_clips', 'athletes_of', 'boxes_of', 'ClipSource', 'FeatureSource', 'make_batch']
+           'read_targets', 'dive_clips', 'square_shares', 'dive_boxes', 'athletes_of', 'boxes_of', 'ClipSource',
+           'FeatureSource', 'make_batch']
 
-# %% ../../nbs/18_data.loaders.ipynb #0d86c1b5
+# %% ../../nbs/18_data.loaders.ipynb #d0c362dc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass,field,replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import ActorCfg,ClipCfg,RunCfg
+from ..config import READS,ActorCfg,ClipCfg,RunCfg
 from ..core import Batch,counter_rng
 from . import aqa7,finediving,mtl_aqa
 from .actor import actor_boxes,crop_actor,read_boxes,smooth_boxes
@@ -157,6 +158,40 @@ def dive_clips(
     cut = lambda x: to_clips(x, clip.starts, clip.length).transpose(1, 2).contiguous() # (K,L,3,..) -> (K,3,L,..)
     return cut(scene), cut(actor)
 
+# %% ../../nbs/18_data.loaders.ipynb #9d00534d
+def square_shares(
+    boxes:np.ndarray, # (T,4) corners, pixels of the frames on disk
+    hw:tuple[int,int], # Height and width of these frames
+    clip:ClipCfg, # `size` and `orientation` are read
+    flip:bool=False, # Mirrored before the square is cut
+    where:float=.5, # As in `resize_crop`
+)->Tensor: # (T,4) corners, shares 0..1 of the square
+    "`boxes` as the square of `resize_crop` shows them, cut off at its edge"
+    h,w = hw
+    tall,wide = (round(clip.size*max(1, h/w)), round(clip.size*max(1, w/h))) if clip.orientation == 'correct' else (round(clip.size*200/112), clip.size)
+    corners = torch.as_tensor(np.asarray(boxes), dtype=torch.float32)*torch.tensor([wide/w, tall/h]*2)
+    if flip: corners = torch.stack([wide-corners[:, 2], corners[:, 1], wide-corners[:, 0], corners[:, 3]], 1)
+    top,left = (round(where*(o-clip.size)) for o in (tall, wide))
+    return ((corners-torch.tensor([left, top]*2))/clip.size).clamp(0, 1)
+
+# %% ../../nbs/18_data.loaders.ipynb #87082f6f
+def dive_boxes(
+    sample:Sample, # As in `dive_clips`
+    clip:ClipCfg, # The same
+    boxes:np.ndarray|None=None, # (n,4) actor box per frame file; None: the whole square
+    rng:np.random.Generator|None=None, # A fresh one, of the same event as that of `dive_clips`
+    flip:float=0., # Chance of a mirrored video
+    jitter:int=0, # Largest shift of the window, frames
+)->Tensor: # (K,L,4), as `Batch.boxes`
+    "Where `dive_clips` shows the actor in the scene"
+    ids,by = axis_of(sample, clip.frames),0
+    if rng is not None and jitter: by = move_window(sample, int(rng.integers(-jitter, jitter+1)))[1]
+    mirrored = rng is not None and rng.random() < flip
+    where = .5 if rng is None else float(rng.random())
+    if boxes is None: return torch.tensor([0.,0.,1.,1.]).expand(len(clip.starts), clip.length, 4)
+    hw = load_frames(sample, [0]).shape[1:3]
+    return to_clips(square_shares(boxes[np.clip(ids+by, 0, len(boxes)-1)], hw, clip, mirrored, where), clip.starts, clip.length)
+
 # %% ../../nbs/18_data.loaders.ipynb #584192c2
 def athletes_of(
     sample:Sample, # Of any dataset
@@ -188,10 +223,9 @@ def boxes_of(
     table = read_boxes(truth if source == 'truth' else actor.boxes) if source != 'none' else {}
     return source, {o.uid: actor_boxes(o, source, table) for o in release.samples}, []
 
-# %% ../../nbs/18_data.loaders.ipynb #6eb75de2
+# %% ../../nbs/18_data.loaders.ipynb #07868237
 class ClipSource:
     "Decodes the frames of the dives that are asked for"
-    more = {} # whatever else a method reads is made of these clips when the backbone has them
     def __init__(self,
         samples, # Sequence of `Sample`
         cfg:RunCfg, # `clip`, `actor.pad`, `train.flip`, `train.jitter`, `train.workers` and `seed` are read
@@ -218,7 +252,17 @@ class ClipSource:
         scene,actor = zip(*run(lambda i: self.one(int(i), event), ids))
         return torch.stack(scene), torch.stack(actor)
 
-# %% ../../nbs/18_data.loaders.ipynb #a2398f1f
+    def rest(self,
+        ids:np.ndarray, # Positions of B dives
+        event:tuple|None=None, # As in `one`
+    )->dict[str,Tensor]: # 'boxes' (B,K,L,4) for a method that reads them; maps and cells are made of the clips by the backbone
+        "Further fields of `Batch`"
+        c = self.cfg
+        if 'boxes' not in READS.get(c.model.name, ()): return {}
+        rng = lambda i: None if event is None else counter_rng(c.seed, *event, int(i))
+        return {'boxes': torch.stack([dive_boxes(self.samples[i], c.clip, self.boxes[self.samples[i].uid], rng(i), c.train.flip, c.train.jitter) for i in ids])}
+
+# %% ../../nbs/18_data.loaders.ipynb #4939c3d5
 class FeatureSource:
     "Looks clip features up; has no augmentation, so `event` is ignored"
     def __init__(self,
@@ -235,7 +279,14 @@ class FeatureSource:
         ids = torch.as_tensor(ids)
         return self.scene[ids], self.actor[ids]
 
-# %% ../../nbs/18_data.loaders.ipynb #526af612
+    def rest(self,
+        ids:np.ndarray, # Positions of B dives
+        event:tuple|None=None, # Not used
+    )->dict[str,Tensor]: # What was given as `more`
+        "Further fields of `Batch`"
+        return {k: v[torch.as_tensor(ids)] for k,v in self.more.items()}
+
+# %% ../../nbs/18_data.loaders.ipynb #0420fe43
 def make_batch(
     source, # `ClipSource` or `FeatureSource`
     targets:Targets, # Of the same samples
@@ -249,8 +300,7 @@ def make_batch(
         scene,actor = source.fetch(which, role(r))
         t = torch.as_tensor(which)
         steps,judges = (None if x is None else x[t] for x in (targets.steps, targets.judges))
-        more = {k: v[t] for k,v in source.more.items()}
-        return Batch(scene, actor, targets.label[t], targets.difficulty[t], steps, judges, uid=tuple(targets.uid[i] for i in which), **more)
+        return Batch(scene, actor, targets.label[t], targets.difficulty[t], steps, judges, uid=tuple(targets.uid[i] for i in which), **source.rest(which, role(r)))
     batch = _part(ids, 0)
     if exemplars is not None: batch.exemplar = _part(exemplars, 1)
     return batch

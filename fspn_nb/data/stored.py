@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['draw_view', 'window', 'gather', 'StoreSource', 'hold', 'free_memory', 'pick_place', 'choose_source']
 
-# %% ../../nbs/20_data.stored.ipynb #0acbffc8
+# %% ../../nbs/20_data.stored.ipynb #31a948a4
 import re,shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import ClipCfg,RunCfg
+from ..config import READS,ClipCfg,RunCfg
 from ..core import counter_rng,data_cache
-from .clips import to_clips
-from .loaders import ClipSource
+from .clips import load_frames,to_clips
+from .loaders import ClipSource,axis_of,square_shares
 from .store import FrameStore,build_store,record_bytes,record_name,store_frames
 
 # %% ../../nbs/20_data.stored.ipynb #129c42d4
@@ -58,16 +58,15 @@ def gather(
     b,c = (torch.arange(n, device=device) for n in (len(x), 3))
     return x[b[:, None, None, None], t[:, None], c[:, None]] # (B,1,1,1), (K,1,L), (3,1) -> (B,K,3,L,size,size)
 
-# %% ../../nbs/20_data.stored.ipynb #d6790c46
+# %% ../../nbs/20_data.stored.ipynb #5f91d968
 class StoreSource:
     "Cuts clips from a store; sees what `ClipSource` sees"
-    more = {} # as in `ClipSource`
     def __init__(self,
         store:FrameStore, # Of all samples of the run, in their order
         cfg:RunCfg|None=None, # `clip`, `train.flip` and `seed` are read; None: that of the store
         device='cpu', # Where clips are wanted
     ):
-        self.store,self.cfg,self.device = store,cfg or store.cfg,device
+        self.store,self.cfg,self.device,self.sizes = store,cfg or store.cfg,device,{}
         kept = lambda c: (c.clip.frames, c.clip.size, c.clip.orientation, c.actor.pad)
         if kept(self.cfg) != kept(store.cfg): raise ValueError(f'need a store of (frames, size, orientation, pad) {kept(self.cfg)}, got {kept(store.cfg)}; build_store with the config of the run')
         if self.cfg.train.jitter: raise ValueError(f'need train.jitter=0, got {self.cfg.train.jitter}: the store has no frames beside the kept ones; decode as you go (ClipSource)')
@@ -81,6 +80,21 @@ class StoreSource:
         rows = [self.store.rows[i] for i in ids]
         cut = lambda kind: gather((window(r.get(kind, r['scene']), self.cfg.clip.size, *d) for r,d in zip(rows, draws)), [d[0] for d in draws], self.cfg.clip, self.device)
         return cut('scene'), cut('actor')
+
+    def rest(self,
+        ids:np.ndarray, # Positions of B dives
+        event:tuple|None=None, # As in `fetch`
+    )->dict[str,Tensor]: # 'boxes' (B,K,L,4) for a method that reads them
+        "Further fields of `Batch`"
+        if 'boxes' not in READS.get(self.cfg.model.name, ()): return {}
+        return {'boxes': torch.stack([self._boxes(int(i), *draw_view(self.cfg, event, int(i))) for i in ids]).to(self.device)}
+
+    def _boxes(self, i, flip, where):
+        "Boxes of one dive in the clips of one view, (K,L,4)"
+        o,c = self.store.samples[i],self.cfg.clip
+        if (boxes := self.store.boxes[o.uid]) is None: return torch.tensor([0.,0.,1.,1.]).expand(len(c.starts), c.length, 4)
+        if i not in self.sizes: self.sizes[i] = load_frames(o, [0]).shape[1:3] # the store knows the shrunk size only
+        return to_clips(square_shares(boxes[axis_of(o, c.frames)], self.sizes[i], c, flip, where), c.starts, c.length)
 
 # %% ../../nbs/20_data.stored.ipynb #2ef08092
 def hold(

@@ -5,24 +5,26 @@
 # %% auto #0
 __all__ = ['MODELS', 'list_models', 'create_model', 'register_model', 'random_batch', 'check_model']
 
-# %% ../../nbs/48_models.zoo.ipynb #2d77e3d0
+# %% ../../nbs/48_models.zoo.ipynb #aa027a02
 from dataclasses import replace
 
 import torch
 from torch import Tensor,nn
 
-from ..config import CHOICES,PATIENCE,READS,ModelCfg
+from ..config import CHOICES,FINETUNE_ONLY,PATIENCE,READS,ModelCfg
 from ..core import Batch
 from .baselines import I3DAvg,I3DClipMLP,I3DLSTM,I3DSVR
 from .core_tree import build_core_tree
 from .fspn import build_fspn
 from .hgcn import build_hgcn
+from .i3d import I3D
 from .i3d_mlp import build_i3d_mlp
 from .tpt import build_tpt
 from .tsa import build_tsa
+from .tsa_net import build_tsa_net
 from .usdl import build_musdl,build_usdl
 
-# %% ../../nbs/48_models.zoo.ipynb #78bdda2a
+# %% ../../nbs/48_models.zoo.ipynb #9c6631c3
 def _plain(cls):
     "A builder for a method that takes nothing but its labels' scale from the training split"
     return lambda cfg,labels,groups: cls(cfg, labels.tolist())
@@ -37,6 +39,7 @@ MODELS = {
     'musdl': build_musdl,
     'core_tree': build_core_tree,
     'tsa': build_tsa,
+    'tsa_net': build_tsa_net,
     'tpt': build_tpt,
     'hgcn': build_hgcn,
     'fspn_s': lambda cfg,labels,groups: build_fspn(cfg, labels, groups, stages=1),
@@ -76,16 +79,17 @@ def register_model(
     if reads: READS[name] = tuple(reads)
     if patience != 1: PATIENCE['demo',name] = patience
 
-# %% ../../nbs/48_models.zoo.ipynb #574c2008
+# %% ../../nbs/48_models.zoo.ipynb #2f96cbce
 def random_batch(
     b:int=4, # Dives
     clips:int=9, # K
     exemplar:bool=True, # With one exemplar each
     seed:int=0, # Of the numbers
     side:int=2, # Height and width of the maps: 4 at 112 pixels, 7 at 224
-)->Batch: # Features (b,clips,1024) and labels between 0 and 100
+    pixels:int=0, # Side of the square: clips of 16 frames as bytes, in place of features
+)->Batch: # Features (b,clips,1024) or frames (b,clips,3,16,pixels,pixels), and labels between 0 and 100
     "A batch without any meaning, for tests"
-    g,h = (torch.Generator().manual_seed(s) for s in (seed, seed+1000))
+    g,h,film = (torch.Generator().manual_seed(s) for s in (seed, seed+1000, seed+2000))
     def one():
         scene,actor = torch.randn(2, b, clips, 1024, generator=g)
         label,dd = torch.rand(b, generator=g)*100,torch.rand(b, generator=g)*2+1.5
@@ -93,7 +97,9 @@ def random_batch(
         marks = torch.randint(0, 21, (b,7), generator=g)/2
         marks[1:2, 5:] = float('nan')
         maps,cells = torch.randn(b, clips, 1024, side, side, generator=h),torch.randn(b, 20, 1024, generator=h)
-        return Batch(scene, actor, label, dd, steps, marks, maps, cells, tuple(f'{seed}/{i}' for i in range(b)))
+        first,extent = torch.rand(2, b, clips, 16, 2, generator=film)/2 # boxes of any place and size
+        if pixels: scene,actor = torch.randint(256, (2,b,clips,3,16,pixels,pixels), dtype=torch.uint8, generator=film)
+        return Batch(scene, actor, label, dd, steps, marks, maps, cells, torch.cat([first, first+extent], -1), tuple(f'{seed}/{i}' for i in range(b)))
     batch = one()
     if exemplar: batch.exemplar = one()
     return batch
@@ -131,7 +137,26 @@ def _check_missing(name, model, batch):
         except ValueError as e: assert field in str(e), f'{name}: the error about a missing {field} must name it, got {e}'
         else: raise AssertionError(f'{name}: a batch without {field} must raise a ValueError')
 
-# %% ../../nbs/48_models.zoo.ipynb #072b028a
+# %% ../../nbs/48_models.zoo.ipynb #ffce16bc
+class _Inside(nn.Module):
+    "A method with `lift`, and a random backbone around it"
+    def __init__(self,
+        head:nn.Module, # With `lift`
+    ):
+        super().__init__()
+        self.head,self.backbone,self.uses_exemplar,self.needs = head,I3D(),head.uses_exemplar,head.needs
+        self.backbone.Logits = nn.Identity() # nobody asks for them
+        self.score = head.score
+
+    def encode(self,
+        batch:Batch, # Frames and what else it needs
+    ): return self.head.encode(self.head.lift(self.backbone, batch))
+
+    def forward(self,
+        batch:Batch, # The same
+    ): return self.head(self.head.lift(self.backbone, batch))
+
+# %% ../../nbs/48_models.zoo.ipynb #bc3320d8
 def check_model(
     name:str, # One of `list_models`
     cfg:ModelCfg|None=None, # Its parts
@@ -139,9 +164,11 @@ def check_model(
     "Raise an `AssertionError` where the method `name` breaks the contract"
     cfg = cfg or ModelCfg(name=name)
     model = create_model(name, cfg)
-    batch = random_batch(clips=cfg.clips, exemplar=model.uses_exemplar)
-    losses = _check_training(name, model, batch)
-    _check_evaluation(name, model, batch)
-    _check_missing(name, model, batch)
+    own = hasattr(model, 'lift')
+    whole = _Inside(model) if own else model
+    batch = random_batch(2, 2, model.uses_exemplar, pixels=32) if own else random_batch(clips=cfg.clips, exemplar=model.uses_exemplar)
+    losses = _check_training(name, whole, batch)
+    _check_evaluation(name, whole, batch)
+    _check_missing(name, whole, batch)
     return dict(method=name, parameters=sum(p.numel() for p in model.parameters()), losses=', '.join(losses),
-                needs=', '.join((*model.needs, *getattr(model, 'trains_on', ()))), exemplar=model.uses_exemplar)
+                needs=', '.join((*model.needs, *getattr(model, 'trains_on', ()))), exemplar=model.uses_exemplar, backbone='finetune only' if own else 'either')

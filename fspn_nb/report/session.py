@@ -242,16 +242,18 @@ def class_sheets(
         out[sport.title] = df.assign(true=unit.label(df.true), pred=unit.label(df.pred))
     return out
 
-# %% ../../nbs/62_report.session.ipynb #3584fe8e
+# %% ../../nbs/62_report.session.ipynb #45427a95
 def plot_first_parse(
     session:Session, # After `train_all`
     setting:str, # A block of the table
 ):
     "The first test video of a method that parses, cut by it; None where no method does"
-    o = next((d for d in session.done if d.cfg.setting == setting and d.cfg.model.name != 'i3d_mlp' and d.cfg.model.iap), None)
-    if o is None: return None
+    for o in session.done:
+        if o.cfg.setting != setting or o.cfg.model.name == 'i3d_mlp' or not o.cfg.model.iap: continue
+        extras = encode_dives(load_model(o.run, o.data), o.data, o.data.parts['test'][:1]).extras
+        if 'steps' in extras: break
+    else: return None
     _,frames = first_video(o.data)
-    extras = encode_dives(load_model(o.run, o.data), o.data, o.data.parts['test'][:1]).extras
     true = [] if o.data.targets.steps is None else o.data.targets.steps[o.data.parts['test'][0]].tolist()
     names = [f'sub-action {i+1}' for i in range(o.cfg.model.sub_actions)]
     return plot_parse(frames, extras['steps'][0].numpy(), true, extras['transitions'][0].tolist(), names, o.data.release.kind, note_of(session, setting))
