@@ -22,7 +22,7 @@ from .parallel import Crew,gather_batch,join_gradients
 from .prepare import Prepared
 from .protocols import setting_of
 
-# %% ../nbs/50_epoch.ipynb #b2ee18d0
+# %% ../nbs/50_epoch.ipynb #9da19dee
 def steps_per_epoch(
     data:Prepared, # Split and batch size
 )->int:
@@ -39,6 +39,7 @@ def build(
     head = create_model(cfg.model.name, cfg.model, data.targets.label[torch.as_tensor(train)], groups)
     if begin := getattr(head, 'begin', None): begin(cfg.train.epochs*steps_per_epoch(data)) # for methods that are taught differently at first (D-126)
     if data.backbone is None: return head.to(data.device)
+    if data.crew.size > 1 and hasattr(head, 'lift'): raise ValueError(f'{cfg.model.name} normalises over a batch inside the backbone: need one process, got {data.crew.size}')
     backbone = data.backbone.to(data.device, memory_format=torch.channels_last_3d)
     compiled = torch.compile(backbone.features) if cfg.train.compile else None
     return WithBackbone(backbone, head, cfg.train.freeze_bn, cfg.clip.starts, cfg.train.micro, compiled).to(data.device)

@@ -15,7 +15,7 @@ from fspn_nb.models.i3d_mlp import build_i3d_mlp
 from fspn_nb.models.iap import transitions
 from fspn_nb.models.smt import head_width
 from fspn_nb.models.zoo import create_model, random_batch
-from fspn_nb.train import WithBackbone
+from fspn_nb.models.finetune import WithBackbone
 
 LABELS = np.linspace(20, 100, 40)
 FLAGS = [dict(), dict(iap=False), dict(smt=False), dict(mtf=False), dict(smt=False, mtf=False), dict(iap=False, smt=False, mtf=False),

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 LIBRARY = [p for p in NOTEBOOKS if re.match(r'\d\d_', p.name)]
 RUNS = [p for p in NOTEBOOKS if p.name.startswith('run_')]
-PARAMETERS = {'data_root','preset','methods','seeds','backbone','weights','device','epochs','allow_missing','actor','actor_file','out'}
+PARAMETERS = {'data_root','preset','methods','seeds','backbone','weights','device','processes','epochs','allow_missing','actor','actor_file','out'}
 
 
 def cells(path, kind='code'):

@@ -23,7 +23,8 @@ from fspn_nb.models.tsa_net import TSANet, TubeAttention, build_tsa_net, tube_ce
 from fspn_nb.models.zoo import list_models, random_batch
 from fspn_nb.prepare import prepare
 from fspn_nb.report.session import Done, plot_first_parse
-from fspn_nb.train import WithBackbone, fit
+from fspn_nb.models.finetune import WithBackbone
+from fspn_nb.train import fit
 
 LABELS = [20., 50., 80., 95.]
 count = lambda m: sum(p.numel() for p in m.parameters())
@@ -60,7 +61,7 @@ def test_size_of_the_block():
 def test_a_fresh_block_leaves_i3d_as_it_was(kw):
     batch, net = random_batch(2, 2, exemplar=False, pixels=32), whole(awake=False, **kw).eval()
     with torch.no_grad():
-        got = net._lift(batch).scene
+        got = net.lift(batch).scene
         want = net.backbone.features(to_input(batch.scene.flatten(0, 1))).mean((2, 3, 4)).unflatten(0, (2, 2))
     assert torch.equal(got, want) or torch.allclose(got, want, atol=1e-6)
 

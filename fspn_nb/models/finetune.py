@@ -57,7 +57,7 @@ def _cells(backbone, scene, starts, micro):
     short = torch.stack([recut(v, starts) for v in scene]) # (B,20,3,8,H,W)
     return encode_frames(backbone.features, short.flatten(0, 1), micro).unflatten(0, short.shape[:2])
 
-# %% ../../nbs/49_models.finetune.ipynb #bf3ea9b8
+# %% ../../nbs/49_models.finetune.ipynb #097be3b3
 class WithBackbone(nn.Module):
     "A method with I3D in front; keeps the contract of the zoo"
     def __init__(self,
@@ -69,6 +69,7 @@ class WithBackbone(nn.Module):
         compiled=None, # `backbone.features` after torch.compile; None: as it is
     ):
         super().__init__()
+        if hasattr(head, 'lift') and (micro or compiled): raise ValueError(f"{type(head).__name__} works inside the backbone: need train.micro=0 and train.compile=False, got {micro} and {compiled is not None}")
         self.backbone,self.head,self.freeze_bn,self.starts,self.micro,self.compiled = backbone,head,freeze_bn,tuple(starts),micro,compiled
         self.uses_exemplar,self.needs = head.uses_exemplar,head.needs
         self.streams = tuple(s for s in ('scene','actor') if s in head.needs)

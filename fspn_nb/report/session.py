@@ -7,7 +7,7 @@ __all__ = ['PARAMETERS', 'OWN', 'Session', 'given_parameters', 'start', 'read_da
            'floors_of', 'Done', 'train_all', 'plot_curves', 'make_table', 'note_of', 'main_setting', 'sheets_of',
            'class_sheets', 'plot_first_parse', 'parse_scores', 'costs', 'list_files']
 
-# %% ../../nbs/62_report.session.ipynb #0687af1b
+# %% ../../nbs/62_report.session.ipynb #e51360d6
 import os,resource,time
 from dataclasses import dataclass,field
 from pathlib import Path
@@ -31,10 +31,10 @@ from ..protocols import PROTOCOLS,SPORTS,Unit,setting_of
 from .figures import plot_parse
 from .tables import collect,ours_vs_paper,read_predictions
 from .wide import add_averages
-from ..train import fit
+from ..train import launch
 
-# %% ../../nbs/62_report.session.ipynb #85c478b2
-PARAMETERS = ('data_root','preset','methods','seeds','backbone','weights','device','epochs','allow_missing','actor','actor_file','out') # of every run notebook
+# %% ../../nbs/62_report.session.ipynb #dff64f83
+PARAMETERS = ('data_root','preset','methods','seeds','backbone','weights','device','processes','epochs','allow_missing','actor','actor_file','out') # of every run notebook
 OWN = dict(finediving=('setting','per_difficulty'), mtl_aqa=('setting',), aqa7=('classes','ranges')) # of one
 
 @dataclass
@@ -46,6 +46,7 @@ class Session:
     reports:Path # Where everything is written
     device:str # As in `pick_device`
     began:float # Seconds, from `time.perf_counter`
+    processes:int=1 # That train a run together, one per GPU; finetune mode only
     done:list=field(default_factory=list) # Finished runs
     files:list[Path]=field(default_factory=list) # Tables and figures
 
@@ -67,7 +68,7 @@ def given_parameters(
     if lost := [k for k in known if k not in values]: raise ValueError(f"need the parameters {', '.join(known)}, got none called {', '.join(lost)}; keep the notebook's parameters cell whole")
     return values
 
-# %% ../../nbs/62_report.session.ipynb #2c560f24
+# %% ../../nbs/62_report.session.ipynb #4dbd1be3
 def start(
     dataset:str, # 'finediving' | 'mtl_aqa' | 'aqa7'
     names:dict, # The notebook's `globals()`, after its parameters cell
@@ -77,12 +78,13 @@ def start(
     p = given_parameters(dataset, names)
     preset = 'smoke' if os.environ.get('IN_TEST') else p['preset']
     mode = pick_backbone(p['backbone'], pick_device(p['device']), preset)
+    if p['processes'] != 1 and mode == 'frozen': raise ValueError(f"processes={p['processes']} needs backbone='finetune': a head on kept features trains in one; leave it at 1")
     own = dict(data_root=str(p['data_root']), allow_missing=p['allow_missing'], weights=p['weights'], train__backbone=mode, model__adapter=mode == 'frozen', ranges=p.get('ranges', 'literature'),
         actor__source=p['actor'], **{'actor__boxes' if p['actor'] == 'boxes' else 'actor__weights': str(p['actor_file'])})
     base = recipe(dataset, preset, **own, **changes)
     runs = plan_runs(base, p['methods'], p.get('setting', p.get('classes')), p['seeds'], p.get('per_difficulty', False), p['epochs'])
     print(f'preset {preset}, changed: {diff(base, recipe(dataset, preset)) or "nothing"}', *map(run_id, runs), sep='\n')
-    return Session(dataset, base, runs, reports_dir(p['out']), p['device'], time.perf_counter())
+    return Session(dataset, base, runs, reports_dir(p['out']), p['device'], time.perf_counter(), p['processes'])
 
 # %% ../../nbs/62_report.session.ipynb #1f905992
 def _say(said, data):
@@ -158,7 +160,7 @@ class Done:
     minutes:float # Training and evaluation
     data:Prepared # What it worked on
 
-# %% ../../nbs/62_report.session.ipynb #43161231
+# %% ../../nbs/62_report.session.ipynb #0703dd60
 def train_all(
     session:Session, # From `start`
     datas:dict, # From `read_data`
@@ -170,7 +172,7 @@ def train_all(
         began = time.perf_counter()
         data = prepare(cfg, session.device, like=datas[setting_of(cfg.dataset, cfg.setting).only])
         _say(said, data)
-        run = fit(cfg, session.reports, session.device, data)
+        run = launch(cfg, session.reports, session.device, session.processes, data)
         m = evaluate(run, data)
         session.done.append(Done(cfg, run, m, (time.perf_counter()-began)/60, data))
         print(f'{run.name}: rho {m["spearman"]:.4f} [{m["spearman_lo"]:.3f}, {m["spearman_hi"]:.3f}], R_l2 x100 {100*m["relative_l2"]:.3f}, {session.done[-1].minutes:.1f} min')
