@@ -42,7 +42,7 @@ def _given(names):
     if given['actor'] == 'none': raise ValueError("need boxes to measure heat in, got actor='none'; take 'motion', which needs no weights, or another source")
     return given
 
-# %% ../../nbs/63_report.actor.ipynb #27dfca59
+# %% ../../nbs/63_report.actor.ipynb #2b8eb5b9
 def start_study(
     names:dict, # The notebook's `globals()`, after its parameters cell
     **changes, # Settings that are no parameter of the notebook, as in `config.change`
@@ -52,7 +52,7 @@ def start_study(
     setting_of('finediving', p['setting']) # one setting, since a table has one block
     dives = p.pop('dives')
     _captum() # found missing now, not after training
-    session = start('finediving', p|dict(methods='i3d_mlp,fspn', backbone='auto', per_difficulty=False), **changes)
+    session = start('finediving', p|dict(methods='i3d_mlp,fspn', backbone='auto', processes=1, per_difficulty=False), **changes)
     without = [change(o, model__actor=False) for o in session.runs if o.model.name == 'fspn']
     print(*(f'{run_id(o)} (without actor)' for o in without), sep='\n')
     return Study(**vars(session)|dict(runs=session.runs+without), dives=dives or 2*(session.base.preset == 'smoke'))
