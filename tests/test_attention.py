@@ -88,7 +88,7 @@ def test_runs_are_those_of_the_run_notebook(tmp_path, monkeypatch):
     monkeypatch.delenv('IN_TEST', raising=False)
     mine = p.start_study(CELL|dict(preset='demo', weights='', seeds='0,1', out=str(tmp_path)))
     cell = {k: v for k, v in CELL.items() if k != 'dives'}|dict(preset='demo', weights='', seeds='0,1', out=str(tmp_path))
-    theirs = s.start('finediving', cell|dict(methods='i3d_mlp,fspn', backbone='auto', per_difficulty=True, setting='both'))
+    theirs = s.start('finediving', cell|dict(methods='i3d_mlp,fspn', backbone='auto', processes=1, per_difficulty=True, setting='both'))
     assert [o for o in mine.runs if p.method_of(o) != 'without'] == [o for o in theirs.runs if o.setting == 'w_dn']
     assert mine.dives == 0 and [o.seed for o in mine.runs if p.method_of(o) == 'without'] == [0, 1]
 
