@@ -28,7 +28,7 @@ def per_channel(
     "Sums over all positions"
     return row.view(-1, channels).sum(0)
 
-# %% ../../nbs/29_models.narrow.ipynb #4fd323e7
+# %% ../../nbs/29_models.narrow.ipynb #ea80028f
 class NormReLU(torch.autograd.Function):
     "Batch normalisation by the batch's statistics, and ReLU, on long rows"
     @staticmethod
@@ -37,9 +37,10 @@ class NormReLU(torch.autograd.Function):
         n,k = r.numel()//C,r.shape[1]//C
         mean = per_channel(r.sum(0), C)/n
         t = r-mean.repeat(k)
-        var = per_channel((t*t).sum(0), C)/n
+        y = t*t # a buffer that is used twice: fresh memory costs as much as the arithmetic
+        var = per_channel(y.sum(0), C)/n
         scale = weight*(var+eps).rsqrt()
-        y = torch.addcmul(bias.repeat(k), t, scale.repeat(k)).relu_()
+        torch.addcmul(bias.repeat(k), t, scale.repeat(k), out=y).relu_()
         ctx.save_for_backward(t, y, weight, var)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)
@@ -53,9 +54,10 @@ class NormReLU(torch.autograd.Function):
         d = torch.ops.aten.threshold_backward(long_rows(grad.mT.contiguous().mT).view_as(y), y, 0)
         inverse = (var+ctx.eps).rsqrt()
         bias = per_channel(d.sum(0), C)
-        gain = per_channel((d*t).sum(0), C)*inverse
+        dx = d*t # as above
+        gain = per_channel(dx.sum(0), C)*inverse
         scale = weight*inverse
-        dx = torch.addcmul((-scale*bias/n).repeat(k), t, (-scale*inverse*gain/n).repeat(k)).addcmul_(d, scale.repeat(k))
+        torch.addcmul((-scale*bias/n).repeat(k), t, (-scale*inverse*gain/n).repeat(k), out=dx).addcmul_(d, scale.repeat(k))
         return dx.view_as(grad.mT).mT,gain,bias,None
 
 # %% ../../nbs/29_models.narrow.ipynb #0b0eedd2
