@@ -230,7 +230,7 @@ D-97 | No interval and no repetition anywhere | 95 % of 0.942 on 749 dives is 0.
 D-98 | Fig. 6 shows other methods in its caption than in its text | caption: I3D+MLP, I3D+SMT, FSPN; text: I3D+MLP, I3D+IAP, I3D+SMT | whichever predictions are given, each with its name | plot_scatter (report.figures)
 """
 
-# %% ../nbs/02_paper.ipynb #59ad1684
+# %% ../nbs/02_paper.ipynb #c967356e
 LEDGER_METHODS = """
 D-100 | USDL's grid of scores ends at 104.5 points | protocols: targets at score*100/104.5; 104.5 is MTL-AQA's best test dive, training ends at 102.6 | 101 bins over the range of the training labels, in their unit; a label beyond an end counts as the end | LabelBins(lo, hi, bins, sd)
 D-101 | USDL and MUSDL read the likeliest bin: many dives tie | 101 (21) values; 50 scores between 60 and 70 become 11 at most | as the authors for decode='argmax', mean of the distribution for 'expected' (the demo preset) | ModelCfg.decode
@@ -271,6 +271,8 @@ D-135 | How TSA-Net weighs likeness, and when a cell counts as covered, is not i
 D-136 | Over which positions TSA-Net's block normalises | the description says only that the normalisation starts at zero | over the tube's cells of the whole batch; a tube without cells changes nothing; its statistics are learnt though the backbone's stay | none
 D-137 | TSA-Net's own recipe: seven clips of 103 frames at 224 pixels, a tracker's boxes, no mirroring, learning rate 1e-4; its loop mixes dives and clips in a reshape | description of the released program, whose public part is for falls in figure skating | clips, size, mirroring, rates and epochs of the run (D-104); this kit's boxes, mirrored and cut with the frames; clips stay with their dive | ClipCfg, ActorCfg, TrainCfg
 D-138 | TSA-Net cannot be compared on frozen features, since it changes what the upper half of I3D sees | its block stands behind MaxPool3d_4a | finetune only: refused elsewhere, and not in the frozen grid; beside it a finetuned i3d_mlp differs by the tube alone | config.FINETUNE_ONLY
+D-139 | Each dive of a step brings an exemplar of its own, so half of the backbone's passes are for exemplars | Sec. III-D2 and the peers draw one training dive per query | as they do; with in_batch dives of a group are each other's exemplars within the batch, half the passes, and pairs are no longer independent draws | TrainCfg.in_batch
+D-140 | On how many GPUs, and whether a batch of 8 is one batch or a share of each | Sec. IV-A2 names a batch of 8; group contrast, normalisation and pairs all look at the batch | one batch whatever the number of processes: videos are shared out for the backbone only | parallel.Crew
 """
 
 # %% ../nbs/02_paper.ipynb #377685e9

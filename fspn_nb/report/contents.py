@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TITLES', 'PAIRED', 'COSTS', 'Shelf', 'open_shelf', 'key_of', 'order_lines', 'ablation_chapter', 'note_of',
-           'floors_on_disk', 'methods_chapter', 'cost_chapter']
+           'floors_on_disk', 'beside_fspn', 'rank_lines', 'methods_chapter', 'cost_chapter']
 
-# %% ../../nbs/65_report.contents.ipynb #b5e65525
+# %% ../../nbs/65_report.contents.ipynb #84e8e795
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,10 +17,11 @@ from ..config import change,load_cfg
 from ..experiments import find_runs,grid_base
 from ..models.zoo import list_models
 from ..protocols import PROTOCOLS
-from .ablations import Scorer,ablation_table,main_runs,method_cells,order_of,seed_intervals,with_sizes
-from .book import Chapter,HOW,_p,provenance_line,readable_ablation
+from .ablations import SCORES,Scorer,ablation_table,main_runs,method_cells,order_of,seed_intervals,with_sizes
+from .book import Chapter,HOW,_p,_text,provenance_line,readable_ablation
 from .tables import _NAMES,_cell,collect,ours_vs_paper,readable
 from .wide import add_averages,wide
+from ..significance import holm
 
 # %% ../../nbs/65_report.contents.ipynb #ddb21354
 @dataclass
@@ -161,7 +162,37 @@ def _leads(shelf, runs, settings):
             g = shelf.scorer.gain(a[both].tolist(), b[both].tolist())
             yield f"{title}: FSPN minus I3D+MLP is {g['rho_gain']:+.4f} in rho (p {_is(g['rho_p'])}) and {g['r_l2_x100_gain']:+.3f} in R x100 (p {_is(g['r_l2_x100_p'])})."
 
-# %% ../../nbs/65_report.contents.ipynb #769cfa1e
+# %% ../../nbs/65_report.contents.ipynb #541c80ef
+_AGAINST = [f'{o}{e}' for o in SCORES for e in ('_gain','_p','_p_holm')]
+
+def beside_fspn(
+    shelf:Shelf, # From `open_shelf`
+    runs:pd.DataFrame, # From `main_runs`, of one dataset
+)->pd.DataFrame: # setting, method; both metrics with _gain (minus FSPN), _p and _p_holm (within the setting)
+    "Each method against FSPN, tested on the same test videos"
+    rows = []
+    for (s,m),g in runs[runs.method != 'fspn'].groupby(['setting','method'], sort=False):
+        own,full = g.set_index('seed').run,runs[(runs.setting == s) & (runs.method == 'fspn')].set_index('seed').run
+        both = sorted(set(own.index) & set(full.index))
+        if both: rows.append(dict(setting=s, method=m, **shelf.scorer.gain(own[both].tolist(), full[both].tolist())))
+    table = pd.DataFrame(rows, columns=['setting','method',*(o for o in _AGAINST if not o.endswith('holm'))])
+    for o in SCORES: table[f'{o}_p_holm'] = table.groupby('setting')[f'{o}_p'].transform(lambda p: holm(p.to_numpy(float)))
+    return table
+
+# %% ../../nbs/65_report.contents.ipynb #29621609
+def rank_lines(
+    table:pd.DataFrame, # From `beside_fspn`
+    titles:dict, # Setting to its name
+)->list[str]: # One per setting
+    "Where FSPN is ahead, where it is not, and how sure that is"
+    lines = []
+    for s,g in table.groupby('setting', sort=False):
+        low,sure = g.rho_gain < 0,g.rho_p_holm < .05
+        above = [f'{_NAMES.get(o.method, o.method)} ({o.rho_gain:+.4f}, Holm p {_is(o.rho_p_holm)})' for o in g[~low].sort_values('rho_gain', ascending=False).itertuples()]
+        lines.append(f"{titles[s]}: above FSPN in rho: {', '.join(above) or 'none'}. FSPN is above {int(low.sum())} of {len(g)} methods, above {int((low & sure).sum())} of them beyond chance (Holm p < .05).")
+    return lines
+
+# %% ../../nbs/65_report.contents.ipynb #2c8ff9fe
 def methods_chapter(
     shelf:Shelf, # From `open_shelf`
     dataset:str, # 'finediving' (IX), 'mtl_aqa' (XI) or 'aqa7' (X)
@@ -173,9 +204,15 @@ def methods_chapter(
     table = _why(seed_intervals(table, mine, shelf.scorer), dataset)
     said = provenance_line(mine)+(f' All runs are of one family, {mine.family.iloc[0]}: equal but for method, setting, seed and epochs; other families of this dataset on disk, not used here: {mine.others.iloc[0]}.' if len(mine) else '')
     if dataset == 'aqa7': said += ' The interval of an average draws videos within each class (percentile).'
-    shown = wide(table) if dataset == 'aqa7' else readable(table)
-    titles = {k: o.title for k,o in PROTOCOLS[dataset].settings.items()}
-    ch = Chapter(key_of(name), TITLES[name], said, table, shown.replace('-', ''), list(_leads(shelf, mine, titles)), [], _NOTEBOOK[dataset].format('i3d_mlp,fspn'))
+    titles,beside = {k: o.title for k,o in PROTOCOLS[dataset].settings.items()},beside_fspn(shelf, mine)
+    lines = list(_leads(shelf, mine, titles))
+    if dataset != 'aqa7':
+        table,lines,said = table.merge(beside, 'left', ['setting','method']),lines+rank_lines(beside, titles),f'{said} {PAIRED}'
+        shown = readable(table)
+        shown.insert(5, 'rho minus FSPN', [_text(v, '+.4f') for v in table.rho_gain])
+        shown.insert(6, 'p (Holm)', [_p(v) for v in table.rho_p_holm])
+    else: shown = wide(table)
+    ch = Chapter(key_of(name), TITLES[name], said, table, shown.replace('-', ''), lines, [], _NOTEBOOK[dataset].format('i3d_mlp,fspn'))
     means = table[(table.setting == 'average') & table.rho.notna()]
     if len(means): ch.brief = 'Average over classes: '+', '.join(f"{r.label.removesuffix(' (Ours)')} {_cell(r, 'rho', 4)}" for _,r in means.iterrows())+'.'
     if dataset == 'aqa7': ch.sources = [(f'{_NAMES.get(m, m)}, {titles[s]}', ' '.join(g.run), ','.join(str(int(o)) for o in g.seed)) for (m,s),g in mine.groupby(['method','setting'], sort=False)]
