@@ -6,14 +6,14 @@
 __all__ = ['TITLES', 'PAIRED', 'COSTS', 'Shelf', 'open_shelf', 'key_of', 'order_lines', 'ablation_chapter', 'note_of',
            'floors_on_disk', 'beside_fspn', 'rank_lines', 'methods_chapter', 'cost_chapter']
 
-# %% ../../nbs/65_report.contents.ipynb #84e8e795
+# %% ../../nbs/65_report.contents.ipynb #3fda4591
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 import pandas as pd
 import torch
 from ..complexity import complexity_table
-from ..config import change,load_cfg
+from ..config import FINETUNE_ONLY,change,load_cfg
 from ..experiments import find_runs,grid_base
 from ..models.zoo import list_models
 from ..protocols import PROTOCOLS
@@ -144,11 +144,12 @@ def floors_on_disk(
         for e in ('','_lo','_hi'): out[src+e] = df[o+e]/k
     return out if len(out) else None
 
-# %% ../../nbs/65_report.contents.ipynb #6dfa5aa7
+# %% ../../nbs/65_report.contents.ipynb #dd47035a
 def _why(table, dataset):
     "Columns missing and command: why a printed row has no run"
     usual = ['' if r.seeds == r.seeds or r.method.startswith('floor') else 'not run yet' if r.method in list_models() else 'no such method here' for r in table.itertuples()]
-    return table.assign(missing=usual, command=[_NOTEBOOK[dataset].format(m) if w == 'not run yet' else '' for m,w in zip(table.method, usual)])
+    tuned = {m: ' -p backbone finetune' for m in FINETUNE_ONLY}
+    return table.assign(missing=usual, command=[_NOTEBOOK[dataset].format(m)+tuned.get(m, '') if w == 'not run yet' else '' for m,w in zip(table.method, usual)])
 
 # %% ../../nbs/65_report.contents.ipynb #ee86f23f
 def _is(p): return _p(p) if p < .001 else f'= {_p(p)}'
