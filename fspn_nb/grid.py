@@ -60,7 +60,7 @@ def vote_table(
     points = lambda y: data.targets.unit.points(y.astype(float), table.difficulty.to_numpy()).round(4)
     return table.assign(**{f'm_{m}': points(np.nanmean(votes[:, :m], 1)) for m in counts})
 
-# %% ../nbs/55_grid.ipynb #98310d2f
+# %% ../nbs/55_grid.ipynb #4701a755
 def run_one(
     cfg:RunCfg, # A run of the grid
     out='', # Folder for all runs; '': `reports`
@@ -74,7 +74,7 @@ def run_one(
     run = fit(cfg, out, device, data, each=watch if 'watch' in extras else None)
     if 'votes' in extras: write_atomic(run/'votes.csv', vote_table(load_model(run, data), data).to_csv(index=False))
     metrics = evaluate(run, data)
-    if not keep_weights: [f.unlink(missing_ok=True) for f in (run/'last.pt', run/'best_val.pt')]
+    if not keep_weights: [f.unlink() for f in run.glob('*.pt')]
     return run,metrics,data
 
 # %% ../nbs/55_grid.ipynb #3c969521
