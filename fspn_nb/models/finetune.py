@@ -16,7 +16,7 @@ from ..core import Batch,Output
 from ..data.features import recut
 from .i3d import to_input
 
-# %% ../../nbs/49_models.finetune.ipynb #bc62acb2
+# %% ../../nbs/49_models.finetune.ipynb #6d90c854
 def encode_frames(
     features, # Clips (N,3,L,H,W) in [-1,1] to maps (N,1024,T',h,w): I3D's
     clips:Tensor, # (N,3,L,H,W) uint8
@@ -24,7 +24,7 @@ def encode_frames(
     maps:bool=False, # Mean over time only
 )->Tensor: # (N,1024), with `maps` (N,1024,h,w)
     "One vector, or one map, per clip, with gradients"
-    def run(x): return features(to_input(x).contiguous(memory_format=torch.channels_last_3d)).mean(2 if maps else (2,3,4))
+    run = lambda x: features(to_input(x).contiguous(memory_format=torch.channels_last_3d)).mean(2 if maps else (2,3,4))
     if not micro: return run(clips)
     return torch.cat([checkpoint(run, c, use_reentrant=False) if torch.is_grad_enabled() else run(c) for c in clips.split(micro)])
 

@@ -28,11 +28,17 @@ def per_channel(
     "Sums over all positions"
     return row.view(-1, channels).sum(0)
 
-# %% ../../nbs/29_models.narrow.ipynb #ea80028f
+# %% ../../nbs/29_models.narrow.ipynb #aba82716
 class NormReLU(torch.autograd.Function):
     "Batch normalisation by the batch's statistics, and ReLU, on long rows"
     @staticmethod
-    def forward(ctx, x, weight, bias, eps):
+    def forward(
+        ctx, # Keeps what `backward` needs
+        x:Tensor, # (B,C,L), channels last in memory
+        weight:Tensor, # (C,)
+        bias:Tensor, # (C,)
+        eps:float, # Added to the variance
+    )->tuple[Tensor,Tensor,Tensor]: # The same shape and order as `x`; mean and variance (C,)
         r,C = long_rows(x),x.shape[1]
         n,k = r.numel()//C,r.shape[1]//C
         mean = per_channel(r.sum(0), C)/n
@@ -48,7 +54,11 @@ class NormReLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, *_):
+    def backward(
+        ctx, # Of `forward`
+        grad:Tensor, # Gradient of the result, (B,C,L)
+        *_, # Mean and variance carry none
+    ): # Gradients of x, weight, bias; None for eps
         (t,y,weight,var),C = ctx.saved_tensors,len(ctx.saved_tensors[2])
         n,k = t.numel()//C,t.shape[1]//C
         d = torch.ops.aten.threshold_backward(long_rows(grad.mT.contiguous().mT).view_as(y), y, 0)
