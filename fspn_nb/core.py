@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['seed_all', 'counter_rng', 'repo_root', 'data_cache', 'reports_dir', 'write_atomic', 'write_json', 'file_hash',
-           'Batch', 'need', 'to_device', 'Output', 'progress', 'show_strip']
+           'Batch', 'need', 'to_device', 'Output', 'keep_memory', 'progress', 'show_strip']
 
-# %% ../nbs/00_core.ipynb #c1a14b71
-import hashlib,json,os,random,sys,tempfile
+# %% ../nbs/00_core.ipynb #6334daf4
+import ctypes,hashlib,json,os,random,sys,tempfile
+from collections.abc import Callable
 from dataclasses import dataclass,field,fields
 from pathlib import Path
 
@@ -64,10 +65,10 @@ def reports_dir(
         raise PermissionError(f'need a folder that can be written for reports, got {path} ({e.strerror}); pass another `out`') from e
     return path.resolve()
 
-# %% ../nbs/00_core.ipynb #01e3e5ed
+# %% ../nbs/00_core.ipynb #5ebd58c3
 def write_atomic(
     path:Path, # The file to be written
-    data:bytes|str, # Its whole content; text is stored as UTF-8
+    data:bytes|str|Callable, # Its whole content, text as UTF-8; or a function that writes it to the path it is given
     former:Path|None=None, # Where what `path` held before is kept; None: nowhere
 )->Path: # `path`
     "Write `data` to `path` so that a reader sees all of it or nothing, also after a power cut where `former` is kept"
@@ -75,9 +76,10 @@ def write_atomic(
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
-        with open(part, 'wb') as f:
-            f.write(data.encode() if isinstance(data, str) else data)
-            if former: f.flush(); os.fsync(f.fileno())
+        if callable(data): data(part)
+        else: part.write_bytes(data.encode() if isinstance(data, str) else data)
+        if former:
+            with open(part, 'rb+') as f: os.fsync(f.fileno())
         if former and path.exists(): os.replace(path, former)
         os.replace(part, path)
     except OSError: # a full disk must not be filled further
@@ -101,7 +103,7 @@ def file_hash(
     "SHA-256 of the content of `path`"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:digits]
 
-# %% ../nbs/00_core.ipynb #c02fb77d
+# %% ../nbs/00_core.ipynb #2265458d
 @dataclass
 class Batch:
     "B dives, as a model is given them"
@@ -116,6 +118,7 @@ class Batch:
     boxes:Tensor|None=None # (B,K,L,4) the actor's corners x1,y1,x2,y2 in each frame, shares 0..1 of the square; no area: not in the picture (TSA-Net)
     uid:tuple[str,...]=() # Names of the dives
     exemplar:'Batch|None'=None # One exemplar per dive
+    partners:Tensor|None=None # (B,) place of each dive's exemplar in this batch, where the exemplars are the batch itself in another order (D-139)
 
     def __len__(self): return len(self.scene)
 
@@ -151,6 +154,14 @@ class Output:
 
     @property
     def total(self): return sum(self.losses.values())
+
+# %% ../nbs/00_core.ipynb #6f1ac3a4
+def keep_memory()->bool: # Whether this system's allocator listens: glibc's does
+    "Ask the allocator to keep freed memory for the next step; never more than what was in use at once"
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
+    if mallopt is None: return False
+    asked = {-3: 2**25, -1: 2**31-1, -2: 2**26} # M_MMAP_THRESHOLD (32 MB is the most it takes), M_TRIM_THRESHOLD, M_TOP_PAD
+    return all([mallopt(k, v) == 1 for k,v in asked.items()])
 
 # %% ../nbs/00_core.ipynb #cb1db14f
 def progress(

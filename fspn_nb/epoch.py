@@ -66,7 +66,7 @@ def make_schedule(
     if cfg.train.schedule == 'constant': return torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1.)
     return torch.optim.lr_scheduler.OneCycleLR(optimiser, [g['lr'] for g in optimiser.param_groups], total_steps=steps)
 
-# %% ../nbs/50_epoch.ipynb #e5597ed4
+# %% ../nbs/50_epoch.ipynb #3a320ed0
 def whole_batch(
     model:nn.Module, # With or without a backbone
     batch:Batch, # What this process has of the batch
@@ -78,7 +78,7 @@ def whole_batch(
     whole = gather_batch(crew, model.lift(batch) if hasattr(model, 'lift') else batch, len(batch) if total is None else total)
     if partners is None: return whole
     rows = torch.as_tensor(partners, device=whole.scene.device)
-    return Batch(**vars(whole)|dict(exemplar=Batch(**{k: v[rows] for k,v in vars(whole).items() if isinstance(v, Tensor)})))
+    return Batch(**vars(whole)|dict(partners=rows, exemplar=Batch(**{k: v[rows] for k,v in vars(whole).items() if isinstance(v, Tensor)})))
 
 # %% ../nbs/50_epoch.ipynb #db78b05c
 def train_step(

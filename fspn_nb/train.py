@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['environment', 'validate', 'fit', 'resume', 'main', 'launch']
 
-# %% ../nbs/51_train.ipynb #3f257411
+# %% ../nbs/51_train.ipynb #c55480d2
 import argparse,json,os,platform,subprocess,sys,time
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from .checkpoint import Pace,Preempted,need_room,newest_ckpt,noted_sigterm,random_state,save_ckpt
 from .config import RunCfg,check,load_cfg,run_id,save_cfg
-from .core import progress,repo_root,reports_dir,write_atomic,write_json
+from .core import keep_memory,progress,repo_root,reports_dir,write_atomic,write_json
 from .epoch import build,make_optimiser,make_schedule,steps_per_epoch,train_epoch
 from .metrics import spearman
 from .parallel import Crew,any_of,enlist
@@ -77,7 +77,7 @@ def _epochs(model, data, run, bar, each=None, share=.02):
             if crew.lead: write_atomic(run/'log.csv', pd.DataFrame(history).to_csv(index=False))
             if epoch+1 == cfg.train.epochs or pace.due(): _save(epoch+1)
 
-# %% ../nbs/51_train.ipynb #b5ee8257
+# %% ../nbs/51_train.ipynb #ebf9746d
 def fit(
     cfg:RunCfg, # The run
     out:str|Path='', # Folder for all runs; '': `reports`
@@ -92,6 +92,7 @@ def fit(
     run = reports_dir(str(out))/cfg.dataset/run_id(cfg)
     if (state := newest_ckpt(run, cfg)) and state['epoch'] >= cfg.train.epochs: return run
     data = data or prepare(cfg, device, crew=crew)
+    keep_memory()
     model = build(data)
     need_room(run, model)
     if data.crew.lead:

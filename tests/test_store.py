@@ -87,11 +87,11 @@ def test_without_boxes_the_scene_plays_the_actor(release, tmp_path):
 
 def test_killed_build_goes_on(release, tmp_path, monkeypatch):
     cfg,samples,boxes = release
-    def killed(sample, ids, real=S.load_planes):
+    def killed(sample, *rest, real=S.store_frames):
         if sample.uid == samples[1].uid: raise KeyboardInterrupt
-        return real(sample, ids)
+        return real(sample, *rest)
     with monkeypatch.context() as m:
-        m.setattr(S, 'load_planes', killed)
+        m.setattr(S, 'store_frames', killed)
         with pytest.raises(KeyboardInterrupt): S.build_store(samples, cfg, boxes, tmp_path, workers=1)
     assert len(list(tmp_path.iterdir())) < 3 and not list(tmp_path.glob('*.part')) # whole records, no half ones
     left = {p.name for p in tmp_path.iterdir()}

@@ -91,7 +91,7 @@ class Judge(nn.Module):
         if logits is None: return {'reg': F.mse_loss(positions.squeeze(-1).float(), target/self.bins.spread)} # D-39
         return dict(zip(('bce','reg'), interval_loss(logits.float(), positions.float(), target, self.bins)))
 
-# %% ../../nbs/36_models.fspn.ipynb #d8bdf71c
+# %% ../../nbs/36_models.fspn.ipynb #8b3087f8
 class FSPN(nn.Module):
     "Fig. 2: parser, transformer, fusion and judge"
     def __init__(self,
@@ -124,10 +124,11 @@ class FSPN(nn.Module):
     )->Output: # Score, losses where there is a label, and the parse in evaluation
         "One pass over dives and exemplars"
         need(batch, *self.needs, *['exemplar']*self.uses_exemplar, *['label']*self.training, who='FSPN')
-        parts = [batch, batch.exemplar] if self.uses_exemplar else [batch]
         if self.uses_exemplar: need(batch.exemplar, *self.needs, 'label', who='FSPN, for the exemplar,')
+        apart = self.uses_exemplar and batch.partners is None # the exemplars are other videos
+        parts = [batch, batch.exemplar] if apart else [batch]
         coded = self.encoder(*(torch.cat([getattr(p, n) for p in parts]) for n in self.needs))
-        query,exemplar = coded.feature.chunk(2) if self.uses_exemplar else (coded.feature, None)
+        query,exemplar = coded.feature.chunk(2) if apart else (coded.feature, None if batch.partners is None else coded.feature[batch.partners])
         other = batch.exemplar.label if self.uses_exemplar else None
         losses = {} if batch.label is None else self.judge.losses(query, exemplar, batch.label, other)
         if losses and self.cfg.gc and self.cfg.iap:
