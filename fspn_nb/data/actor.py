@@ -101,7 +101,7 @@ def tap_weights(
     weights = torch.cat([x.unflatten(1, (size, fine)) for x in (1-share, share)], 2)/fine # (T,size,2*fine)
     return torch.zeros(len(low), size, part.stop-part.start).scatter_add_(2, taps, weights)
 
-# %% ../../nbs/16_data.actor.ipynb #5a230fce
+# %% ../../nbs/16_data.actor.ipynb #1fba0744
 def samples_per_pixel(
     squares:np.ndarray, # (T,4) corners, pixels
     size:int, # Side of the crop, pixels
@@ -109,6 +109,7 @@ def samples_per_pixel(
     "How finely squares are sampled, so that no pixel of the largest is skipped"
     return max(1, ceil(float((squares[:, 2]-squares[:, 0]).max())/size))
 
+# %% ../../nbs/16_data.actor.ipynb #2a971a54
 def crop_actor(
     frames:Tensor, # (T,H,W,3) uint8, as on disk
     boxes:np.ndarray, # (T,4) corners in pixels of these frames
