@@ -65,7 +65,7 @@ def reports_dir(
         raise PermissionError(f'need a folder that can be written for reports, got {path} ({e.strerror}); pass another `out`') from e
     return path.resolve()
 
-# %% ../nbs/00_core.ipynb #5ebd58c3
+# %% ../nbs/00_core.ipynb #a4af96ff
 def write_atomic(
     path:Path, # The file to be written
     data:bytes|str|Callable, # Its whole content, text as UTF-8; or a function that writes it to the path it is given
@@ -82,7 +82,7 @@ def write_atomic(
             with open(part, 'rb+') as f: os.fsync(f.fileno())
         if former and path.exists(): os.replace(path, former)
         os.replace(part, path)
-    except OSError: # a full disk must not be filled further
+    except Exception: # a full disk must not be filled further; safetensors has an error of its own for it
         part.unlink(missing_ok=True)
         raise
     return path
@@ -155,9 +155,9 @@ class Output:
     @property
     def total(self): return sum(self.losses.values())
 
-# %% ../nbs/00_core.ipynb #6f1ac3a4
+# %% ../nbs/00_core.ipynb #beffc455
 def keep_memory()->bool: # Whether this system's allocator listens: glibc's does
-    "Ask the allocator to keep freed memory for the next step; never more than what was in use at once"
+    "Ask the allocator to keep freed memory for the next step: what was in use at once, and 64 MB"
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
     if mallopt is None: return False
     asked = {-3: 2**25, -1: 2**31-1, -2: 2**26} # M_MMAP_THRESHOLD (32 MB is the most it takes), M_TRIM_THRESHOLD, M_TOP_PAD
