@@ -159,8 +159,8 @@ def test_two_processes_are_one(release, tmp_path):
         assert list(tables[0].uid) == list(tables[1].uid) and not tables[0].uid.duplicated().any()
         assert (tables[0].pred-tables[1].pred).abs().max() < 1e-3
         found[n] = tables[0]
-    # one sum in another order; Adam lends every weight its step, also those whose gradient is nothing but rounding (a bias in front of a normalisation)
-    assert ((found['1'].pred-found['2'].pred).abs()/found['1'].pred.abs()).max() < 5e-5
+    # the gradients of the backbone are added up in another order, and Adam lends every weight its step, also those whose gradient is nothing but rounding
+    assert ((found['1'].pred-found['2'].pred).abs()/found['1'].pred.abs()).max() < 1e-5
     assert json.loads((run/'provenance.json').read_text())['processes'] == 2
 
 

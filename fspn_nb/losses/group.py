@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../../nbs/31_losses.group.ipynb #d43f3e12
+# %% ../../nbs/31_losses.group.ipynb #9331e349
 def group_means(
     logits:Tensor, # g of one stream, (...,S)
 )->tuple[Tensor,Tensor]: # G (S,S): one mean logit vector per pseudo-label; and which groups have members (S,)
     "Mean logits of all frames with the same pseudo-label"
     g = logits.flatten(0, -2)
-    member = F.one_hot(g.argmax(-1), g.shape[-1]).to(g.dtype) # the indicator of Eq. 6
+    member = (g.argmax(-1)[:, None] == torch.arange(g.shape[-1], device=g.device)).to(g.dtype) # the indicator of Eq. 6
     n = member.sum(0)
     return member.T @ g/n.clamp(min=1)[:,None],n > 0 # Eq. 6
 

@@ -66,7 +66,7 @@ def pick(
     p = logits.sigmoid() # Eq. 14 trains each interval for itself
     return (p*values).sum(-1)/p.sum(-1).clamp(min=1e-9)
 
-# %% ../../nbs/34_models.heads.ipynb #db66f188
+# %% ../../nbs/34_models.heads.ipynb #ce9424b2
 class ScoreBins(nn.Module):
     "I intervals of the target, and the scale of the labels"
     def __init__(self,
@@ -76,13 +76,17 @@ class ScoreBins(nn.Module):
         super().__init__()
         if intervals < 2 or signed and intervals%2: raise ValueError(f'need at least two intervals, an even number where differences have two signs, got {intervals}')
         self.signed = signed
+        self._fitted = False
         for name,v in dict(lo=torch.zeros(intervals), hi=torch.zeros(intervals), mean=torch.tensor(0.), sd=torch.tensor(1.), spread=torch.tensor(1.)).items():
             self.register_buffer(name, v)
 
     def __len__(self): return len(self.lo)
 
     @property
-    def fitted(self): return bool((self.hi > self.lo).any())
+    def fitted(self):
+        "Whether there are intervals; a yes is remembered, since a GPU has to be waited for to give it"
+        self._fitted = self._fitted or bool((self.hi > self.lo).any())
+        return self._fitted
 
     def _fill(self, edges, labels, target):
         "Store `edges`, the scale of `labels` and the root mean square of `target`"
