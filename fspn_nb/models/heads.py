@@ -66,7 +66,7 @@ def pick(
     p = logits.sigmoid() # Eq. 14 trains each interval for itself
     return (p*values).sum(-1)/p.sum(-1).clamp(min=1e-9)
 
-# %% ../../nbs/34_models.heads.ipynb #ce9424b2
+# %% ../../nbs/34_models.heads.ipynb #b744bde2
 class ScoreBins(nn.Module):
     "I intervals of the target, and the scale of the labels"
     def __init__(self,
@@ -84,8 +84,7 @@ class ScoreBins(nn.Module):
 
     @property
     def fitted(self):
-        "Whether there are intervals; a yes is remembered, since a GPU has to be waited for to give it"
-        self._fitted = self._fitted or bool((self.hi > self.lo).any())
+        self._fitted = self._fitted or bool((self.hi > self.lo).any()) # a yes is kept: a GPU has to be waited for to give it
         return self._fitted
 
     def _fill(self, edges, labels, target):
