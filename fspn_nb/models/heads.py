@@ -66,7 +66,7 @@ def pick(
     p = logits.sigmoid() # Eq. 14 trains each interval for itself
     return (p*values).sum(-1)/p.sum(-1).clamp(min=1e-9)
 
-# %% ../../nbs/34_models.heads.ipynb #b744bde2
+# %% ../../nbs/34_models.heads.ipynb #4fde403d
 class ScoreBins(nn.Module):
     "I intervals of the target, and the scale of the labels"
     def __init__(self,
@@ -75,8 +75,7 @@ class ScoreBins(nn.Module):
     ):
         super().__init__()
         if intervals < 2 or signed and intervals%2: raise ValueError(f'need at least two intervals, an even number where differences have two signs, got {intervals}')
-        self.signed = signed
-        self._fitted = False
+        self.signed,self._fitted = signed,False
         for name,v in dict(lo=torch.zeros(intervals), hi=torch.zeros(intervals), mean=torch.tensor(0.), sd=torch.tensor(1.), spread=torch.tensor(1.)).items():
             self.register_buffer(name, v)
 
