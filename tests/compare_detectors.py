@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 from conftest import ROOT, shared_root
 
+from fspn_nb.actor.detectors import get_detector
+from fspn_nb.actor.track import film_boxes,write_detectors
 from fspn_nb.core import write_atomic
-from fspn_nb.data.detect import get_detector
-from fspn_nb.data.render import demo_dive, synth_dive
-from fspn_nb.data.sports import synth_act
-from fspn_nb.data.track import film_boxes, write_detectors
 from fspn_nb.protocols import SPORTS
+from fspn_nb.synthetic.dive_render import demo_dive,synth_dive
+from fspn_nb.synthetic.sport_render import synth_act
 
 
 def real_films():

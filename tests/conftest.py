@@ -26,7 +26,7 @@ def shared():
 
 def edit_pickle(path, change):
     "Replace the content of one annotation pickle by `change(content)` (None: changed in place)"
-    from fspn_nb.data.untrusted import load_pickle
+    from fspn_nb.data.safe_pickle import load_pickle
     value = load_pickle(path)
     new = change(value)
     path.write_bytes(pickle.dumps(value if new is None else new, protocol=3))

@@ -18,8 +18,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from fspn_nb.checkpoint import digest, newest_ckpt
-from fspn_nb.config import finediving, run_id, save_cfg
+from fspn_nb.config import finediving,run_id,save_cfg
+from fspn_nb.training.checkpoint import digest,newest_ckpt
 
 CFG = finediving('smoke', train__epochs=16, train__val_share=.2, model__dropout=.3)
 

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from scipy.io import loadmat, savemat
 
-from fspn_nb.data.aqa7 import describe, ranges_of, read_aqa7, write_act_frames, write_aqa7
-from fspn_nb.data.matlab import load_mat, mat_bytes
-from fspn_nb.data.records import check_samples, frame_problem
-from fspn_nb.metrics import fisher_mean, relative_l2
+from fspn_nb.data.aqa7 import describe,ranges_of,read_aqa7,write_act_frames,write_aqa7
+from fspn_nb.data.matlab import load_mat,mat_bytes
+from fspn_nb.data.records import check_samples,frame_problem
+from fspn_nb.metrics import fisher_mean,relative_l2
 from fspn_nb.paper import paper_table
-from fspn_nb.protocols import SPORTS, Unit
+from fspn_nb.protocols import SPORTS,Unit
 
 NOTEBOOK = Path(__file__).resolve().parents[1]/'nbs'/'14_data.aqa7.ipynb'
 GREY = np.full((103, 8, 12, 3), 90, np.uint8)
@@ -410,7 +410,7 @@ def replace_frames(o): return SimpleNamespace(score=o.score, frames=None)
 
 def test_made_up_acts_are_within_the_ranges(tmp_path):
     "What `synth_act` draws for every class can be written and read"
-    from fspn_nb.data.sports import synth_act
+    from fspn_nb.synthetic.sport_render import synth_act
     acts = [((k, i+1), synth_act(i, k, draw=False)) for k in SPORTS for i in range(4)]
     keys = [k for k, _ in acts]
     write_aqa7(tmp_path, acts, keys[::2], keys[1::2])

@@ -15,20 +15,19 @@ import torch.nn.functional as F
 from torch import nn
 from conftest import film
 
-from fspn_nb.config import ClipCfg, ModelCfg
+from fspn_nb.config import ClipCfg,ModelCfg
 from fspn_nb.core import Batch
+from fspn_nb.inspect import actor_study as p,attention as a
 from fspn_nb.metrics import spearman
 from fspn_nb.models.encoder import Encoded
-from fspn_nb.models.zoo import create_model
 from fspn_nb.paper import paper_table
-from fspn_nb.report import actor as p
-from fspn_nb.report import attention as a
-from fspn_nb.report import session as s
+from fspn_nb.report import run_report as s
 from fspn_nb.report.figures import save_figure
+from fspn_nb.zoo import create_model
 
 pytest.importorskip('captum', reason="Captum is not installed (pip install 'fspn_nb[gradcam]')")
-from fspn_nb.report.gradcam import HeadOnMaps, exemplars_of, grad_cam  # noqa: E402
-from fspn_nb.report.heat import box_shares, heat_in_box, video_heat  # noqa: E402
+from fspn_nb.inspect.gradcam import HeadOnMaps,exemplars_of,grad_cam  # noqa: E402
+from fspn_nb.inspect.heat import box_shares,heat_in_box,video_heat  # noqa: E402
 
 NOTEBOOK = Path(__file__).resolve().parents[1]/'nbs'/'actor_and_heat.ipynb'
 CELL = dict(data_root='', preset='smoke', seeds='0', setting='w_dn', weights='random', device='cpu', epochs=0, allow_missing=False, actor='auto', actor_file='', dives=0)

@@ -11,18 +11,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fspn_nb.config import change, recipe
-from fspn_nb.experiments import config_of, grid_base
-from fspn_nb.metrics import cs_area, relative_l2, spearman
+from fspn_nb.analysis.compare import Scorer,ablation_table,average_cell,main_runs,stack
+from fspn_nb.analysis.runs import collect,mean_rho,read_predictions
+from fspn_nb.analysis.significance import seed_mean_ci
+from fspn_nb.config import change,recipe
+from fspn_nb.experiments.variants import config_of,grid_base
+from fspn_nb.metrics import cs_area,relative_l2,spearman
 from fspn_nb.protocols import SPORTS
-from fspn_nb.report.ablations import Scorer, ablation_table, average_cell, main_runs, stack
-from fspn_nb.report.book import Chapter, chapter_md, escape_tex, page_html, to_latex
 from fspn_nb.report.build import build_report
-from fspn_nb.report.contents import methods_chapter, open_shelf
-from fspn_nb.report.rehearsal import made_up_run
-from fspn_nb.report.tables import collect, read_predictions
-from fspn_nb.report.wide import mean_rho
-from fspn_nb.significance import seed_mean_ci
+from fspn_nb.report.chapters import methods_chapter,open_shelf
+from fspn_nb.report.fake_runs import made_up_run
+from fspn_nb.report.writers import Chapter,chapter_md,escape_tex,page_html,to_latex
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = dict(fspn=5., i3d_mlp=9., i3d_smt=6., without_actor=5.5, fspn_s=7., blocks_1=6.)

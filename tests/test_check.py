@@ -14,11 +14,12 @@ from PIL import Image
 from test_formats import EDITS, edit
 
 from fspn_nb.data.aqa7 import write_aqa7
-from fspn_nb.data.check import COLUMNS, KINDS, check_release, look_at, main, shared_dives, summary
-from fspn_nb.data.finediving import FRAMES, read_finediving, write_finediving
-from fspn_nb.data.motion import make_dive
-from fspn_nb.data.mtl_aqa import read_mtl_aqa, write_mtl_aqa, write_video_frames
+from fspn_nb.data.check import COLUMNS,KINDS,check_release,main,shared_dives,summary
+from fspn_nb.data.check_files import look_at
+from fspn_nb.data.finediving import FRAMES,read_finediving,write_finediving
+from fspn_nb.data.mtl_aqa import read_mtl_aqa,write_mtl_aqa,write_video_frames
 from fspn_nb.protocols import SPORTS
+from fspn_nb.synthetic.dive_motion import make_dive
 
 AQA, FINE, COARSE = 'fine-grained_annotation_aqa', 'FineDiving_fine-grained_annotation', 'FineDiving_coarse_annotation'
 

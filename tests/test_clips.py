@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fspn_nb.data.actor import actor_boxes,crop_actor,read_boxes,smooth_boxes,square_box
+from fspn_nb.actor.crop import actor_boxes,crop_actor,read_boxes,smooth_boxes,square_box
 from fspn_nb.data.clips import clip_starts,frame_ids,load_frames,resize_crop,to_clips
 from fspn_nb.data.records import Sample
 

@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fspn_nb.complexity import backbone_flops, beside_paper, complexity_table, flops_of, latency_of, parameters_of, peak_of
+from fspn_nb.analysis.complexity import (backbone_flops,beside_paper,complexity_table,flops_of,latency_of,
+    parameters_of,peak_of)
 from fspn_nb.config import ModelCfg
 from fspn_nb.models.i3d import I3D
-from fspn_nb.models.zoo import create_model, list_models, random_batch
 from fspn_nb.paper import paper_table
+from fspn_nb.zoo import create_model,list_models,random_batch
 
 
 @pytest.fixture(scope='module')

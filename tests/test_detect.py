@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 import torch
 
-from fspn_nb.data.boxpath import best_path, main_actor, overlap, suppress
-from fspn_nb.data.camera_motion import motion_boxes
-from fspn_nb.data.detect import Onnx, decode_cells, get_detector, grid_cells, letterbox
+from fspn_nb.actor.best_path import best_path,main_actor,overlap,suppress
+from fspn_nb.actor.detectors import Onnx,decode_cells,get_detector,grid_cells,letterbox
+from fspn_nb.actor.motion_boxes import motion_boxes
+from fspn_nb.actor.track import box_file,box_quality,detect_boxes,fallback_line,film_boxes
 from fspn_nb.data.records import Sample
-from fspn_nb.data.render import synth_dive
-from fspn_nb.data.track import box_file, box_quality, detect_boxes, fallback_line, film_boxes
+from fspn_nb.synthetic.dive_render import synth_dive
 
 SIZE = (144,256)
 NONE = np.zeros((0,5))
@@ -261,7 +261,7 @@ class Session:
 @pytest.mark.parametrize('out,why', [(np.zeros((1,100,85)),'need an output'),(np.zeros((1,21,5)),'need an output'),(np.full((1,21,85), -3.),'need scores'),
                                      (np.full((1,21,85), np.nan),'need scores'),(np.concatenate([np.full((1,21,4), 40.),np.zeros((1,21,81))], 2),'decodes inside')])
 def test_foreign_outputs_are_refused(out, why):
-    from fspn_nb.data.detect import _raw
+    from fspn_nb.actor.detectors import _raw
     with pytest.raises(ValueError, match=why): _raw(Session([1,3,32,32], out), torch.zeros(1, 3, 32, 32), 'w.onnx')
 
 

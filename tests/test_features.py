@@ -1,7 +1,7 @@
 "The feature cache must not hand out what another transform made"
 import pytest
+from fspn_nb.batches import features
 from fspn_nb.config import finediving
-from fspn_nb.data import features
 from fspn_nb.data.records import Sample
 
 
@@ -33,7 +33,7 @@ def test_clip_stride_is_another_key(dive):
 
 def test_maps_and_cells_are_the_same_backbone_looked_at_otherwise(tmp_path):
     import torch
-    from fspn_nb.prepare import prepare
+    from fspn_nb.training.prepare import prepare
     base = dict(synth__n_train=6, synth__n_test=4, weights='random')
     plain = prepare(finediving('smoke', **base), 'cpu')
     tsa = prepare(finediving('smoke', **base, model__name='tsa'), 'cpu', like=plain)
@@ -48,7 +48,7 @@ def test_maps_and_cells_are_the_same_backbone_looked_at_otherwise(tmp_path):
 @pytest.mark.parametrize('name', ['tsa', 'tpt', 'hgcn'])
 def test_peers_train_in_both_modes(name, tmp_path):
     from fspn_nb.evaluate import evaluate
-    from fspn_nb.prepare import prepare
+    from fspn_nb.training.prepare import prepare
     from fspn_nb.train import fit
     small = dict(synth__n_train=6, synth__n_test=4, weights='random', model__name=name, train__epochs=1, clip__size=32)
     for mode in ('frozen', 'finetune'):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from conftest import edit_pickle
 
-from fspn_nb.data.finediving import FRAMES, describe, read_finediving, write_finediving, write_frames
-from fspn_nb.data.motion import make_dive
-from fspn_nb.data.records import check_samples, frame_problem, samples_frame, steps_on_axis
-from fspn_nb.data.untrusted import load_pickle
+from fspn_nb.data.finediving import FRAMES,describe,read_finediving,write_finediving,write_frames
+from fspn_nb.data.records import check_samples,frame_problem,samples_frame,steps_on_axis
+from fspn_nb.data.safe_pickle import load_pickle
+from fspn_nb.synthetic.dive_motion import make_dive
 
 AQA, FINE, COARSE = 'fine-grained_annotation_aqa', 'FineDiving_fine-grained_annotation', 'FineDiving_coarse_annotation'
 SIX = (AQA, FINE, COARSE, 'Sub_action_Types_Table', 'train_split', 'test_split')

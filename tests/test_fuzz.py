@@ -5,7 +5,7 @@ import pickle
 import pytest
 from fuzz_annotations import READERS, fuzz
 
-from fspn_nb.data.untrusted import load_pickle
+from fspn_nb.data.safe_pickle import load_pickle
 
 FINE = {'named error', 'reported exclusion', 'no effect', 'seen by fspn_check'}
 

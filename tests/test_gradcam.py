@@ -12,21 +12,21 @@ import torch.nn.functional as F
 from torch import nn
 from conftest import film
 
-from fspn_nb.config import ClipCfg, ModelCfg
+from fspn_nb.actor.crop import crop_actor,square_box
+from fspn_nb.config import ClipCfg,ModelCfg
 from fspn_nb.core import Batch
-from fspn_nb.data.actor import crop_actor, square_box
 from fspn_nb.data.clips import resize_crop
+from fspn_nb.inspect.heat import (box_shares,cell_centres,crop_window,heat_in_box,on_frames,paste,pick_failures,
+    plot_failures,plot_heat,share_summary,video_heat)
 from fspn_nb.models.encoder import Encoded
 from fspn_nb.models.fspn import FSPN
 from fspn_nb.models.heads import ScoreBins
-from fspn_nb.models.i3d import I3D, fold, to_input
-from fspn_nb.models.zoo import create_model
+from fspn_nb.models.i3d import I3D,fold,to_input
 from fspn_nb.report.figures import save_figure
-from fspn_nb.report.heat import (box_shares, cell_centres, crop_window, heat_in_box, on_frames, paste, pick_failures, plot_failures, plot_heat, share_summary,
-                                 video_heat)
+from fspn_nb.zoo import create_model
 
 captum = pytest.importorskip('captum', reason="Captum is not installed (pip install 'fspn_nb[gradcam]')")
-from fspn_nb.report.gradcam import HeadOnMaps, feature_maps, grad_cam, heat, map_agreement, shuffled  # noqa: E402
+from fspn_nb.inspect.gradcam import HeadOnMaps,feature_maps,grad_cam,heat,map_agreement,shuffled  # noqa: E402
 
 
 def head(**changes):

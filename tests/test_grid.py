@@ -9,11 +9,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fspn_nb.config import change, diff, load_cfg, run_id
-from fspn_nb.experiments import CELLS, EXPERIMENTS, cells_of, config_of, find_runs, grid_base, plan_grid
-from fspn_nb.grid import KNOWN, grid_parameters, run_grid
-from fspn_nb.models.zoo import list_models
+from fspn_nb.config import change,diff,load_cfg,run_id
+from fspn_nb.experiments.grid import KNOWN,grid_parameters,run_grid
+from fspn_nb.experiments.variants import CELLS,EXPERIMENTS,cells_of,config_of,find_runs,grid_base,plan_grid
 from fspn_nb.paper import paper_table
+from fspn_nb.zoo import list_models
 
 QUICK = grid_base('smoke', train__epochs=1, model__stages=1)
 

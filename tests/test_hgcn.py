@@ -8,8 +8,8 @@ from conftest import bf16_is_close, trains_on_one, weights_carry_everything
 
 from fspn_nb.config import ModelCfg
 from fspn_nb.core import Batch
-from fspn_nb.models.hgcn import HGCN, GraphConv, Hierarchy, ScoreSpread, build_hgcn, draw, neighbour_edges, points_error
-from fspn_nb.models.zoo import MODELS, check_model, random_batch
+from fspn_nb.peers.hgcn import GraphConv,HGCN,Hierarchy,ScoreSpread,build_hgcn,draw,neighbour_edges,points_error
+from fspn_nb.zoo import MODELS,check_model,random_batch
 
 PRINTED = {1: 1.218, 2: .677, 4: .407, 8: .272} # million, counted in the released program
 count = lambda m: sum(p.numel() for p in m.parameters())

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from fspn_nb.metrics import (bootstrap_ci, cs_area, cumulative_score, fisher_mean, floor_predictions, iou_hits, relative_l2, score_floors,
-                             spearman, summarise, temporal_iou)
+from fspn_nb.metrics import (bootstrap_ci,cs_area,cumulative_score,fisher_mean,floor_predictions,iou_hits,relative_l2,
+    score_floors,spearman,summarise,temporal_iou)
 
 # Table X: six correlations (diving, vault, big ski, big snow, sync 3 m, sync 10 m) and the average as printed
 AVERAGES = {

@@ -7,17 +7,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fspn_nb.config import FINETUNE_ONLY, ModelCfg
+from fspn_nb.config import ModelCfg
 from fspn_nb.core import Batch
-from fspn_nb.epoch import train_step
-from fspn_nb.models.fspn import FSPN, build_fspn, fspn, fspn_m, fspn_s, part_sizes
+from fspn_nb.methods import FINETUNE_ONLY
+from fspn_nb.models.fspn import FSPN,build_fspn,fspn,fspn_m,fspn_s,part_sizes
 from fspn_nb.models.heads import ScoreBins
 from fspn_nb.models.i3d import I3D
-from fspn_nb.models.i3d_mlp import build_i3d_mlp
 from fspn_nb.models.iap import transitions
 from fspn_nb.models.smt import head_width
-from fspn_nb.models.zoo import create_model, random_batch
-from fspn_nb.models.finetune import WithBackbone
+from fspn_nb.models.with_backbone import WithBackbone
+from fspn_nb.peers.i3d_mlp import build_i3d_mlp
+from fspn_nb.training.loop import train_step
+from fspn_nb.zoo import create_model,random_batch
 
 LABELS = np.linspace(20, 100, 40)
 FLAGS = [dict(), dict(iap=False), dict(smt=False), dict(mtf=False), dict(smt=False, mtf=False), dict(iap=False, smt=False, mtf=False),

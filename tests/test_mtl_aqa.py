@@ -13,11 +13,11 @@ from conftest import edit_pickle
 
 from fspn_nb.data import mtl_aqa
 from fspn_nb.data.finediving import read_finediving
-from fspn_nb.data.motion import make_dive
-from fspn_nb.data.mtl_aqa import FRAMES, describe, judge_mismatches, read_mtl_aqa, write_mtl_aqa, write_video_frames
-from fspn_nb.data.records import check_samples, frame_problem, samples_frame
-from fspn_nb.data.untrusted import load_pickle
-from fspn_nb.metrics import floor_predictions, relative_l2, spearman
+from fspn_nb.data.mtl_aqa import FRAMES,describe,judge_mismatches,read_mtl_aqa,write_mtl_aqa,write_video_frames
+from fspn_nb.data.records import check_samples,frame_problem,samples_frame
+from fspn_nb.data.safe_pickle import load_pickle
+from fspn_nb.metrics import floor_predictions,relative_l2,spearman
+from fspn_nb.synthetic.dive_motion import make_dive
 
 CORE, MUSDL, TRAIN, TEST = 'final_annotations_dict_with_dive_number', 'augmented_final_annotations_dict', 'train_split_0', 'test_split_0'
 FOUR = (CORE, MUSDL, TRAIN, TEST)
@@ -126,7 +126,7 @@ def test_real_floors_without_a_frame(sheets):
 @pytest.mark.parametrize('setting, n, top, edges', [
     ('w/ DD', 67_562, 30, [0, .912, 1.5, 2.5, 3, 4.5, 6, 8.5, 30]), ('w/o DD', 560_211, 100, [0, 3.6, 7.35, 11.2, 15.7, 20.8, 27.2, 36.3, 100])])
 def test_real_intervals_are_those_of_the_literature(sheets, setting, n, top, edges):
-    from fspn_nb.models.heads import ScoreBins, pair_differences
+    from fspn_nb.models.heads import ScoreBins,pair_differences
     train = sheets[0]
     labels, groups = (train.score/train.difficulty, train.difficulty.tolist()) if setting == 'w/ DD' else (train.score, None)
     assert len(pair_differences(labels.to_numpy(), groups)) == n
@@ -226,7 +226,7 @@ def test_either_file_is_enough(small, name):
 
 
 def test_every_catalogued_dive_can_be_written(tmp_path):
-    from fspn_nb.data.dives import ACTIONS
+    from fspn_nb.synthetic.catalogue import ACTIONS
     dives = [((1, i), 1000*(i+1), make_dive(i, a)) for i, a in enumerate(ACTIONS)]
     write_mtl_aqa(tmp_path, dives, [k for k, _, _ in dives][:-1], [dives[-1][0]])
     assert [o.action for o in read_mtl_aqa(tmp_path)] == [a.upper() for a in ACTIONS]

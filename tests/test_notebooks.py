@@ -86,15 +86,15 @@ def test_library_needs_no_notebook_tools():
 def test_data_and_models_do_not_know_each_other():
     for path in LIBRARY:
         layer = module_of(path).split('.')[0]
-        other = dict(data='fspn_nb.models', models='fspn_nb.data.loaders').get(layer)
+        other = dict(data='fspn_nb.models', models='fspn_nb.batches.sources').get(layer)
         if other: assert other not in '\n'.join(exported(path)), f'{path.name} imports {other}'
 
 
 @pytest.mark.parametrize('path', RUNS, ids=lambda p: p.stem)
 def test_parameters_survive(path):
     import papermill as pm
-    from fspn_nb.grid import KNOWN
-    from fspn_nb.report.session import OWN, PARAMETERS as known
+    from fspn_nb.experiments.grid import KNOWN
+    from fspn_nb.experiments.session import OWN,PARAMETERS as known
     name = path.stem.removeprefix('run_')
     wanted = set(KNOWN) if name == 'ablations' else PARAMETERS|set(OWN[name])
     assert set(pm.inspect_notebook(path)) == wanted, 'the tag is gone, or a parameter is'

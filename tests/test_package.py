@@ -73,6 +73,6 @@ def test_status_in_readme_is_what_the_committed_runs_say():
 
 
 def test_committed_numbers_follow_from_committed_predictions():
-    from fspn_nb.report.tables import collect
+    from fspn_nb.analysis.runs import collect
     runs = collect(ROOT/'reports', strict=True)
     assert {'fspn','i3d_mlp'} <= set(runs.method)

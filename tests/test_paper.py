@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fspn_nb import paper
-from fspn_nb.ablations import read_rows
-from fspn_nb.paper import ledger, paper_figure_points, paper_table
+from fspn_nb.ledger import ledger
+from fspn_nb.paper import paper_figure_points,paper_table,read_rows
 
 ALL = ('I', 'II', 'III', 'IV', 'V', 'VI', 'VII', 'VIII', 'IX', 'X', 'XI')
 KEY = {'II': 'blocks', 'III': 'heads'} # What tells the rows of a table apart; the others have one row a method, or a method and a setting
@@ -94,7 +94,7 @@ def test_d04_the_temperature_cancels_as_printed():
     ratio = lambda terms: -np.log(terms[0]/terms.sum())
     printed = [ratio(np.exp(cos)/tau) for tau in (.01, .1, 10.)]
     assert np.allclose(printed, printed[0]) and not np.isclose(ratio(np.exp(cos/.1)), printed[0])
-    from fspn_nb.losses.group import group_contrast
+    from fspn_nb.models.group_contrast import group_contrast
     g = torch.randn(2, 2, 96, 3, generator=torch.Generator().manual_seed(0))
     as_printed = [group_contrast(*g, tau=t, printed=True) for t in (.01, 1., 10.)]
     assert torch.equal(as_printed[0], as_printed[2]) and group_contrast(*g, tau=.1) != group_contrast(*g, tau=1.)

@@ -4,14 +4,15 @@ import pandas as pd
 import pytest
 import torch
 
-from fspn_nb.config import finediving, run_id, save_cfg
+from fspn_nb.analysis.parse_quality import (FIELD,chance,constant_cuts,landscape,parse_floors,parse_quality,
+    parse_table,runs_frame,seed_means,sound_cuts)
+from fspn_nb.config import finediving,run_id,save_cfg
+from fspn_nb.data.clips import axis_of
 from fspn_nb.data.finediving import read_finediving
-from fspn_nb.data.loaders import axis_of
 from fspn_nb.data.records import steps_on_axis
-from fspn_nb.losses.group import group_contrast
-from fspn_nb.metrics import iou_hits, temporal_iou
+from fspn_nb.metrics import iou_hits,temporal_iou
+from fspn_nb.models.group_contrast import group_contrast
 from fspn_nb.models.iap import order_prior
-from fspn_nb.parsing import (FIELD, chance, constant_cuts, landscape, parse_floors, parse_quality, parse_table, runs_frame, seed_means, sound_cuts)
 
 
 def frame(pred, true, split='test'):

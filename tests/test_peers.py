@@ -8,11 +8,11 @@ from conftest import bf16_is_close, trains_on_one, weights_carry_everything
 
 from fspn_nb.config import ModelCfg
 from fspn_nb.core import Batch
-from fspn_nb.models.baselines import I3DLSTM
-from fspn_nb.models.core_tree import CoRe, Tree, build_core_tree, leaf_losses, scale_end
 from fspn_nb.models.heads import ScoreBins
-from fspn_nb.models.usdl import MUSDL, USDL, LabelBins, build_musdl, panel_sum
-from fspn_nb.models.zoo import check_model, create_model, list_models, random_batch
+from fspn_nb.peers.baselines import I3DLSTM
+from fspn_nb.peers.core_tree import CoRe,Tree,build_core_tree,leaf_losses,scale_end
+from fspn_nb.peers.usdl import LabelBins,MUSDL,USDL,build_musdl,panel_sum
+from fspn_nb.zoo import check_model,create_model,list_models,random_batch
 
 PEERS = ['usdl', 'musdl', 'core_tree', 'i3d_clip_mlp', 'i3d_lstm', 'i3d_avg', 'i3d_svr']
 ALL = list_models()

@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from fspn_nb.analysis.runs import average_seeds,collect,read_predictions,read_run
 from fspn_nb.core import write_json
-from fspn_nb.metrics import score_floors, summarise
-from fspn_nb.report import figures, tables
-from fspn_nb.report.figures import plot_cs, plot_parse, plot_scatter, plot_table, save_figure
-from fspn_nb.report.tables import (average_seeds, caption, collect, ours_vs_paper, predictions_by_method, read_predictions, read_run, readable,
-                                   save_table, to_md)
+from fspn_nb.metrics import score_floors,summarise
+from fspn_nb.report import figures,tables
+from fspn_nb.report.figures import plot_cs,plot_parse,plot_scatter,plot_table,save_figure
+from fspn_nb.report.tables import caption,ours_vs_paper,predictions_by_method,readable,save_table,to_md
 
 
 def sheet(n=40):

@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 
 from fspn_nb.config import recipe
-from fspn_nb.data.film import encode_video
+from fspn_nb.data.video_io import encode_video
 from fspn_nb.evaluate import evaluate
-from fspn_nb.prepare import prepare
-from fspn_nb.report import page as p
-from fspn_nb.report.clip import MOST, asked, clip_boxes, find_run, kept_frames, made_up, open_run, read_clip
-from fspn_nb.report.opinion import pick_voters, score_clip, summary
+from fspn_nb.inspect import clip_report as p
+from fspn_nb.inspect.clip import MOST,asked,clip_boxes,find_run,kept_frames,made_up,open_run,read_clip
+from fspn_nb.inspect.clip_score import pick_voters,score_clip,summary
 from fspn_nb.train import fit
+from fspn_nb.training.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(clip__size=32, weights='random', train__epochs=1, model__name='fspn_s', eval__exemplars=3)
@@ -295,7 +295,7 @@ def test_boxes_of_the_clip(tmp_path, runs):
 
 def test_notebook_parameters():
     import papermill as pm
-    from fspn_nb.report.clip import PARAMETERS
+    from fspn_nb.inspect.clip import PARAMETERS
     path = ROOT/'nbs'/'score_clip.ipynb'
     assert set(pm.inspect_notebook(path)) == set(PARAMETERS), 'the tag is gone, or a parameter is'
     cells = json.loads(path.read_text())['cells']

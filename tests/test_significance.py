@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from fspn_nb.metrics import bca, bootstrap_ci, on_rows, relative_l2, spearman, summarise
-from fspn_nb.significance import coverage, holm, paired_ci, paired_test, per_epoch, picking, seed_mean_ci
+from fspn_nb.analysis.significance import coverage,holm,paired_ci,paired_test,per_epoch,picking,seed_mean_ci
+from fspn_nb.metrics import bca,bootstrap_ci,on_rows,relative_l2,spearman,summarise
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from fspn_nb.data.acts import FAULTS,TRICKS,VAULTS,plan_act
-from fspn_nb.data.flights import FPS,vault_flight
-from fspn_nb.data.hills import air_flight,snow
-from fspn_nb.data.sports import Act,make_pair,synth_act
 from fspn_nb.protocols import SPORTS
+from fspn_nb.synthetic.big_air_motion import air_flight,snow
+from fspn_nb.synthetic.sport_plans import FAULTS,TRICKS,VAULTS,plan_act
+from fspn_nb.synthetic.sport_render import Act,make_pair,synth_act
+from fspn_nb.synthetic.vault_motion import FPS,vault_flight
 
 PAIRS = ('sync_diving_3m','sync_diving_10m')
 SNOW = ('ski_big_air','snowboard_big_air')

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from fspn_nb.actor.boxes import boxes_of
+from fspn_nb.batches import frame_store as S,store_source as stored
+from fspn_nb.batches.dataset import load_samples
+from fspn_nb.batches.sources import ClipSource
+from fspn_nb.batches.store_source import StoreSource,choose_source,draw_view
 from fspn_nb.config import change,recipe
-from fspn_nb.data import store as S,stored
-from fspn_nb.data.loaders import ClipSource,boxes_of,load_samples
-from fspn_nb.data.stored import StoreSource,choose_source,draw_view
 
 
 @pytest.fixture(scope='module')

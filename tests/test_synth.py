@@ -6,16 +6,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fspn_nb.data import synth
-from fspn_nb.data.actor import read_boxes
+from fspn_nb.actor.crop import read_boxes
 from fspn_nb.data.aqa7 import read_aqa7
-from fspn_nb.data.dives import ACTIONS,parse_code,step_ids
 from fspn_nb.data.finediving import read_finediving
-from fspn_nb.data.judging import PRICES,fault_costs,final_score
-from fspn_nb.data.motion import SLANT,Moments,make_dive
+from fspn_nb.data.grammar import final_score,parse_code,step_ids
 from fspn_nb.data.mtl_aqa import read_mtl_aqa
 from fspn_nb.data.records import check_samples
-from fspn_nb.data.synth import demo_dive,plan_release,release_key,synth_dive,synth_release
+from fspn_nb.synthetic import release as synth
+from fspn_nb.synthetic.catalogue import ACTIONS
+from fspn_nb.synthetic.dive_motion import Moments,make_dive
+from fspn_nb.synthetic.dive_render import demo_dive,synth_dive
+from fspn_nb.synthetic.judging import PRICES,fault_costs
+from fspn_nb.synthetic.release import plan_release,release_key,synth_release
+from fspn_nb.synthetic.skeleton import SLANT
 
 SMALL = dict(n_train=3, n_test=2, seed=7, size=(64,36))
 

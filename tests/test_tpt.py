@@ -7,13 +7,13 @@ import torch
 from scipy.stats import spearmanr
 from conftest import bf16_is_close, trains_on_one, weights_carry_everything
 
-from fspn_nb.complexity import flops_of
+from fspn_nb import zoo
+from fspn_nb.analysis.complexity import flops_of
 from fspn_nb.config import ModelCfg
 from fspn_nb.core import Batch
-from fspn_nb.models import zoo
 from fspn_nb.models.heads import ScoreBins
-from fspn_nb.models.tpt import (TPT, PairHead, PartAttention, PartDecoder, build_tpt, centres, free_range, order_hinge,
-                                read_difference, spread)
+from fspn_nb.peers.core_tree import read_difference
+from fspn_nb.peers.tpt import PairHead,PartAttention,PartDecoder,TPT,build_tpt,centres,free_range,order_hinge,spread
 
 count = lambda m: sum(p.numel() for p in m.parameters())
 LABELS = torch.linspace(0, 100, 101)

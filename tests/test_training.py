@@ -12,12 +12,12 @@ import pandas as pd
 import pytest
 import torch
 
-from fspn_nb.checkpoint import load_ckpt, newest_ckpt
-from fspn_nb.config import change, finediving, run_id, save_cfg
-from fspn_nb.data.loaders import ClipSource
+from fspn_nb.batches.sources import ClipSource
+from fspn_nb.config import change,finediving,run_id,save_cfg
 from fspn_nb.evaluate import evaluate
-from fspn_nb.prepare import prepare
 from fspn_nb.train import fit
+from fspn_nb.training.checkpoint import load_ckpt,newest_ckpt
+from fspn_nb.training.prepare import prepare
 
 SMALL = dict(synth__n_train=6, synth__n_test=4)
 
@@ -110,7 +110,7 @@ def test_what_a_kill_left_behind_is_removed(release, tmp_path):
 
 
 def test_a_full_disk_is_found_before_training(release, tmp_path, monkeypatch):
-    monkeypatch.setattr('fspn_nb.checkpoint.shutil.disk_usage', lambda p: shutil._ntuple_diskusage(10**9, 10**9-1000, 1000))
+    monkeypatch.setattr('fspn_nb.training.checkpoint.shutil.disk_usage', lambda p: shutil._ntuple_diskusage(10**9, 10**9-1000, 1000))
     with pytest.raises(OSError, match='for the checkpoints of'): fit(finediving('smoke', **SMALL), tmp_path, 'cpu', prepare(finediving('smoke', **SMALL), 'cpu'))
 
 
@@ -165,7 +165,7 @@ def test_two_processes_are_one(release, tmp_path):
 
 
 def test_several_processes_want_a_backbone_to_train(release, tmp_path):
-    from fspn_nb.parallel import Crew
+    from fspn_nb.training.distributed import Crew
     with pytest.raises(ValueError, match="need train.backbone='finetune' for 2 processes"): fit(finediving('smoke', **SMALL), tmp_path, 'cpu', crew=Crew(0, 2))
 
 

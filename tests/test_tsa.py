@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from conftest import bf16_is_close, trains_on_one, weights_carry_everything
 
-from fspn_nb.complexity import flops_of
+from fspn_nb.analysis.complexity import flops_of
 from fspn_nb.config import ModelCfg
 from fspn_nb.core import Batch
-from fspn_nb.metrics import spearman, temporal_iou
-from fspn_nb.models.tsa import (TSA, PSNet, StepContrast, StepReader, bands, build_tsa, check_steps, conv_pair, cut_loss, from_cells, read_cuts,
-                                resample, roles, to_cells)
-from fspn_nb.models.zoo import MODELS, check_model, random_batch
+from fspn_nb.metrics import spearman,temporal_iou
+from fspn_nb.peers.tsa import (PSNet,StepContrast,StepReader,TSA,bands,build_tsa,check_steps,conv_pair,cut_loss,
+    from_cells,read_cuts,resample,roles,to_cells)
+from fspn_nb.zoo import MODELS,check_model,random_batch
 
 count = lambda m: sum(p.numel() for p in m.parameters())
 

@@ -8,23 +8,26 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fspn_nb.config import CHOICES, FINETUNE_ONLY, ModelCfg, change, check, finediving
-from fspn_nb.core import Batch, counter_rng
+from fspn_nb.batches.dataset import Targets
+from fspn_nb.batches.frame_store import build_store,scene_size
+from fspn_nb.batches.sources import ClipSource,dive_boxes,make_batch,square_shares
+from fspn_nb.batches.store_source import StoreSource,draw_view
+from fspn_nb.config import CHOICES,ModelCfg,change,check,finediving
+from fspn_nb.core import Batch,counter_rng
 from fspn_nb.data.clips import resize_crop
-from fspn_nb.data.loaders import ClipSource, Targets, dive_boxes, make_batch, square_shares
 from fspn_nb.data.records import Sample
-from fspn_nb.data.store import build_store, scene_size
-from fspn_nb.data.stored import StoreSource, draw_view
 from fspn_nb.evaluate import evaluate
-from fspn_nb.experiments import EXPERIMENTS, PEERS
+from fspn_nb.experiments.session import Done
+from fspn_nb.experiments.variants import EXPERIMENTS,PEERS
+from fspn_nb.methods import FINETUNE_ONLY
 from fspn_nb.metrics import spearman
-from fspn_nb.models.i3d import I3D, to_input
-from fspn_nb.models.tsa_net import TSANet, TubeAttention, build_tsa_net, tube_cells
-from fspn_nb.models.zoo import list_models, random_batch
-from fspn_nb.prepare import prepare
-from fspn_nb.report.session import Done, plot_first_parse
-from fspn_nb.models.finetune import WithBackbone
+from fspn_nb.models.i3d import I3D,to_input
+from fspn_nb.models.with_backbone import WithBackbone
+from fspn_nb.peers.tsa_net import TSANet,TubeAttention,build_tsa_net,tube_cells
+from fspn_nb.report.run_report import plot_first_parse
 from fspn_nb.train import fit
+from fspn_nb.training.prepare import prepare
+from fspn_nb.zoo import list_models,random_batch
 
 LABELS = [20., 50., 80., 95.]
 count = lambda m: sum(p.numel() for p in m.parameters())

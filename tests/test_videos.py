@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fspn_nb.data.aqa7 import read_aqa7, write_aqa7
-from fspn_nb.data.film import encode_video, video_frames
-from fspn_nb.data.finediving import read_finediving, write_finediving
-from fspn_nb.data.motion import make_dive
-from fspn_nb.data.mtl_aqa import read_mtl_aqa, write_mtl_aqa
-from fspn_nb.data.records import check_samples, frame_problem
-from fspn_nb.data.videos import main, pieces_of, prepare_videos, where_to_get
+from fspn_nb.data.aqa7 import read_aqa7,write_aqa7
+from fspn_nb.data.extract_frames import main,pieces_of,prepare_videos,where_to_get
+from fspn_nb.data.finediving import read_finediving,write_finediving
+from fspn_nb.data.mtl_aqa import read_mtl_aqa,write_mtl_aqa
+from fspn_nb.data.records import check_samples,frame_problem
+from fspn_nb.data.video_io import encode_video,video_frames
 from fspn_nb.protocols import PROTOCOLS
+from fspn_nb.synthetic.dive_motion import make_dive
 
 av = pytest.importorskip('av', reason="PyAV is not installed (pip install 'fspn_nb[video]')")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -188,7 +188,7 @@ def test_killed_process_leaves_only_hidden_parts(tmp_path):
     keys = [('01', i) for i in range(5)]
     for o in ('killed', 'calm'): write_finediving(tmp_path/o, [(k, 1+i*N, DIVE) for i, k in enumerate(keys)], keys[:-1], keys[-1:])
     encode_video(film(5*N, 180, 320), tmp_path/'videos'/'01.mp4')
-    code = f"from fspn_nb.data.videos import main; main(['finediving', {str(tmp_path/'videos')!r}, {str(tmp_path/'killed')!r}])"
+    code = f"from fspn_nb.data.extract_frames import main; main(['finediving', {str(tmp_path/'videos')!r}, {str(tmp_path/'killed')!r}])"
     run = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, 'IN_TEST': '1'})
     frames, end = tmp_path/'killed'/'FINADiving_MTL_256s', time.time()+60
     while not (frames/'01'/'1').exists() and time.time() < end and run.poll() is None: time.sleep(.002)
@@ -301,7 +301,7 @@ def test_missing_decoder(diving, monkeypatch, capsys):
 
 
 def test_import_needs_no_decoder():
-    code = "import sys; sys.modules['av'] = None; import fspn_nb.data.videos, fspn_nb.data.film"
+    code = "import sys; sys.modules['av'] = None; import fspn_nb.data.extract_frames, fspn_nb.data.video_io"
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
 
 
