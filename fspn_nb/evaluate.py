@@ -18,18 +18,18 @@ from .config import RunCfg,load_cfg
 from .core import write_atomic,write_json
 from .metrics import summarise,temporal_iou
 from .training.checkpoint import load_ckpt
-from .training.distributed import Crew,enlist
+from .training.distributed import DistributedContext,init_distributed
 from .training.loop import build
 from .training.predict import predict
-from .training.prepare import Prepared,prepare
+from .training.prepare import RunData,prepare
 
 # %% ../nbs/root/10_evaluate.ipynb #eb0e5612
 def load_model(
     run:str|Path, # A run's folder
-    data:Prepared, # What `prepare` gave for its configuration
+    data:RunData, # What `prepare` gave for its configuration
 )->nn.Module: # In evaluation mode
     "The trained method of `run`, at the epoch that its rule names (D-11)"
-    rule = data.cfg.eval.epoch_rule
+    rule = data.cfg.eval.checkpoint_selection
     file = Path(run)/('last.pt' if rule == 'last' else 'best_val.pt')
     if not file.is_file(): raise FileNotFoundError(f'{file}: need the weights of a trained run; train it with fspn_nb.train.fit')
     model = build(data)
@@ -42,12 +42,12 @@ COLUMNS = ['uid','true','pred','difficulty','action','split','seed']
 # %% ../nbs/root/10_evaluate.ipynb #ff1e327f
 def predictions(
     model:nn.Module, # Trained
-    data:Prepared, # Source, targets, pools
+    data:RunData, # Source, targets, pools
     split:str, # 'test' | 'val'
 )->tuple[pd.DataFrame,dict]: # Columns `COLUMNS` in judge points; extras of the same dives
     "What `model` says of every dive of `split`"
     ids,cfg = data.parts[split],data.cfg
-    label,_,known = predict(model, data, ids, cfg.eval.exemplars)
+    label,_,known = predict(model, data, ids, cfg.eval.num_exemplars)
     samples = [data.release.samples[i] for i in ids]
     dd = np.array([o.difficulty for o in samples], dtype=float)
     table = pd.DataFrame(dict(uid=[o.uid for o in samples], true=[o.score for o in samples], pred=data.targets.unit.points(label.astype(float), dd).round(4),
@@ -58,7 +58,7 @@ def predictions(
 def parsing(
     table:pd.DataFrame, # From `predictions`
     extras:dict, # With 'transitions' (n,2)
-    data:Prepared, # True steps
+    data:RunData, # True steps
 )->pd.DataFrame: # uid, predicted and true first frames of the second and of the last step, tiou
     "Predicted and true steps, side by side"
     row = {u: i for i,u in enumerate(data.targets.uid)}
@@ -70,23 +70,23 @@ def parsing(
 # %% ../nbs/root/10_evaluate.ipynb #aa070002
 def evaluate(
     run:str|Path, # A trained run's folder
-    data:Prepared|None=None, # What `prepare` gave, where it is at hand
+    data:RunData|None=None, # What `prepare` gave, where it is at hand
     device:str='auto', # As in `pick_device`
-    crew:Crew=Crew(), # The processes that encode the dives; that of `data` where it is given
+    dist:DistributedContext=DistributedContext(), # The processes that encode the dives; that of `data` where it is given
 )->dict: # What metrics.json holds
     "Predict test and validation dives of `run`; write predictions.csv, parsing.csv and metrics.json"
     run = Path(run)
-    data = data or prepare(load_cfg(run/'config.json'), device, crew=crew)
+    data = data or prepare(load_cfg(run/'config.json'), device, dist=dist)
     cfg,model = data.cfg,load_model(run, data)
     found = [predictions(model, data, s) for s in ('test','val') if len(data.parts[s])]
     files,(test,extras) = {'predictions.csv': pd.concat([t for t,_ in found])},found[0]
-    metrics = dict(summarise(test.pred.to_numpy(), test.true.to_numpy(), seed=cfg.seed), method=cfg.model.name, setting=cfg.setting, seed=cfg.seed,
-                   mode=cfg.train.backbone, data=data.provenance['data'], epoch_rule=cfg.eval.epoch_rule, weights=data.provenance['weights']['name'],
-                   preset=cfg.preset, label=data.targets.unit.kind, epochs=cfg.train.epochs, exemplars=cfg.eval.exemplars)
+    metrics = dict(summarise(test.pred.to_numpy(), test.true.to_numpy(), seed=cfg.seed), method=cfg.model.name, protocol=cfg.protocol, seed=cfg.seed,
+                   mode=cfg.train.backbone, data=data.provenance['data'], checkpoint_selection=cfg.eval.checkpoint_selection, weights=data.provenance['weights']['name'],
+                   preset=cfg.preset, label=data.targets.unit.kind, epochs=cfg.train.epochs, exemplars=cfg.eval.num_exemplars)
     if 'transitions' in extras and data.targets.steps is not None:
         files['parsing.csv'] = steps = pd.concat([parsing(t, e, data) for t,e in found])
         metrics['tiou'] = round(float(steps[steps.split == 'test'].tiou.mean()), 4)
-    if data.crew.lead: # all know the same, one writes
+    if data.dist.lead: # all know the same, one writes
         for name,table in files.items(): write_atomic(run/name, table.to_csv(index=False))
         write_json(run/'metrics.json', metrics)
     return metrics
@@ -102,9 +102,9 @@ def main(
     p.add_argument('--processes', type=int, default=1, help='processes on this machine, one per GPU; finetune mode only')
     p.add_argument('--nodes', type=int, default=1, help='machines')
     a = p.parse_args(args)
-    crew = enlist(a.processes, a.device, a.nodes)
-    metrics = evaluate(a.run, device=a.device if crew.fabric is None else str(crew.fabric.device), crew=crew)
-    if crew.lead: print(json.dumps(metrics, indent=1))
+    dist = init_distributed(a.processes, a.device, a.nodes)
+    metrics = evaluate(a.run, device=a.device if dist.fabric is None else str(dist.fabric.device), dist=dist)
+    if dist.lead: print(json.dumps(metrics, indent=1))
 
 # %% ../nbs/root/10_evaluate.ipynb #521bbc7c
 if __name__ == '__main__' and globals().get('__spec__'): main()

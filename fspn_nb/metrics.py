@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['spearman', 'relative_l2', 'fisher_mean', 'cumulative_score', 'cs_area', 'temporal_iou', 'iou_hits', 'on_rows', 'bca',
-           'bootstrap_ci', 'summarise', 'floor_predictions', 'score_floors']
+           'bootstrap_ci', 'summarise', 'baseline_predictions', 'score_baselines']
 
 # %% ../nbs/root/07_metrics.ipynb #821b459a
 import warnings
@@ -200,7 +200,7 @@ def _sheet(df, name):
     "Raise a `ValueError` unless the score sheet `df` has rows and what a floor reads"
     lost = {'action', 'score', 'difficulty'}-set(df.columns)
     if lost or not len(df): raise ValueError(f"need rows with action, score and difficulty in {name}, got {len(df)} rows that lack: {', '.join(sorted(lost)) or 'nothing'}")
-def floor_predictions(
+def baseline_predictions(
     train:pd.DataFrame, # Training dives: columns action, score (points), difficulty
     test:pd.DataFrame, # Test dives: the same columns
 )->dict[str,np.ndarray]: # Predictor's name -> points, shape (len(test),)
@@ -214,12 +214,12 @@ def floor_predictions(
     return out
 
 # %% ../nbs/root/07_metrics.ipynb #1c557634
-def score_floors(
+def score_baselines(
     train:pd.DataFrame, # Training dives: columns action, score (points), difficulty
     test:pd.DataFrame, # Test dives: the same columns
     n:int=2000, # Resamples of the intervals
     sees:dict=PROTOCOLS['finediving'].floors, # Predictor -> the setting whose knowledge it uses; others are left out
 )->pd.DataFrame: # One row per predictor: floor, setting, then the columns of `summarise`
     "Both metrics of the predictors that see no frame"
-    rows = floor_predictions(train, test).items()
-    return pd.DataFrame([dict(floor=k, setting=sees[k], **summarise(v, test.score, n=n)) for k,v in rows if k in sees])
+    rows = baseline_predictions(train, test).items()
+    return pd.DataFrame([dict(floor=k, protocol=sees[k], **summarise(v, test.score, n=n)) for k,v in rows if k in sees])

@@ -149,10 +149,10 @@ _X_NOTES = {('average','core_tree'): "its row gives 0.8433 (D-08)", ('average','
 def _long(rho, r, notes):
     "Wide tables of rho and R as one row per block and method, in the order of the print"
     names = [o for o in rho.columns if o not in ('method','label','year')]
-    df = rho.melt(['method','label','year'], names, 'setting', 'rho')
-    df = df.merge(r.melt('method', names, 'setting', 'r_l2_x100'), 'left', ['method','setting'])
-    df['note'] = [notes.get((s,m), '') for s,m in zip(df.setting, df.method)]
-    return df[['setting','method','label','year','rho','r_l2_x100','note']]
+    df = rho.melt(['method','label','year'], names, 'protocol', 'rho')
+    df = df.merge(r.melt('method', names, 'protocol', 'r_l2_x100'), 'left', ['method','protocol'])
+    df['note'] = [notes.get((s,m), '') for s,m in zip(df.protocol, df.method)]
+    return df[['protocol','method','label','year','rho','r_l2_x100','note']]
 
 # %% ../nbs/root/06_paper.ipynb #5c5fa461
 TABLE_XI = """setting,method,label,year,rho,r_l2_x100,note

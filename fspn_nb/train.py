@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from .config import RunCfg,check,load_cfg,run_id,save_cfg
-from .core import keep_memory,progress,repo_root,reports_dir,write_atomic,write_json
+from .core import tune_malloc,progress,repo_root,reports_dir,write_atomic,write_json
 from .metrics import spearman
-from .training.checkpoint import Pace,Preempted,need_room,newest_ckpt,noted_sigterm,random_state,save_ckpt
-from .training.distributed import Crew,any_of,enlist
+from .training.checkpoint import CheckpointTimer,Preempted,check_disk_space,newest_ckpt,sigterm_flag,random_state,save_ckpt
+from .training.distributed import DistributedContext,any_rank,init_distributed
 from .training.loop import build,make_optimiser,make_schedule,steps_per_epoch,train_epoch
 from .training.predict import predict
-from .training.prepare import Prepared,prepare
+from .training.prepare import RunData,prepare
 
 # %% ../nbs/root/09_train.ipynb #8a0fdd96
 def environment()->dict: # Names and versions, no paths
@@ -35,12 +35,12 @@ def environment()->dict: # Names and versions, no paths
 # %% ../nbs/root/09_train.ipynb #c922db71
 def validate(
     model:nn.Module, # Any method
-    data:Prepared, # With a validation part
+    data:RunData, # With a validation part
 )->float: # Spearman's rho of labels; NaN without a validation part
     "How `model` ranks the validation dives"
     ids = data.parts['val']
     if len(ids) < 3: return float('nan')
-    return spearman(predict(model, data, ids, min(3, data.cfg.eval.exemplars))[0], data.targets.label[torch.as_tensor(ids)].numpy())
+    return spearman(predict(model, data, ids, min(3, data.cfg.eval.num_exemplars))[0], data.targets.label[torch.as_tensor(ids)].numpy())
 
 # %% ../nbs/root/09_train.ipynb #2c592cc9
 def _restore(run, cfg, model, optimiser, schedule):
@@ -52,20 +52,20 @@ def _restore(run, cfg, model, optimiser, schedule):
 
 def _epochs(model, data, run, bar, each=None, share=.02):
     "Train from the newest checkpoint of `run` to the end"
-    cfg,crew,pace = data.cfg,data.crew,Pace(share)
+    cfg,dist,pace = data.cfg,data.dist,CheckpointTimer(share)
     optimiser = make_optimiser(model, cfg)
     schedule = make_schedule(optimiser, cfg, cfg.train.epochs*steps_per_epoch(data))
     history,best,start,inside = _restore(run, cfg, model, optimiser, schedule)
     def _save(epoch, inside=None):
-        if not crew.lead: return
+        if not dist.lead: return
         with pace.writing(): save_ckpt(run/'last.pt', keep=True, run_id=run_id(cfg), epoch=epoch, inside=inside, history=history, best=best,
                                        model=model.state_dict(), optimiser=optimiser.state_dict(), schedule=schedule.state_dict())
-    with noted_sigterm() as asked:
+    with sigterm_flag() as asked:
         def _after(place):
-            stop = any_of(crew, asked())
+            stop = any_rank(dist, asked())
             if stop or pace.due(): _save(epoch, dict(place, random=random_state(), seconds=time.perf_counter()-began))
             if stop: raise Preempted(f"epoch {epoch+1}, step {place['step']}")
-        for epoch in bar(range(start, cfg.train.epochs), cfg.model.name+' '+cfg.setting):
+        for epoch in bar(range(start, cfg.train.epochs), cfg.model.name+' '+cfg.protocol):
             began = time.perf_counter()-(inside['seconds'] if inside else 0)
             row = dict(epoch=epoch+1, lr=optimiser.param_groups[0]['lr'], **train_epoch(model, data, optimiser, schedule, epoch, inside, _after))
             row['val_rho'] = validate(model, data) if (epoch+1) % max(1, cfg.train.epochs//10) == 0 else float('nan')
@@ -73,8 +73,8 @@ def _epochs(model, data, run, bar, each=None, share=.02):
             if each: each(model, data, epoch+1, run)
             if row['val_rho'] > best:
                 best = row['val_rho']
-                if crew.lead: save_ckpt(run/'best_val.pt', run_id=run_id(cfg), epoch=epoch+1, model=model.state_dict())
-            if crew.lead: write_atomic(run/'log.csv', pd.DataFrame(history).to_csv(index=False))
+                if dist.lead: save_ckpt(run/'best_val.pt', run_id=run_id(cfg), epoch=epoch+1, model=model.state_dict())
+            if dist.lead: write_atomic(run/'log.csv', pd.DataFrame(history).to_csv(index=False))
             if epoch+1 == cfg.train.epochs or pace.due(): _save(epoch+1)
 
 # %% ../nbs/root/09_train.ipynb #ebf9746d
@@ -82,25 +82,25 @@ def fit(
     cfg:RunCfg, # The run
     out:str|Path='', # Folder for all runs; '': `reports`
     device:str='auto', # As in `pick_device`
-    data:Prepared|None=None, # What `prepare(cfg)` gave, where it is at hand
+    data:RunData|None=None, # What `prepare(cfg)` gave, where it is at hand
     each=None, # Called with (model, data, epoch, folder) after each epoch and before its checkpoint; a spectator, it must not train
-    crew:Crew=Crew(), # The processes that train together; that of `data` where it is given
+    dist:DistributedContext=DistributedContext(), # The processes that train together; that of `data` where it is given
     share:float=.02, # Of the time that may go into checkpoints; 1: one after every step
 )->Path: # The run's folder: <out>/<dataset>/<run_id>
     "Train `cfg`, or go on where an interrupted run stopped"
     check(cfg)
     run = reports_dir(str(out))/cfg.dataset/run_id(cfg)
     if (state := newest_ckpt(run, cfg)) and state['epoch'] >= cfg.train.epochs: return run
-    data = data or prepare(cfg, device, crew=crew)
-    keep_memory()
+    data = data or prepare(cfg, device, dist=dist)
+    tune_malloc()
     model = build(data)
-    need_room(run, model)
-    if data.crew.lead:
+    check_disk_space(run, model)
+    if data.dist.lead:
         for part in run.glob('.*.part'): part.unlink(missing_ok=True) # left by a kill
         save_cfg(cfg, run/'config.json')
         write_json(run/'provenance.json', dict(data.provenance, run_id=run_id(cfg), preset=cfg.preset, seed=cfg.seed,
-                   epoch_rule=cfg.eval.epoch_rule, environment=environment(), parameters=sum(p.numel() for p in model.parameters())))
-    _epochs(model, data, run, progress if data.crew.lead else lambda items, desc: items, each, share)
+                   checkpoint_selection=cfg.eval.checkpoint_selection, environment=environment(), parameters=sum(p.numel() for p in model.parameters())))
+    _epochs(model, data, run, progress if data.dist.lead else lambda items, desc: items, each, share)
     return run
 
 # %% ../nbs/root/09_train.ipynb #ca5a518d
@@ -126,12 +126,12 @@ def main(
     p.add_argument('--nodes', type=int, default=1, help='machines')
     p.add_argument('--share', type=float, default=.02, help='share of the time that may go into checkpoints')
     a = p.parse_args(args)
-    cfg,crew = load_cfg(a.config),enlist(a.processes, a.device, a.nodes)
-    try: run = fit(cfg, a.out, a.device if crew.fabric is None else str(crew.fabric.device), crew=crew, share=a.share)
+    cfg,dist = load_cfg(a.config),init_distributed(a.processes, a.device, a.nodes)
+    try: run = fit(cfg, a.out, a.device if dist.fabric is None else str(dist.fabric.device), dist=dist, share=a.share)
     except Preempted as e:
         print(e, file=sys.stderr)
         raise
-    if crew.lead: print(run)
+    if dist.lead: print(run)
 
 # %% ../nbs/root/09_train.ipynb #bb8085bb
 def launch(
@@ -139,7 +139,7 @@ def launch(
     out:str|Path='', # As in `fit`
     device:str='auto', # As in `pick_device`
     processes:int=1, # More than one: in processes of their own
-    data:Prepared|None=None, # For one process, as in `fit`
+    data:RunData|None=None, # For one process, as in `fit`
 )->Path: # The run's folder
     "`fit`, in as many processes as are asked for"
     if processes == 1: return fit(cfg, out, device, data)

@@ -13,7 +13,7 @@ from torch import Tensor,nn
 
 from .config import CHOICES,ModelCfg
 from .core import Batch
-from .methods import FINETUNE_ONLY,PATIENCE,READS
+from .methods import FINETUNE_ONLY,EPOCH_MULTIPLIER,EXTRA_INPUTS
 from .models.fspn import build_fspn
 from .models.i3d import I3D
 from .peers.baselines import I3DAvg,I3DClipMLP,I3DLSTM,I3DSVR
@@ -77,8 +77,8 @@ def register_model(
     if name in MODELS: raise ValueError(f'the name {name!r} is taken; there are {", ".join(list_models())}')
     if strange := set(reads)-{'maps','cells'}: raise ValueError(f"reads may hold 'maps' and 'cells', got {', '.join(sorted(strange))}")
     MODELS[name],CHOICES['model.name'] = build,(*CHOICES['model.name'],name)
-    if reads: READS[name] = tuple(reads)
-    if patience != 1: PATIENCE['demo',name] = patience
+    if reads: EXTRA_INPUTS[name] = tuple(reads)
+    if patience != 1: EPOCH_MULTIPLIER['demo',name] = patience
 
 # %% ../nbs/root/08_zoo.ipynb #2f96cbce
 def random_batch(

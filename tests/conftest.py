@@ -24,11 +24,11 @@ def shared():
     return find
 
 
-def edit_pickle(path, change):
+def edit_pickle(path, override):
     "Replace the content of one annotation pickle by `change(content)` (None: changed in place)"
     from fspn_nb.data.safe_pickle import load_pickle
     value = load_pickle(path)
-    new = change(value)
+    new = override(value)
     path.write_bytes(pickle.dumps(value if new is None else new, protocol=3))
 
 

@@ -19,9 +19,9 @@ import pandas as pd
 import torch
 
 from fspn_nb.config import finediving,run_id,save_cfg
-from fspn_nb.training.checkpoint import digest,newest_ckpt
+from fspn_nb.training.checkpoint import checksum,newest_ckpt
 
-CFG = finediving('smoke', train__epochs=16, train__val_share=.2, model__dropout=.3)
+CFG = finediving('smoke', train__epochs=16, train__val_fraction=.2, model__dropout=.3)
 
 
 def start(folder):
@@ -34,7 +34,7 @@ def result(folder):
     "(checksum of the weights, hash of predictions.csv) of a finished run"
     run = folder/CFG.dataset/run_id(CFG)
     subprocess.run([sys.executable, '-m', 'fspn_nb.evaluate', str(run), '--device', 'cpu'], check=True, capture_output=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
-    return digest(torch.load(run/'last.pt', weights_only=True)['model']), hashlib.sha256((run/'predictions.csv').read_bytes()).hexdigest()[:12]
+    return checksum(torch.load(run/'last.pt', weights_only=True)['model']), hashlib.sha256((run/'predictions.csv').read_bytes()).hexdigest()[:12]
 
 
 def kill(folder, within_write, rng, began_training, whole):

@@ -120,7 +120,7 @@ def test_real_figures_of_the_notebook(real):
 def test_average_of_the_classes_is_fishers():
     "Table X's averages: Fisher's z over the six classes, as FSPN's row shows (printed 0.8724, D-08)"
     df = paper_table('X')
-    row = df[df.method == 'fspn'].set_index('setting').rho
+    row = df[df.method == 'fspn'].set_index('protocol').rho
     assert fisher_mean([row[k] for k in SPORTS]) == pytest.approx(.8734, abs=1e-4)
 
 

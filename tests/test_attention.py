@@ -30,8 +30,8 @@ from fspn_nb.inspect.gradcam import HeadOnMaps,exemplars_of,grad_cam  # noqa: E4
 from fspn_nb.inspect.heat import box_shares,heat_in_box,video_heat  # noqa: E402
 
 NOTEBOOK = Path(__file__).resolve().parents[1]/'nbs'/'actor_and_heat.ipynb'
-CELL = dict(data_root='', preset='smoke', seeds='0', setting='w_dn', weights='random', device='cpu', epochs=0, allow_missing=False, actor='auto', actor_file='', dives=0)
-SMALL = dict(synth__n_train=6, synth__n_test=4)
+CELL = dict(data_root='', preset='smoke', seeds='0', protocol='w_dn', weights='random', device='cpu', epochs=0, allow_missing=False, actor='auto', actor_file='', dives=0)
+SMALL = dict(synthetic__n_train=6, synthetic__n_test=4)
 CLIP = ClipCfg(frames=20, starts=(0, 4), size=64)
 
 
@@ -64,7 +64,7 @@ def study(tmp_path_factory):
 def watched(study): return a.watch(study, a.watchers(study))
 
 
-@pytest.mark.parametrize('wrong, why', [(dict(epohcs=1), 'unknown parameter epohcs'), (dict(setting='both'), 'setting must be one of'), (dict(setting='w_dn,w_dd'), 'setting must be one of'),
+@pytest.mark.parametrize('wrong, why', [(dict(epohcs=1), 'unknown parameter epohcs'), (dict(protocol='both'), 'setting must be one of'), (dict(protocol='w_dn,w_dd'), 'setting must be one of'),
                                         (dict(dives=-1), 'dives must be'), (dict(dives=1.5), 'dives must be'), (dict(dives='2'), 'dives must be'), (dict(actor='none'), 'need boxes'),
                                         (dict(seeds='x'), 'seeds must be whole numbers'), (dict(actor='boxes'), 'needs a CSV'), (dict(preset='paper'), 'needs a real release')])
 def test_wrong_parameters(wrong, why, tmp_path, monkeypatch):
@@ -87,21 +87,21 @@ def test_runs_are_those_of_the_run_notebook(tmp_path, monkeypatch):
     monkeypatch.delenv('IN_TEST', raising=False)
     mine = p.start_study(CELL|dict(preset='demo', weights='', seeds='0,1', out=str(tmp_path)))
     cell = {k: v for k, v in CELL.items() if k != 'dives'}|dict(preset='demo', weights='', seeds='0,1', out=str(tmp_path))
-    theirs = s.start('finediving', cell|dict(methods='i3d_mlp,fspn', backbone='auto', processes=1, per_difficulty=True, setting='both'))
-    assert [o for o in mine.runs if p.method_of(o) != 'without'] == [o for o in theirs.runs if o.setting == 'w_dn']
+    theirs = s.start('finediving', cell|dict(methods='i3d_mlp,fspn', backbone='auto', processes=1, per_difficulty=True, protocol='both'))
+    assert [o for o in mine.runs if p.method_of(o) != 'without'] == [o for o in theirs.runs if o.protocol == 'w_dn']
     assert mine.dives == 0 and [o.seed for o in mine.runs if p.method_of(o) == 'without'] == [0, 1]
 
 
 def test_paper_rows_agree_with_the_other_tables():
     "FSPN's row is printed in Table IX as well, to one digit more; the baseline is that of the block without dive numbers (D-02)"
-    ix = paper_table('IX').set_index(['setting', 'method'])
+    ix = paper_table('IX').set_index(['protocol', 'method'])
     for block, (method, _, rho, r) in (('wo_dn', p.TABLE_V[0]), ('w_dn', p.TABLE_V[2])):
         assert abs(ix.rho[block, method]-rho) < 1e-3 and abs(ix.r_l2_x100[block, method]-r) < 1e-3
 
 
 def test_scene_in_both_streams_is_what_without_means():
     torch.manual_seed(0)
-    alone = create_model('fspn', cfg=ModelCfg(actor=False), labels=torch.linspace(30, 90, 20)).eval()
+    alone = create_model('fspn', cfg=ModelCfg(use_actor=False), labels=torch.linspace(30, 90, 20)).eval()
     both = create_model('fspn', cfg=ModelCfg(), labels=torch.linspace(30, 90, 20)).eval()
     both.load_state_dict(alone.state_dict())
     x = torch.randn(2, 9, 1024)
@@ -185,7 +185,7 @@ def test_every_share_is_that_of_the_long_way(study, watched):
     for w in a.watchers(study):
         for uid, i in watched.at.items():
             frames, boxes = a.shown_frames(data, i)
-            made = video_heat(w.backbone, w.model, frames, boxes, data.cfg.clip, data.cfg.actor.pad, exemplar=exemplars_of(w.model, w.data, int(i), data.cfg.eval.exemplars))
+            made = video_heat(w.backbone, w.model, frames, boxes, data.cfg.clip, data.cfg.actor.pad, exemplar=exemplars_of(w.model, w.data, int(i), data.cfg.eval.num_exemplars))
             row = watched.table[(watched.table.run == w.name) & (watched.table.uid == uid)].iloc[0]
             for k, v in box_shares(made, boxes).items(): assert np.isclose(row[k], v, atol=1e-4, equal_nan=True), (w.name, k)
 

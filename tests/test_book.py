@@ -14,14 +14,14 @@ import pytest
 from fspn_nb.analysis.compare import Scorer,ablation_table,average_cell,main_runs,stack
 from fspn_nb.analysis.runs import collect,mean_rho,read_predictions
 from fspn_nb.analysis.significance import seed_mean_ci
-from fspn_nb.config import change,recipe
+from fspn_nb.config import override,make_config
 from fspn_nb.experiments.variants import config_of,grid_base
 from fspn_nb.metrics import cs_area,relative_l2,spearman
 from fspn_nb.protocols import SPORTS
 from fspn_nb.report.build import build_report
 from fspn_nb.report.chapters import methods_chapter,open_shelf
-from fspn_nb.report.fake_runs import made_up_run
-from fspn_nb.report.writers import Chapter,chapter_md,escape_tex,page_html,to_latex
+from fspn_nb.report.fake_runs import fake_run
+from fspn_nb.report.writers import ReportSection,chapter_md,escape_tex,page_html,to_latex
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = dict(fspn=5., i3d_mlp=9., i3d_smt=6., without_actor=5.5, fspn_s=7., blocks_1=6.)
@@ -31,10 +31,10 @@ PARTS = dict(fspn=5., i3d_mlp=9., i3d_smt=6., without_actor=5.5, fspn_s=7., bloc
 def root(tmp_path_factory):
     root, base = tmp_path_factory.mktemp('reports'), grid_base('smoke')
     for seed in (0, 1):
-        for exp, miss in PARTS.items(): made_up_run(root, config_of(base, exp, seed), miss, n=24, watched=exp in ('fspn', 'i3d_mlp'), votes=exp == 'fspn')
-        for exp, miss in dict(fspn=6., i3d_mlp=9.).items(): made_up_run(root, config_of(base, exp, seed, 'wo_dn'), miss, n=24)
-        made_up_run(root, recipe('mtl_aqa', 'smoke', seed=seed), 6., n=24)
-        for sport in SPORTS: made_up_run(root, recipe('aqa7', 'smoke', setting=sport, seed=seed), 9., n=24)
+        for exp, miss in PARTS.items(): fake_run(root, config_of(base, exp, seed), miss, n=24, watched=exp in ('fspn', 'i3d_mlp'), votes=exp == 'fspn')
+        for exp, miss in dict(fspn=6., i3d_mlp=9.).items(): fake_run(root, config_of(base, exp, seed, 'wo_dn'), miss, n=24)
+        fake_run(root, make_config('mtl_aqa', 'smoke', seed=seed), 6., n=24)
+        for sport in SPORTS: fake_run(root, make_config('aqa7', 'smoke', protocol=sport, seed=seed), 9., n=24)
     return root
 
 
@@ -131,7 +131,7 @@ def test_escaped_text_has_no_bare_command(text):
 
 def test_markup_in_names_cannot_break_the_page():
     shown = pd.DataFrame(dict(row=['a|b', '<script>x</script>'], seeds=['', '']))
-    ch = Chapter('t', 'T', 'c', shown.assign(runs='', label=shown.row), shown)
+    ch = ReportSection('t', 'T', 'c', shown.assign(runs='', label=shown.row), shown)
     page = page_html('# T\n\n'+chapter_md(ch), '<T>')
     assert '<script' not in page and page.count('<tr>') == 3
     assert '<script' not in to_latex(shown, 'c', 't')
@@ -154,9 +154,9 @@ def test_no_ablation_leaks_into_table_nine(root):
     runs = collect(root, strict=True)
     main = main_runs(runs, root)
     mine = main[main.dataset == 'finediving']
-    assert not mine.duplicated(['method', 'setting', 'seed']).any() and mine.config.groupby(mine.method).nunique().max() == 1
+    assert not mine.duplicated(['method', 'protocol', 'seed']).any() and mine.config.groupby(mine.method).nunique().max() == 1
     assert set(mine.method) == {'fspn', 'fspn_s', 'i3d_mlp'}
-    made_up_run(root, change(config_of(grid_base('smoke'), 'fspn', 0), eval__exemplars=7, model__tau=.3), 1.)
+    fake_run(root, override(config_of(grid_base('smoke'), 'fspn', 0), eval__num_exemplars=7, model__tau=.3), 1.)
     try: assert main_runs(collect(root), root).run.tolist() == main.run.tolist()
     finally: shutil.rmtree(next(p for p in (root/'finediving').iterdir() if f'finediving/{p.name}' not in set(runs.run)))
 
@@ -183,9 +183,9 @@ def test_means_intervals_and_gains_are_what_they_say(root):
 
 def test_the_average_of_classes_is_fishers(root):
     ten = methods_chapter(open_shelf(root, (0, 1), n=100, sizes=False), 'aqa7').table
-    row = ten[(ten.setting == 'average') & (ten.method == 'fspn')].iloc[0]
+    row = ten[(ten.protocol == 'average') & (ten.method == 'fspn')].iloc[0]
     runs = collect(root)
-    runs = runs[runs.dataset == 'aqa7'].set_index(['seed', 'setting']).spearman
+    runs = runs[runs.dataset == 'aqa7'].set_index(['seed', 'protocol']).spearman
     assert row.rho == pytest.approx(np.mean([mean_rho(runs[s][list(SPORTS)].to_numpy()) for s in (0, 1)]))
     assert row.rho_lo < row.rho < row.rho_hi and len(row.runs.split()) == 12
 
@@ -209,7 +209,7 @@ def printed():
 def again(row, metric, root=None):
     "(value, low, high) of a printed row, from predictions.csv (votes.csv where voters are counted) alone"
     runs, (f, k), root = row.runs.split(), METRICS[metric], root or REPORTS
-    if row.get('setting') == 'average':
+    if row.get('protocol') == 'average':
         meta = collect(root).set_index('run').loc[runs].reset_index()
         got = average_cell(root, meta)
         return got[metric], got[f'{metric}_lo'], got[f'{metric}_hi']

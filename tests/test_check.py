@@ -15,7 +15,7 @@ from test_formats import EDITS, edit
 
 from fspn_nb.data.aqa7 import write_aqa7
 from fspn_nb.data.check import COLUMNS,KINDS,check_release,main,shared_dives,summary
-from fspn_nb.data.check_files import look_at
+from fspn_nb.data.check_files import check_image
 from fspn_nb.data.finediving import FRAMES,read_finediving,write_finediving
 from fspn_nb.data.mtl_aqa import read_mtl_aqa,write_mtl_aqa,write_video_frames
 from fspn_nb.protocols import SPORTS
@@ -248,8 +248,8 @@ def test_many_samples_are_counted_not_listed(tmp_path):
 def test_a_wrong_entry_is_one_problem(tmp_path, what):
     "All single faults that stop the strict reader: exactly one problem, the other dives readable; or an error, where the whole file is concerned"
     root = release(tmp_path/'fd')
-    name, change, _ = EDITS[what]
-    if name: edit(root, name, change)
+    name, override, _ = EDITS[what]
+    if name: edit(root, name, override)
     else:
         edit(root, AQA, lambda v: v['26', 2].__setitem__(2, 0.))
         for o in (FINE, COARSE): edit(root, o, lambda v: v['26', 2].update(difficulty=0.))
@@ -372,10 +372,10 @@ def test_no_file_breaks_the_look(tmp_path):
         data = bytearray(good)
         for _ in range(rng.randrange(1, 6)): data[rng.randrange(len(data))] = rng.randrange(256)
         path.write_bytes(data[:rng.choice([len(data), rng.randrange(len(data))])])
-        for decode in (False, True): assert look_at(path, decode)[0] in ('', *KINDS)
-    for other in (tmp_path, tmp_path/'none', tmp_path/'1.jpg'/'x'): assert look_at(other)[0] == 'unreadable'
+        for decode in (False, True): assert check_image(path, decode)[0] in ('', *KINDS)
+    for other in (tmp_path, tmp_path/'none', tmp_path/'1.jpg'/'x'): assert check_image(other)[0] == 'unreadable'
     (tmp_path/'loop').symlink_to('loop')
-    assert look_at(tmp_path/'loop')[0] == 'unreadable'
+    assert check_image(tmp_path/'loop')[0] == 'unreadable'
 
 
 def test_copies_among_ten_thousand_files(tmp_path):

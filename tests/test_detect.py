@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from fspn_nb.actor.best_path import best_path,main_actor,overlap,suppress
+from fspn_nb.actor.best_path import best_path,main_actor,overlap,nms
 from fspn_nb.actor.detectors import Onnx,decode_cells,get_detector,grid_cells,letterbox
 from fspn_nb.actor.motion_boxes import motion_boxes
 from fspn_nb.actor.track import box_file,box_quality,detect_boxes,fallback_line,film_boxes
@@ -48,7 +48,7 @@ def test_letterbox_and_back(h, w):
 
 def test_doubles_go_and_the_best_stays():
     a = np.array([[0,0,10,10,.3],[1,0,11,10,.8],[40,0,50,10,.1]])
-    assert suppress(a)[:, 4].tolist() == [.8,.1]
+    assert nms(a)[:, 4].tolist() == [.8,.1]
 
 
 # which candidate
@@ -250,7 +250,7 @@ def test_a_cut_onnx_file_is_one_error(shared, tmp_path):
         with pytest.raises(ValueError, match='w.onnx'): Onnx(tmp_path/'w.onnx')
 
 
-class Session:
+class RunContext:
     "A network with a given input shape and output"
     def __init__(self, shape, out): self.shape,self.out = shape,out
     def get_inputs(self): return [self]
@@ -262,7 +262,7 @@ class Session:
                                      (np.full((1,21,85), np.nan),'need scores'),(np.concatenate([np.full((1,21,4), 40.),np.zeros((1,21,81))], 2),'decodes inside')])
 def test_foreign_outputs_are_refused(out, why):
     from fspn_nb.actor.detectors import _raw
-    with pytest.raises(ValueError, match=why): _raw(Session([1,3,32,32], out), torch.zeros(1, 3, 32, 32), 'w.onnx')
+    with pytest.raises(ValueError, match=why): _raw(RunContext([1,3,32,32], out), torch.zeros(1, 3, 32, 32), 'w.onnx')
 
 
 def test_unknown_names_and_missing_files():

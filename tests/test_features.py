@@ -34,7 +34,7 @@ def test_clip_stride_is_another_key(dive):
 def test_maps_and_cells_are_the_same_backbone_looked_at_otherwise(tmp_path):
     import torch
     from fspn_nb.training.prepare import prepare
-    base = dict(synth__n_train=6, synth__n_test=4, weights='random')
+    base = dict(synthetic__n_train=6, synthetic__n_test=4, weights='random')
     plain = prepare(finediving('smoke', **base), 'cpu')
     tsa = prepare(finediving('smoke', **base, model__name='tsa'), 'cpu', like=plain)
     tpt = prepare(finediving('smoke', **base, model__name='tpt'), 'cpu', like=tsa)
@@ -50,9 +50,9 @@ def test_peers_train_in_both_modes(name, tmp_path):
     from fspn_nb.evaluate import evaluate
     from fspn_nb.training.prepare import prepare
     from fspn_nb.train import fit
-    small = dict(synth__n_train=6, synth__n_test=4, weights='random', model__name=name, train__epochs=1, clip__size=32)
+    small = dict(synthetic__n_train=6, synthetic__n_test=4, weights='random', model__name=name, train__epochs=1, clip__size=32)
     for mode in ('frozen', 'finetune'):
-        cfg = finediving('smoke', **small, train__backbone=mode, model__adapter=mode == 'frozen', train__batch=2)
+        cfg = finediving('smoke', **small, train__backbone=mode, model__adapter=mode == 'frozen', train__batch_size=2)
         data = prepare(cfg, 'cpu')
         m = evaluate(fit(cfg, tmp_path/mode, 'cpu', data), data)
         assert m['n'] == 4 and m['mode'] == mode

@@ -47,9 +47,9 @@ def real(shared):
     return read_finediving(shared('data', 'finediving'))
 
 
-def edit(root, name, change):
+def edit(root, name, override):
     "Change one pickle of the release"
-    edit_pickle(root/'Annotations'/f'{name}.pkl', change)
+    edit_pickle(root/'Annotations'/f'{name}.pkl', override)
 
 
 # ---- the real release
@@ -241,8 +241,8 @@ EDITS = {
 
 @pytest.mark.parametrize('what', EDITS)
 def test_one_wrong_value(small, what):
-    name, change, why = EDITS[what]
-    if name: edit(small, name, change)
+    name, override, why = EDITS[what]
+    if name: edit(small, name, override)
     else:
         edit(small, AQA, lambda v: v[K].__setitem__(2, 0.))
         for o in (FINE, COARSE): edit(small, o, lambda v: v[K].update(difficulty=0.))

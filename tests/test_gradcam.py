@@ -21,7 +21,7 @@ from fspn_nb.inspect.heat import (box_shares,cell_centres,crop_window,heat_in_bo
 from fspn_nb.models.encoder import Encoded
 from fspn_nb.models.fspn import FSPN
 from fspn_nb.models.heads import ScoreBins
-from fspn_nb.models.i3d import I3D,fold,to_input
+from fspn_nb.models.i3d import I3D,fuse_conv_bn,normalize_clip
 from fspn_nb.report.figures import save_figure
 from fspn_nb.zoo import create_model
 
@@ -63,8 +63,8 @@ class Red(nn.Module):
     def score(self, feature): return 10*feature[..., 0]+20*feature[..., 1]
 
 
-CASES = {'pairs': {}, 'absolute': dict(pairing='absolute'), 'no bce': dict(bce=False), 'no parser': dict(iap=False, gc=False),
-         'no transformer': dict(smt=False), 'scene alone': dict(actor=False), 'expected': dict(decode='expected')}
+CASES = {'pairs': {}, 'absolute': dict(pairing='absolute'), 'no bce': dict(use_bce=False), 'no parser': dict(use_iap=False, use_gc=False),
+         'no transformer': dict(use_smt=False), 'scene alone': dict(use_actor=False), 'expected': dict(decode='expected')}
 
 
 @pytest.mark.parametrize('changes', CASES.values(), ids=CASES)
@@ -106,7 +106,7 @@ def test_actor_and_scene_are_parsed_apart():
     assert same(one['scene'], two['scene']) and not same(one['actor'], two['actor'])
 
 
-@pytest.mark.parametrize('model, why', [(lambda: head(iap=False, gc=False), 'need a head with a parser'), (lambda: create_model('i3d_mlp').eval(), 'need a head with a parser')])
+@pytest.mark.parametrize('model, why', [(lambda: head(use_iap=False, use_gc=False), 'need a head with a parser'), (lambda: create_model('i3d_mlp').eval(), 'need a head with a parser')])
 def test_sub_action_needs_a_parser(model, why):
     with pytest.raises(ValueError, match=why): grad_cam(HeadOnMaps(model(), ('sub_action', 0)), maps())
 
@@ -144,9 +144,9 @@ def test_hook_inside_the_whole_network_gives_the_same():
     net, model = backbone(), head(decode='expected')
     scene, actor = torch.randint(0, 256, (2, 3, 3, 16, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
     whole = captum.attr.LayerGradCam(Whole(net, model, votes(model)), net.Mixed_5c)
-    want = whole.attribute((to_input(scene), to_input(actor)))[:, 0].detach().chunk(2)
+    want = whole.attribute((normalize_clip(scene), normalize_clip(actor)))[:, 0].detach().chunk(2)
     for folded in (False, True):
-        got = heat(fold(net) if folded else net, model, scene, actor, exemplar=votes(model), relu=False, batch=2)
+        got = heat(fuse_conv_bn(net) if folded else net, model, scene, actor, exemplar=votes(model), relu=False, batch=2)
         for s, w in zip(('scene', 'actor'), want): assert same(got[s], w, 1e-3), (s, folded)
 
 
@@ -277,7 +277,7 @@ def test_trained_network_finds_real_divers(shared):
 
     k = max(1, (len(frames)-16)//10+1)
     clips = torch.stack([resize_crop(frames[10*i:10*i+16]).transpose(0, 1) for i in range(min(k, 5))])
-    own, broken = (heat(fold(o), Names(), clips, relu=False) for o in (net, shuffled(net)))
+    own, broken = (heat(fuse_conv_bn(o), Names(), clips, relu=False) for o in (net, shuffled(net)))
     assert (own['scene'] > 0).any() and map_agreement(own, broken)['scene'] < .7
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fspn_nb.config import change,diff,load_cfg,run_id
+from fspn_nb.config import override,diff,load_cfg,run_id
 from fspn_nb.experiments.grid import KNOWN,grid_parameters,run_grid
-from fspn_nb.experiments.variants import CELLS,EXPERIMENTS,cells_of,config_of,find_runs,grid_base,plan_grid
+from fspn_nb.experiments.variants import TABLE_CELLS,EXPERIMENTS,cells_of,config_of,find_runs,grid_base,plan_grid
 from fspn_nb.paper import paper_table
 from fspn_nb.zoo import list_models
 
@@ -20,7 +20,7 @@ QUICK = grid_base('smoke', train__epochs=1, model__stages=1)
 
 @pytest.mark.parametrize('table', ['I', 'II', 'III', 'IV', 'V', 'VI', 'VIII'])
 def test_every_printed_row_has_an_experiment_or_a_method_that_is_missing(table):
-    filled = set(CELLS.row[CELLS.table == table])
+    filled = set(TABLE_CELLS.row[TABLE_CELLS.table == table])
     for r in paper_table(table).itertuples():
         assert r.label in filled or (r.method not in list_models() and not r.method.startswith('fspn')), f'{table}, {r.label}: no experiment'
 
@@ -33,14 +33,14 @@ def test_two_experiments_never_share_a_run():
 def test_the_switches_of_table_i_are_those_that_the_paper_ticks():
     for r in paper_table('I').itertuples():
         if r.method == 'i3d_mlp': continue
-        m = config_of(grid_base(), CELLS.query("table == 'I' and row == @r.label").experiment.iloc[0]).model
+        m = config_of(grid_base(), TABLE_CELLS.query("table == 'I' and row == @r.label").experiment.iloc[0]).model
         assert (m.iap, m.smt, m.mtf) == (bool(r.iap), bool(r.smt), bool(r.mtf)), r.label
 
 
 def test_the_numbers_of_tables_ii_and_iii_are_those_that_the_paper_prints():
     for table, field in (('II', 'blocks'), ('III', 'heads')):
         for r in paper_table(table).itertuples():
-            cfg = config_of(grid_base(), CELLS.query('table == @table and row == @r.label').experiment.iloc[0])
+            cfg = config_of(grid_base(), TABLE_CELLS.query('table == @table and row == @r.label').experiment.iloc[0])
             assert getattr(cfg.model, field) == getattr(r, field)
             assert set(diff(cfg, grid_base())) <= {f'model.{field}'}
 
@@ -103,7 +103,7 @@ def test_a_run_of_the_grid_is_a_run_like_any_other(tmp_path):
     plan = run_grid(QUICK, 'V', (1,), tmp_path, 'cpu', 1, False, True)
     run = tmp_path/plan.run[plan.experiment == 'without_actor'].iloc[0]
     cfg = load_cfg(run/'config.json')
-    assert run.name == run_id(cfg) and cfg.model.actor is False and cfg.seed == 1
+    assert run.name == run_id(cfg) and cfg.model.use_actor is False and cfg.seed == 1
     assert (run/'last.pt').is_file() # keep_weights
     assert set(pd.read_csv(run/'predictions.csv').split) == {'test'}
-    assert change(cfg, model__actor=True) == change(QUICK, seed=1)
+    assert override(cfg, model__use_actor=True) == override(QUICK, seed=1)

@@ -8,7 +8,7 @@ from conftest import bf16_is_close, trains_on_one, weights_carry_everything
 
 from fspn_nb.config import ModelCfg
 from fspn_nb.core import Batch
-from fspn_nb.peers.hgcn import GraphConv,HGCN,Hierarchy,ScoreSpread,build_hgcn,draw,neighbour_edges,points_error
+from fspn_nb.peers.hgcn import GraphConv,HGCN,Hierarchy,GaussianHead,build_hgcn,draw,neighbour_edges,points_error
 from fspn_nb.zoo import MODELS,check_model,random_batch
 
 PRINTED = {1: 1.218, 2: .677, 4: .407, 8: .272} # million, counted in the released program
@@ -109,7 +109,7 @@ def test_a_draw_teaches_mean_and_deviation():
     draw(mean, sd).sum().backward()
     assert torch.equal(mean.grad, torch.ones(3)) and sd.grad.any()
     assert torch.equal(draw(mean, torch.zeros(3)), mean)
-    assert (ScoreSpread(8)(1e4*torch.randn(50, 8))[1] >= 0).all()
+    assert (GaussianHead(8)(1e4*torch.randn(50, 8))[1] >= 0).all()
 
 
 def test_the_loss_is_in_points_whatever_the_label():
@@ -131,7 +131,7 @@ def test_what_is_missing_or_broken_is_named():
     with pytest.raises(ValueError, match='not finite'): per_dd.train()(replace(batch, difficulty=torch.full((4,), float('nan'))))
     for groups in (3, 0, 5):
         with pytest.raises(ValueError, match='num_groups must divide'): HGCN(num_groups=groups)
-    with pytest.raises(ValueError, match='hears must be'): GraphConv(8, 8, 1, hears='future')
+    with pytest.raises(ValueError, match='hears must be'): GraphConv(8, 8, 1, adjacency='future')
     out = per_dd.eval()(Batch(batch.scene)) # a new dive has neither label nor difficulty
     assert not out.losses and out.score.isfinite().all()
 

@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from fspn_nb.models import weights as W
-from fspn_nb.models.i3d import I3D,SamePool,Unit,encode_clips,fast_dtype,fold,load_kinetics,same_pad,to_input
-from fspn_nb.models.weights import kinetics_weights,read_weights,their_key
+from fspn_nb.models.i3d import I3D,SamePool,Unit,encode_clips,fast_dtype,fuse_conv_bn,load_kinetics,same_pad,normalize_clip
+from fspn_nb.models.weights import kinetics_weights,read_weights,map_key
 
 HASSONY = {'b0':'branch_0', 'b1a':'branch_1.0', 'b1b':'branch_1.1', 'b2a':'branch_2.0', 'b2b':'branch_2.1', 'b3b':'branch_3.1'}
 
@@ -72,17 +72,17 @@ def test_legacy_torch_file(random_i3d, tmp_path):
 
 
 def test_known_names_of_the_ports():
-    assert their_key('Conv3d_1a_7x7.bn.running_var', 'hassony2') == 'conv3d_1a_7x7.batch3d.running_var'
-    assert their_key('Mixed_5c.b3b.conv.weight', 'hassony2') == 'mixed_5c.branch_3.1.conv3d.weight'
-    assert their_key('Logits.bias', 'hassony2') == 'conv3d_0c_1x1.conv3d.bias'
-    assert their_key('Mixed_4f.b2b.bn.weight', 'piergiaj') == 'Mixed_4f.b2b.bn.weight'
-    assert their_key('Logits.weight', 'flax') == 'params/Logits/Conv3d_0c_1x1/Conv_0/kernel'
+    assert map_key('Conv3d_1a_7x7.bn.running_var', 'hassony2') == 'conv3d_1a_7x7.batch3d.running_var'
+    assert map_key('Mixed_5c.b3b.conv.weight', 'hassony2') == 'mixed_5c.branch_3.1.conv3d.weight'
+    assert map_key('Logits.bias', 'hassony2') == 'conv3d_0c_1x1.conv3d.bias'
+    assert map_key('Mixed_4f.b2b.bn.weight', 'piergiaj') == 'Mixed_4f.b2b.bn.weight'
+    assert map_key('Logits.weight', 'flax') == 'params/Logits/Conv3d_0c_1x1/Conv_0/kernel'
 
 
 @pytest.mark.parametrize('layout', EXPORTS)
 def test_damaged_states_are_named_and_leave_the_model_alone(random_i3d, tmp_path, layout):
     good = EXPORTS[layout](random_i3d)
-    key = their_key('Mixed_4c.b1b.conv.weight', layout)
+    key = map_key('Mixed_4c.b1b.conv.weight', layout)
     cases = {'missing': {k:v for k,v in good.items() if k != key}, 'not used': good|{'stray.weight': torch.zeros(1)},
              'of another shape': good|{key: good[key][:, 1:]}, 'not finite': good|{key: good[key]*float('nan')}}
     model = I3D()
@@ -152,7 +152,7 @@ def test_logits_head_of_224_is_the_published_one(random_i3d):
     torch.manual_seed(2)
     x = torch.rand(1, 3, 24, 224, 224)*2-1 # three steps: the 2 x 7 x 7 window is not the plain mean
     with torch.no_grad():
-        f = fold(random_i3d).features(x)
+        f = fuse_conv_bn(random_i3d).features(x)
         logits = random_i3d.Logits(F.avg_pool3d(f, (2,7,7), 1)).mean((2,3,4))
         assert torch.allclose(random_i3d(x), logits, atol=1e-4)
         assert not torch.allclose(random_i3d.Logits(f.mean((2,3,4), keepdim=True)).flatten(1), logits, atol=1e-4)
@@ -168,7 +168,7 @@ def test_pool_is_pad_then_pool(n, kernel, stride):
 
 def test_fold_equals_plain(random_i3d):
     clips = torch.randint(0, 256, (2, 3, 16, 112, 112), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
-    fast = fold(random_i3d)
+    fast = fuse_conv_bn(random_i3d)
     plain,quick = encode_clips(random_i3d, clips),encode_clips(fast, clips)
     assert (plain-quick).abs().max() < 1e-4*plain.abs().max()
     assert not any(isinstance(m, torch.nn.BatchNorm3d) for m in fast.modules()) and not fast.training
@@ -180,13 +180,13 @@ def test_fold_equals_plain(random_i3d):
 def test_fold_of_kinetics_weights_equals_plain():
     model = I3D().eval()
     load_kinetics(model)
-    x = to_input(torch.randint(0, 256, (1, 3, 16, 112, 112), dtype=torch.uint8, generator=torch.Generator().manual_seed(4)))
-    with torch.no_grad(): assert torch.allclose(fold(model)(x), model(x), atol=1e-4, rtol=1e-4)
+    x = normalize_clip(torch.randint(0, 256, (1, 3, 16, 112, 112), dtype=torch.uint8, generator=torch.Generator().manual_seed(4)))
+    with torch.no_grad(): assert torch.allclose(fuse_conv_bn(model)(x), model(x), atol=1e-4, rtol=1e-4)
 
 
 def test_encoding_does_not_depend_on_the_batch(random_i3d):
     clips = torch.randint(0, 256, (5, 3, 8, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
-    fast = fold(random_i3d)
+    fast = fuse_conv_bn(random_i3d)
     assert torch.allclose(encode_clips(fast, clips), encode_clips(fast, clips, batch=2), atol=1e-4)
     vec = encode_clips(fast, clips)
     assert vec.dtype == torch.float32 and not vec.is_inference() and not vec.requires_grad
@@ -201,9 +201,9 @@ def test_gradients_reach_the_first_layer():
 
 
 def test_doors():
-    with pytest.raises(ValueError, match='uint8 clips'): to_input(torch.zeros(1, 3, 4, 4, 4))
-    with pytest.raises(ValueError, match='uint8 clips'): to_input(torch.zeros(3, 4, 4, 4, dtype=torch.uint8))
-    with pytest.raises(ValueError, match='stats'): to_input(torch.zeros(1, 3, 4, 4, 4, dtype=torch.uint8), 'clip')
+    with pytest.raises(ValueError, match='uint8 clips'): normalize_clip(torch.zeros(1, 3, 4, 4, 4))
+    with pytest.raises(ValueError, match='uint8 clips'): normalize_clip(torch.zeros(3, 4, 4, 4, dtype=torch.uint8))
+    with pytest.raises(ValueError, match='stats'): normalize_clip(torch.zeros(1, 3, 4, 4, 4, dtype=torch.uint8), 'clip')
     assert fast_dtype('cpu') in (torch.float32, torch.bfloat16)
     assert Unit(3, 4).bn.eps == 1e-3
 
@@ -223,5 +223,5 @@ def test_springboard_diving_on_real_frames(shared, size):
     x = resize_crop(real_frames(shared, range(34)), size)
     model = I3D().eval()
     load_kinetics(model)
-    with torch.inference_mode(): p = fold(model)(to_input(x.transpose(0, 1)[None]))[0].softmax(0)
+    with torch.inference_mode(): p = fuse_conv_bn(model)(normalize_clip(x.transpose(0, 1)[None]))[0].softmax(0)
     assert names[int(p.argmax())] == 'springboard diving' and p.max() > .8

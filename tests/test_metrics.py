@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from fspn_nb.metrics import (bootstrap_ci,cs_area,cumulative_score,fisher_mean,floor_predictions,iou_hits,relative_l2,
-    score_floors,spearman,summarise,temporal_iou)
+from fspn_nb.metrics import (bootstrap_ci,cs_area,cumulative_score,fisher_mean,baseline_predictions,iou_hits,relative_l2,
+    score_baselines,spearman,summarise,temporal_iou)
 
 # Table X: six correlations (diving, vault, big ski, big snow, sync 3 m, sync 10 m) and the average as printed
 AVERAGES = {
@@ -82,7 +82,7 @@ def sheet(shared):
 
 def test_floors_on_the_real_score_sheet(sheet):
     train, test, _ = sheet
-    floors = score_floors(train, test, n=100).set_index('floor')
+    floors = score_baselines(train, test, n=100).set_index('floor')
     assert floors.n.tolist() == [749]*3
     assert floors.loc['action-type mean', 'spearman'] == pytest.approx(.588, abs=5e-4)
     assert 100*floors.loc['action-type mean', 'relative_l2'] == pytest.approx(1.335, abs=5e-4)
@@ -190,5 +190,5 @@ def test_interval_keeps_the_range_of_the_split():
 def test_floors_name_what_is_missing():
     ok = pd.DataFrame(dict(action=['a', 'b'], score=[1., 2.], difficulty=[1., 2.]))
     for train, test, word in ((ok[:0], ok, 'train, got 0 rows'), (ok, ok.drop(columns='action'), 'test, got 2 rows that lack: action')):
-        with pytest.raises(ValueError, match=word): floor_predictions(train, test)
-    assert len(floor_predictions(ok.assign(difficulty=[0., 1.]), ok)) == 2
+        with pytest.raises(ValueError, match=word): baseline_predictions(train, test)
+    assert len(baseline_predictions(ok.assign(difficulty=[0., 1.]), ok)) == 2

@@ -21,9 +21,9 @@ from fspn_nb.training.loop import train_step
 from fspn_nb.zoo import create_model,random_batch
 
 LABELS = np.linspace(20, 100, 40)
-FLAGS = [dict(), dict(iap=False), dict(smt=False), dict(mtf=False), dict(smt=False, mtf=False), dict(iap=False, smt=False, mtf=False),
-         dict(actor=False), dict(gc=False), dict(bce=False), dict(adapter=False), dict(decode='expected'), dict(dropout=.3), dict(pairing='absolute'),
-         dict(pairing='absolute', bce=False), dict(sub_actions=5), dict(clips=10), dict(intervals=8), dict(heads=6), dict(heads=10), dict(heads=12), dict(head_dim=4), dict(blocks=1)]
+FLAGS = [dict(), dict(use_iap=False), dict(use_smt=False), dict(use_mtf=False), dict(use_smt=False, use_mtf=False), dict(use_iap=False, use_smt=False, use_mtf=False),
+         dict(use_actor=False), dict(use_gc=False), dict(use_bce=False), dict(adapter=False), dict(decode='expected'), dict(dropout=.3), dict(pairing='absolute'),
+         dict(pairing='absolute', use_bce=False), dict(sub_actions=5), dict(clips=10), dict(intervals=8), dict(heads=6), dict(heads=10), dict(heads=12), dict(head_dim=4), dict(blocks=1)]
 name_of = lambda flags: ','.join(f'{k}={v}' for k, v in flags.items()) or 'all'
 
 

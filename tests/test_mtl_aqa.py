@@ -16,7 +16,7 @@ from fspn_nb.data.finediving import read_finediving
 from fspn_nb.data.mtl_aqa import FRAMES,describe,judge_mismatches,read_mtl_aqa,write_mtl_aqa,write_video_frames
 from fspn_nb.data.records import check_samples,frame_problem,samples_frame
 from fspn_nb.data.safe_pickle import load_pickle
-from fspn_nb.metrics import floor_predictions,relative_l2,spearman
+from fspn_nb.metrics import baseline_predictions,relative_l2,spearman
 from fspn_nb.synthetic.dive_motion import make_dive
 
 CORE, MUSDL, TRAIN, TEST = 'final_annotations_dict_with_dive_number', 'augmented_final_annotations_dict', 'train_split_0', 'test_split_0'
@@ -55,9 +55,9 @@ def sheets(real):
     return [samples_frame([o for o in real if o.split == split]) for split in ('train', 'test')]
 
 
-def edit(root, name, change):
+def edit(root, name, override):
     "Change one pickle of the release"
-    edit_pickle(root/'info'/f'{name}.pkl', change)
+    edit_pickle(root/'info'/f'{name}.pkl', override)
 
 
 def empty_frames(root, video, numbers, padding=8):
@@ -74,11 +74,11 @@ def test_real_counts(real):
     got = describe(real)
     assert {k: got[k] for k in REAL} == REAL and got['with_frames'] == 0
     assert len({o.uid.split('/')[0] for o in real}) == 15
-    assert all(o.n_frames == 103 and o.end_frame == o.annotated[1] and len(o.judges) == 7 and o.folder is None and o.files == () for o in real)
-    n = np.array([o.annotated[1]-o.annotated[0] for o in real])
+    assert all(o.n_frames == 103 and o.end_frame == o.stats[1] and len(o.judges) == 7 and o.folder is None and o.files == () for o in real)
+    n = np.array([o.stats[1]-o.stats[0] for o in real])
     assert (n.min(), n.max(), round(n.mean())) == (54, 273, 106)
     by = {o.uid: o for o in real}
-    assert [by[o].annotated[1]-by[o].annotated[0] for o in ('26/108', '05/42')] == [54, 273]
+    assert [by[o].stats[1]-by[o].stats[0] for o in ('26/108', '05/42')] == [54, 273]
     assert min(o.start_frame for o in real) > 1000 # no real window begins before the broadcast
 
 
@@ -99,7 +99,7 @@ def test_real_figures_of_the_notebook(real):
     score, dd = np.array([(o.score, o.difficulty) for o in real]).T
     assert np.histogram(score, np.arange(0, 106, 5))[0].tolist() == [2, 1, 0, 2, 7, 10, 33, 51, 80, 71, 84, 94, 125, 163, 191, 162, 131, 111, 61, 25, 8]
     assert np.histogram(np.round(score/dd, 6), np.arange(0, 31, 1.5))[0].tolist() == [2, 0, 1, 1, 3, 5, 9, 25, 37, 29, 54, 71, 88, 145, 223, 249, 234, 141, 78, 17]
-    spans = [o.annotated[1]-o.annotated[0]+1 for o in real]
+    spans = [o.stats[1]-o.stats[0]+1 for o in real]
     assert np.histogram(spans, np.arange(50, 281, 10))[0].tolist() == [2, 9, 72, 285, 296, 236, 156, 106, 86, 73, 48, 21, 10, 5, 3, 1, 1, 0, 1, 0, 0, 0, 1]
 
 
@@ -117,7 +117,7 @@ def test_real_judges_are_reported_and_not_repaired(real):
 
 def test_real_floors_without_a_frame(sheets):
     train, test = sheets
-    floors = {k: (spearman(v, test.score), 100*relative_l2(v, test.score)) for k, v in floor_predictions(train, test).items() if k != 'constant mean'}
+    floors = {k: (spearman(v, test.score), 100*relative_l2(v, test.score)) for k, v in baseline_predictions(train, test).items() if k != 'constant mean'}
     assert floors['mean(score/difficulty) x difficulty'] == (pytest.approx(.5595, abs=5e-5), pytest.approx(2.067, abs=5e-4))
     assert floors['action-type mean'] == (pytest.approx(.5963, abs=5e-5), pytest.approx(2.004, abs=5e-4))
     assert 100*relative_l2(np.full(len(test), train.score.mean()), test.score) == pytest.approx(3.02, abs=5e-3)
@@ -125,10 +125,10 @@ def test_real_floors_without_a_frame(sheets):
 
 @pytest.mark.parametrize('setting, n, top, edges', [
     ('w/ DD', 67_562, 30, [0, .912, 1.5, 2.5, 3, 4.5, 6, 8.5, 30]), ('w/o DD', 560_211, 100, [0, 3.6, 7.35, 11.2, 15.7, 20.8, 27.2, 36.3, 100])])
-def test_real_intervals_are_those_of_the_literature(sheets, setting, n, top, edges):
+def test_real_intervals_are_those_of_the_literature(sheets, protocol, n, top, edges):
     from fspn_nb.models.heads import ScoreBins,pair_differences
     train = sheets[0]
-    labels, groups = (train.score/train.difficulty, train.difficulty.tolist()) if setting == 'w/ DD' else (train.score, None)
+    labels, groups = (train.score/train.difficulty, train.difficulty.tolist()) if protocol == 'w/ DD' else (train.score, None)
     assert len(pair_differences(labels.to_numpy(), groups)) == n
     bins = ScoreBins.fit_pairs(labels.to_numpy(), groups, top=top)
     assert np.allclose([0, *bins.hi[8:].tolist()], edges, atol=6e-4)
@@ -208,7 +208,7 @@ def test_round_trip(tmp_path):
     for s, (key, end, d) in zip(samples, dives):
         assert (s.uid, s.split) == (f'{key[0]:02d}/{key[1]}', 'test' if key == KEYS[-1] else 'train')
         assert (s.action, s.score, s.difficulty, s.judges) == (d.action.upper(), d.score, d.difficulty, d.judges)
-        assert (s.start_frame, s.end_frame, s.annotated) == (end-102, end, (end-len(d.labels)+1, end))
+        assert (s.start_frame, s.end_frame, s.stats) == (end-102, end, (end-len(d.labels)+1, end))
         assert [int(o[:-4]) for o in s.files] == list(range(end-102, end+1))
         assert [int(o[:-4]) for o in s.before] == [end-105, end-104, end-103]
         assert [int(o[:-4]) for o in s.after] == [n for n in (end+1, end+2, end+3) if n <= 401]
@@ -401,8 +401,8 @@ STRAY = { # entries that no dive can be blamed for
 @pytest.mark.parametrize('what', [*EDITS, *STRAY])
 def test_one_wrong_value(small, what):
     "Stops by default; with a list, it is named there and the other dives are read"
-    name, change, why, *stray = (EDITS | STRAY)[what]
-    edit(small, name, change)
+    name, override, why, *stray = (EDITS | STRAY)[what]
+    edit(small, name, override)
     with pytest.raises(ValueError, match=why) as e: read_mtl_aqa(small)
     assert len(str(e.value)) < 700 and '; ' in str(e.value)
     if what == 'no such rotation':

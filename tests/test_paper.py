@@ -16,7 +16,7 @@ KEY = {'II': 'blocks', 'III': 'heads'} # What tells the rows of a table apart; t
 UNTESTED = {'D-06': 'three meanings of one letter are words; which one runs is EvalCfg.exemplars',
             'D-10': 'Eq. 9 against its sentence: words; the block that runs is in 32_models.smt',
             'D-98': 'a caption against its sentence: words; figures name whatever predictions they are given'}
-IX = paper_table('IX').set_index(['setting', 'method'])
+IX = paper_table('IX').set_index(['protocol', 'method'])
 PAIR = ['rho', 'r_l2_x100']
 
 
@@ -28,7 +28,7 @@ def test_tables_are_whole(name, rows, total):
     assert df.rho.sum() == pytest.approx(total, abs=1e-9)
     assert df[PAIR].notna().all(axis=None) or name in ('X', 'XI')
     assert df.note.map(type).eq(str).all()
-    assert not df.duplicated(['setting', 'method'] if 'setting' in df else KEY.get(name, 'method')).any()
+    assert not df.duplicated(['protocol', 'method'] if 'protocol' in df else KEY.get(name, 'method')).any()
 
 
 def test_ablations_cell_by_cell():
@@ -67,8 +67,8 @@ def test_d02_usdl_with_dive_number_is_a_copy_of_the_baseline_without():
 
 def test_d02_the_ablation_mixes_two_settings():
     one = paper_table('I').set_index('method')[PAIR]
-    for method, setting, other in (('i3d_mlp', 'wo_dn', 'w_dn'), ('fspn', 'w_dn', 'wo_dn')):
-        assert np.allclose(one.loc[method], IX.loc[(setting, method), PAIR].astype(float), atol=6e-4)
+    for method, protocol, other in (('i3d_mlp', 'wo_dn', 'w_dn'), ('fspn', 'w_dn', 'wo_dn')):
+        assert np.allclose(one.loc[method], IX.loc[(protocol, method), PAIR].astype(float), atol=6e-4)
         assert not np.allclose(one.loc[method], IX.loc[(other, method), PAIR].astype(float), atol=6e-4)
 
 
@@ -126,7 +126,7 @@ def test_d07_without_the_square_no_error_of_table_nine_is_possible():
 
 def test_d11_no_rule_of_ours_can_pick_an_epoch_on_test():
     from fspn_nb.config import CHOICES
-    assert CHOICES['eval.epoch_rule'] == ('last', 'best_val')
+    assert CHOICES['eval.checkpoint_selection'] == ('last', 'best_val')
 
 
 def test_d12_one_stage_has_two_results():
@@ -221,7 +221,7 @@ def test_frames_are_fresh():
 
 def test_d08_fisher_reproduces_twelve_of_fifteen_averages():
     from fspn_nb.metrics import fisher_mean
-    x = paper_table('X').pivot(index='method', columns='setting', values='rho')
+    x = paper_table('X').pivot(index='method', columns='protocol', values='rho')
     classes = [o for o in x if o != 'average']
     whole = x.dropna()
     ours = whole[classes].apply(lambda r: fisher_mean(r.to_numpy()), axis=1)
@@ -233,7 +233,7 @@ def test_d08_fisher_reproduces_twelve_of_fifteen_averages():
 
 
 def test_d08_the_mean_error_of_fspn_is_not_what_is_printed():
-    x = paper_table('X').dropna(subset='r_l2_x100').pivot(index='method', columns='setting', values='r_l2_x100')
+    x = paper_table('X').dropna(subset='r_l2_x100').pivot(index='method', columns='protocol', values='r_l2_x100')
     off = (x.drop(columns='average').mean(axis=1)-x.average).abs() > .006
     assert off.index[off].tolist() == ['fspn']
 
@@ -248,7 +248,7 @@ def test_d56_one_pair_stands_in_both_blocks_of_table_eleven():
 def test_d57_errors_that_are_too_small_for_their_correlations():
     "MSE >= var (1-r^2), with the variance of the test scores over their range squared, x100, counted in the lists"
     var = dict(diving=3.68, gym_vault=4.31, ski_big_air=8.84, snowboard_big_air=7.68, sync_diving_3m=8.20, sync_diving_10m=11.24)
-    fspn = paper_table('X').query("method == 'fspn' and setting != 'average'").set_index('setting')
+    fspn = paper_table('X').query("method == 'fspn' and setting != 'average'").set_index('protocol')
     least = {k: np.sqrt(1-fspn.r_l2_x100[k]/v) for k, v in var.items()}
     doubt = [k for k in var if least[k]-fspn.rho[k] > .06]
     assert doubt == ['gym_vault', 'ski_big_air', 'snowboard_big_air'] and least['gym_vault'] == pytest.approx(.900, abs=1e-3)
@@ -265,15 +265,15 @@ def test_d56_fspn_with_difficulty_is_below_tpt_whose_row_is_missing():
 
 
 def test_d58_fspn_leads_one_class_and_ties_another():
-    x = paper_table('X').query("setting != 'average'").pivot(index='method', columns='setting', values='rho')
+    x = paper_table('X').query("setting != 'average'").pivot(index='method', columns='protocol', values='rho')
     best = x.max()
     assert [k for k in x if x[k]['fspn'] == best[k]] == ['snowboard_big_air', 'sync_diving_10m']
     assert x.index[x.sync_diving_10m == best.sync_diving_10m].tolist() == ['fspn', 'tpt']
 
 
 @pytest.mark.parametrize('method, setting, floor', [('fspn', 'diving', .901), ('fspn', 'sync_diving_3m', .985), ('fspn', 'sync_diving_10m', .940), ('i3d_mlp', 'diving', .883)])
-def test_d57_floors_of_the_other_cells(method, setting, floor):
+def test_d57_floors_of_the_other_cells(method, protocol, floor):
     var = dict(diving=3.68, sync_diving_3m=8.20, sync_diving_10m=11.24)
-    x = paper_table('X').set_index(['method', 'setting'])
-    assert np.sqrt(1-x.r_l2_x100[(method, setting)]/var[setting]) == pytest.approx(floor, abs=1e-3)
+    x = paper_table('X').set_index(['method', 'protocol'])
+    assert np.sqrt(1-x.r_l2_x100[(method, protocol)]/var[protocol]) == pytest.approx(floor, abs=1e-3)
     assert x.r_l2_x100[('c3d_svr', 'sync_diving_3m')] > var['sync_diving_3m'], 'worse than the mean'

@@ -4,10 +4,10 @@ import pandas as pd
 import pytest
 import torch
 
-from fspn_nb.analysis.parse_quality import (FIELD,chance,constant_cuts,landscape,parse_floors,parse_quality,
-    parse_table,runs_frame,seed_means,sound_cuts)
+from fspn_nb.analysis.parse_quality import (MEAN_TRANSITIONS,random_transitions,constant_cuts,constant_iou_grid,parse_floors,parse_quality,
+    parse_table,runs_frame,seed_means,valid_transitions)
 from fspn_nb.config import finediving,run_id,save_cfg
-from fspn_nb.data.clips import axis_of
+from fspn_nb.data.clips import frame_indices
 from fspn_nb.data.finediving import read_finediving
 from fspn_nb.data.records import steps_on_axis
 from fspn_nb.metrics import iou_hits,temporal_iou
@@ -48,7 +48,7 @@ def test_a_wild_prediction_counts_as_a_miss_and_a_missing_one_is_an_error(true):
     df.loc[:9, ['pred_1', 'pred_2']] = 90, 5
     assert parse_quality(df, n=0)['tiou'] == pytest.approx(1-10/len(true))
     df.loc[0, 'pred_1'] = np.inf
-    with pytest.raises(ValueError, match='finite predicted cuts'): sound_cuts(df)
+    with pytest.raises(ValueError, match='finite predicted cuts'): valid_transitions(df)
 
 
 def test_interval_is_bca_over_videos(true):
@@ -69,22 +69,22 @@ def test_one_cut_has_distances_but_no_overlap(true):
 
 
 def test_landscape_knows_every_pair(true):
-    hill = landscape(true)
+    hill = constant_iou_grid(true)
     assert np.isnan(hill[np.tril_indices(96)]).all() and np.isfinite(hill[np.triu_indices(96, 1)]).all()
     a, b = constant_cuts(true)
     assert hill[a, b] == np.nanmax(hill) == pytest.approx(temporal_iou(np.tile([a, b], (len(true), 1)), true).mean())
 
 
 def test_chance_is_the_mean_of_the_landscape(true):
-    q = parse_quality(chance(true, 300, seed=1), n=0)
-    assert q['tiou'] == pytest.approx(np.nanmean(landscape(true)), abs=.002)
-    assert chance(true, 2).equals(chance(true, 2)) and not chance(true, 2).equals(chance(true, 2, seed=1))
-    assert (chance(true, 3).pred_1 < chance(true, 3).pred_2).all()
+    q = parse_quality(random_transitions(true, 300, seed=1), n=0)
+    assert q['tiou'] == pytest.approx(np.nanmean(constant_iou_grid(true)), abs=.002)
+    assert random_transitions(true, 2).equals(random_transitions(true, 2)) and not random_transitions(true, 2).equals(random_transitions(true, 2, seed=1))
+    assert (random_transitions(true, 3).pred_1 < random_transitions(true, 3).pred_2).all()
 
 
 def test_floors_without_training_dives_learn_nothing(true):
     rows = parse_floors(frame(true, true), n=0)
-    assert rows.label.tolist() == [f'constant {FIELD}', 'chance'] and (rows.n == len(true)).all()
+    assert rows.label.tolist() == [f'constant {MEAN_TRANSITIONS}', 'chance'] and (rows.n == len(true)).all()
 
 
 def write(root, cfg, df):
@@ -95,9 +95,9 @@ def write(root, cfg, df):
 
 def test_table_of_runs_from_folders_and_from_a_grid(tmp_path, true):
     names = [write(tmp_path, finediving('smoke', seed=s), frame([29+s, 62], true)) for s in (0, 1)]
-    names.append(write(tmp_path, finediving('smoke', model__gc=False), frame(true, true)))
+    names.append(write(tmp_path, finediving('smoke', model__use_gc=False), frame(true, true)))
     table = parse_table(names, tmp_path, true[:50], n=0)
-    assert table.label.tolist()[:3] == ['fspn w_dn', 'fspn w_dn', 'fspn w_dn, gc=False'] and table.label[5] == 'chance' and len(table) == 6
+    assert table.label.tolist()[:3] == ['fspn w_dn', 'fspn w_dn', 'fspn w_dn, use_gc=False'] and table.label[5] == 'chance' and len(table) == 6
     means = seed_means(table)
     assert means.label.tolist() == list(dict.fromkeys(table.label)) and means.seeds.tolist() == [2, 1, 0, 0, 0]
     grid = pd.DataFrame(dict(table='beyond', row=['full', 'full', 'no contrast', 'S = 5'], seed=[0, 1, 0, 0], run=[*names, '']))
@@ -120,12 +120,12 @@ def test_order_of_rows_does_not_matter_but_the_dives_do(tmp_path, true):
 def real(shared):
     "True cuts of FineDiving's dives on 96 frames, which of them are test dives, and the samples"
     dives = read_finediving(None, shared('data', 'finediving', 'Annotations'))
-    return np.array([steps_on_axis(o, axis_of(o)) for o in dives], float), np.array([o.split == 'test' for o in dives]), dives
+    return np.array([steps_on_axis(o, frame_indices(o)) for o in dives], float), np.array([o.split == 'test' for o in dives]), dives
 
 
 def test_real_constant_is_hard_to_beat(real):
     cuts, test, _ = real
-    q = parse_quality(frame(FIELD, cuts[test]), n=300)
+    q = parse_quality(frame(MEAN_TRANSITIONS, cuts[test]), n=300)
     assert (q['n'], q['left_out']) == (749, 0)
     assert (q['hit_50'], q['hit_75'], q['tiou']) == pytest.approx((78.50, 32.44, .6477), abs=.01)
     assert q['hit_50'] < 82.51 and q['hit_75'] < 34.31 # TSA's, trained on step labels
@@ -134,7 +134,7 @@ def test_real_constant_is_hard_to_beat(real):
 
 def test_real_learnt_constant_and_chance(real):
     cuts, test, _ = real
-    rows = parse_floors(frame(FIELD, cuts[test]), cuts[~test], n=0).set_index('label')
+    rows = parse_floors(frame(MEAN_TRANSITIONS, cuts[test]), cuts[~test], n=0).set_index('label')
     assert rows.loc['best constant (26, 63)', ['tiou', 'hit_50', 'hit_75']].tolist() == pytest.approx([.6546, 80.77, 32.18], abs=.01)
     assert rows.tiou['chance'] == pytest.approx(.302, abs=.003)
     assert tuple(cuts[~test].mean(0).round()) == (29, 62)

@@ -10,11 +10,11 @@ from fspn_nb.config import ModelCfg
 from fspn_nb.core import Batch
 from fspn_nb.models.heads import ScoreBins
 from fspn_nb.peers.baselines import I3DLSTM
-from fspn_nb.peers.core_tree import CoRe,Tree,build_core_tree,leaf_losses,scale_end
+from fspn_nb.peers.core_tree import CoRe,Tree,build_core_tree,leaf_losses,score_range
 from fspn_nb.peers.usdl import LabelBins,MUSDL,USDL,build_musdl,panel_sum
 from fspn_nb.zoo import check_model,create_model,list_models,random_batch
 
-PEERS = ['usdl', 'musdl', 'core_tree', 'i3d_clip_mlp', 'i3d_lstm', 'i3d_avg', 'i3d_svr']
+BASELINES = ['usdl', 'musdl', 'core_tree', 'i3d_clip_mlp', 'i3d_lstm', 'i3d_avg', 'i3d_svr']
 ALL = list_models()
 count = lambda m: sum(p.numel() for p in m.parameters())
 
@@ -26,7 +26,7 @@ def made(name, seed=0, labels=None, **cfg):
 
 
 def test_the_zoo_lists_them():
-    assert {*PEERS, 'i3d_mlp', 'tsa', 'tsa_net', 'tpt', 'hgcn', 'fspn', 'fspn_m', 'fspn_s'} == set(ALL)
+    assert {*BASELINES, 'i3d_mlp', 'tsa', 'tsa_net', 'tpt', 'hgcn', 'fspn', 'fspn_m', 'fspn_s'} == set(ALL)
 
 
 def test_sizes_of_the_released_heads():
@@ -76,7 +76,7 @@ def sixteen(seed=0):
     return replace(batch, exemplar=Batch(scene[order], scene[order], label[order], dd, judges=marks[order]))
 
 
-@pytest.mark.parametrize('name', PEERS)
+@pytest.mark.parametrize('name', BASELINES)
 def test_sixteen_dives_can_be_learnt(name):
     batch = sixteen()
     model = made(name, labels=batch.label, decode='expected').train()
@@ -92,7 +92,7 @@ def test_sixteen_dives_can_be_learnt(name):
     assert (score-batch.label).abs().mean() < 6
 
 
-@pytest.mark.parametrize('name', PEERS)
+@pytest.mark.parametrize('name', BASELINES)
 def test_what_is_missing_is_named(name):
     model, batch = made(name).train(), random_batch()
     for field in (*model.needs, *getattr(model, 'trains_on', ('label',)), *['exemplar']*model.uses_exemplar):
@@ -161,7 +161,7 @@ def test_core_counts_both_directions_and_leaves_out_what_is_nowhere():
 @pytest.mark.parametrize('labels, theta', [([0., 29.], 30.), ([0., 30.5], 100.), ([0., 104.5], 100.)])
 def test_cores_scale(labels, theta):
     model = build_core_tree(ModelCfg(), [*labels, 15., 20.])
-    assert scale_end(labels) == theta and model.theta == theta and model.bins.hi[-1] == theta and model.bins.lo[0] == -theta
+    assert score_range(labels) == theta and model.theta == theta and model.bins.hi[-1] == theta and model.bins.lo[0] == -theta
 
 
 def test_core_refuses_what_it_cannot_be():

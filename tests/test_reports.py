@@ -12,7 +12,7 @@ import pytest
 
 from fspn_nb.analysis.runs import average_seeds,collect,read_predictions,read_run
 from fspn_nb.core import write_json
-from fspn_nb.metrics import score_floors,summarise
+from fspn_nb.metrics import score_baselines,summarise
 from fspn_nb.report import figures,tables
 from fspn_nb.report.figures import plot_cs,plot_parse,plot_scatter,plot_table,save_figure
 from fspn_nb.report.tables import caption,ours_vs_paper,predictions_by_method,readable,save_table,to_md
@@ -33,12 +33,12 @@ def fake_predictions(seed, miss):
     return df, summarise(df.pred, df.true, n=60)
 
 
-def make_run(root, method='fspn', setting='w_dn', seed=0, miss=6., name=None, cfg=(), **changes):
+def make_run(root, method='fspn', protocol='w_dn', seed=0, miss=6., name=None, cfg=(), **changes):
     df, scores = fake_predictions(seed, miss)
-    folder = root/'finediving'/(name or f'{method}_{setting}_s{seed}')
-    meta = dict(method=method, setting=setting, seed=seed, mode='frozen', data='synthetic', epoch_rule='last', weights='rgb_scratch', preset='smoke', label='points')
+    folder = root/'finediving'/(name or f'{method}_{protocol}_s{seed}')
+    meta = dict(method=method, protocol=protocol, seed=seed, mode='frozen', data='synthetic', checkpoint_selection='last', weights='rgb_scratch', preset='smoke', label='points')
     write_json(folder/'metrics.json', scores|meta|changes)
-    write_json(folder/'config.json', dict(seed=seed, setting=setting, model=dict(name=method))|dict(cfg))
+    write_json(folder/'config.json', dict(seed=seed, protocol=protocol, model=dict(name=method))|dict(cfg))
     write_json(folder/'provenance.json', {})
     val = df[:4].assign(split='val')
     pd.concat([df, val]).to_csv(folder/'predictions.csv', index=False)
@@ -49,8 +49,8 @@ def make_run(root, method='fspn', setting='w_dn', seed=0, miss=6., name=None, cf
 def good(tmp_path_factory):
     root = tmp_path_factory.mktemp('reports')
     for method, miss in (('i3d_mlp', 9.), ('fspn', 5.)):
-        for setting in ('wo_dn', 'w_dn'):
-            for seed in (0, 1): make_run(root, method, setting, seed, miss)
+        for protocol in ('wo_dn', 'w_dn'):
+            for seed in (0, 1): make_run(root, method, protocol, seed, miss)
     return root
 
 
@@ -137,7 +137,7 @@ def test_a_constant_predictor_is_a_sound_run(tmp_path):
     edit('metrics.json', **summarise(test.pred, test.true, n=60))(folder)
     runs = collect(tmp_path, strict=True)
     assert np.isnan(runs.spearman.item())
-    shown = readable(ours_vs_paper('IX', runs)).set_index(['setting', 'method']).loc[('w/ DN', 'FSPN (Ours)')]
+    shown = readable(ours_vs_paper('IX', runs)).set_index(['protocol', 'method']).loc[('w/ DN', 'FSPN (Ours)')]
     assert shown['rho ours'] == '-' and shown['R x100 ours'] != '-'
 
 
@@ -148,7 +148,7 @@ def test_seeds_are_averaged_only_within_one_configuration(good, tmp_path):
     make_run(root, seed=8, name='tuned', mode='finetune')
     make_run(root, seed=9, name='true', data='real')
     means = average_seeds(collect(root))
-    fspn = means[(means.method == 'fspn') & (means.setting == 'w_dn')]
+    fspn = means[(means.method == 'fspn') & (means.protocol == 'w_dn')]
     assert sorted(fspn.seeds) == ['0,1', '7', '8', '9']
     table = ours_vs_paper('IX', collect(root))
     assert len(table) == 12+3 and {'data', 'mode', 'config'} <= set(readable(table).columns)
@@ -159,8 +159,8 @@ def test_seeds_are_averaged_only_within_one_configuration(good, tmp_path):
 
 def test_mean_interval_and_spread(good):
     runs = collect(good)
-    both = runs[(runs.method == 'fspn') & (runs.setting == 'wo_dn')].sort_values('seed')
-    row = ours_vs_paper('IX', runs).set_index(['setting', 'method']).loc[('wo_dn', 'fspn')]
+    both = runs[(runs.method == 'fspn') & (runs.protocol == 'wo_dn')].sort_values('seed')
+    row = ours_vs_paper('IX', runs).set_index(['protocol', 'method']).loc[('wo_dn', 'fspn')]
     assert row.rho == pytest.approx(both.spearman.mean()) and row.rho_sd == pytest.approx(both.spearman.std())
     assert (row.rho_lo, row.rho_hi) == tuple(both.iloc[0][['spearman_lo', 'spearman_hi']])
     assert row.r_l2_x100 == pytest.approx(100*both.relative_l2.mean()) and row.r_l2_x100_diff == pytest.approx(row.r_l2_x100-.413)
@@ -172,11 +172,11 @@ def test_rows_keep_the_papers_order(good, tmp_path):
     make_run(root, 'fspn_s', 'w_dn')
     make_run(root, 'fspn', 'w_dd', label='per_dd')
     s = sheet().rename(columns={'true': 'score'})
-    table = ours_vs_paper('IX', collect(root), score_floors(s, s, n=60))
-    assert table.setting.tolist() == ['wo_dn']*7+['w_dn']*8+['w_dd']*2
-    assert table[table.setting == 'wo_dn'].method.tolist() == ['usdl', 'musdl', 'core_tree', 'tsa', 'i3d_mlp', 'fspn', 'floor: constant mean']
+    table = ours_vs_paper('IX', collect(root), score_baselines(s, s, n=60))
+    assert table.protocol.tolist() == ['wo_dn']*7+['w_dn']*8+['w_dd']*2
+    assert table[table.protocol == 'wo_dn'].method.tolist() == ['usdl', 'musdl', 'core_tree', 'tsa', 'i3d_mlp', 'fspn', 'floor: constant mean']
     assert table.label[table.method == 'fspn_s'].item() == 'FSPN-S'
-    assert table.rho_paper[table.setting == 'w_dd'].isna().all()
+    assert table.rho_paper[table.protocol == 'w_dd'].isna().all()
     assert 'target' in readable(table).columns
 
 
@@ -237,7 +237,7 @@ def test_figures_are_byte_stable(preds, draw, tmp_path):
 @pytest.mark.parametrize('metric', ['rho', 'r_l2_x100'])
 def test_table_figure_with_and_without_runs(good, metric, tmp_path):
     s = sheet().rename(columns={'true': 'score'})
-    for runs, floors, word in ((collect(good), score_floors(s, s, n=60), 'synthetic data'), (collect(good)[:0], None, 'no finished run')):
+    for runs, floors, word in ((collect(good), score_baselines(s, s, n=60), 'synthetic data'), (collect(good)[:0], None, 'no finished run')):
         fig = plot_table(ours_vs_paper('IX', runs, floors), metric)
         assert fig.get_suptitle().endswith(word)
         save_figure(fig, tmp_path/'t.png')

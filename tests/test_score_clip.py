@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fspn_nb.config import recipe
+from fspn_nb.config import make_config
 from fspn_nb.data.video_io import encode_video
 from fspn_nb.evaluate import evaluate
 from fspn_nb.inspect import clip_report as p
@@ -26,7 +26,7 @@ from fspn_nb.train import fit
 from fspn_nb.training.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = dict(clip__size=32, weights='random', train__epochs=1, model__name='fspn_s', eval__exemplars=3)
+SMALL = dict(clip__size=32, weights='random', train__epochs=1, model__name='fspn_s', eval__num_exemplars=3)
 
 
 def film(n=24, h=48, w=64, seed=0):
@@ -57,7 +57,7 @@ def runs(tmp_path_factory):
     def get(dataset='finediving', **changes):
         key = (dataset, *changes.items())
         if key not in made:
-            cfg = recipe(dataset, 'smoke', **{**dict(synth__n_train=6, synth__n_test=4), **SMALL, **changes})
+            cfg = make_config(dataset, 'smoke', **{**dict(synthetic__n_train=6, synthetic__n_test=4), **SMALL, **changes})
             data = prepare(cfg, 'cpu')
             run = fit(cfg, out, data=data)
             with warnings.catch_warnings():
@@ -150,7 +150,7 @@ def test_kept_frames(dataset, frames, n):
 def fake(root, name, age, weights=True, **changes):
     "A folder that looks like a finished run"
     from fspn_nb.config import save_cfg
-    cfg = recipe(changes.pop('dataset', 'finediving'), 'smoke', **changes)
+    cfg = make_config(changes.pop('dataset', 'finediving'), 'smoke', **changes)
     run = root/cfg.dataset/name
     save_cfg(cfg, run/'config.json')
     (run/'metrics.json').write_text('{}')
@@ -161,15 +161,15 @@ def fake(root, name, age, weights=True, **changes):
 
 
 def test_newest_run_that_suits_the_clip(tmp_path):
-    a, b, c = (fake(tmp_path, f'fspn-{s}', age, setting=s) for s, age in (('wo_dn', 30), ('w_dn', 20), ('w_dd', 10)))
+    a, b, c = (fake(tmp_path, f'fspn-{s}', age, protocol=s) for s, age in (('wo_dn', 30), ('w_dn', 20), ('w_dd', 10)))
     fake(tmp_path, 'fspn-none', 0, weights=False); fake(tmp_path, 'i3d_mlp-x', 0, model__name='i3d_mlp')
     (tmp_path/'finediving'/'fspn-broken').mkdir(); (tmp_path/'finediving'/'fspn-broken'/'config.json').write_text('{"x')
     assert find_run(tmp_path) == a
     assert find_run(tmp_path, action='407c') == b
     assert find_run(tmp_path, action='407c', difficulty=3.2) == find_run(tmp_path/'no', tmp_path, action='407c', difficulty=3.2) == c
-    vault = fake(tmp_path, 'fspn-vault', 0, dataset='aqa7', setting='gym_vault')
+    vault = fake(tmp_path, 'fspn-vault', 0, dataset='aqa7', protocol='gym_vault')
     assert find_run(tmp_path) == a and find_run(tmp_path, action='gym_vault') == vault
-    unfinished = fake(tmp_path, 'fspn-new', 0, setting='wo_dn')
+    unfinished = fake(tmp_path, 'fspn-new', 0, protocol='wo_dn')
     (unfinished/'metrics.json').unlink()
     assert find_run(tmp_path) == a
 
@@ -193,7 +193,7 @@ def test_damaged_run(tmp_path, runs):
 
 def test_a_test_dive_gets_the_score_of_its_test(runs, tmp_path):
     "All of the way: frames from JPEGs, boxes from a table, the voters of the release"
-    run, data = runs(setting='wo_dn', synth__n_train=3, eval__exemplars=9) # all three vote, whatever the draw
+    run, data = runs(protocol='wo_dn', synthetic__n_train=3, eval__num_exemplars=9) # all three vote, whatever the draw
     table = pd.read_csv(run/'predictions.csv').set_index('uid')
     truth = pd.read_csv(data.release.root/'truth'/'boxes.csv', dtype={'uid': str})
     for i in data.parts['test']:
@@ -205,7 +205,7 @@ def test_a_test_dive_gets_the_score_of_its_test(runs, tmp_path):
 
 
 def test_points_need_the_difficulty(runs):
-    run, data = runs(setting='w_dd')
+    run, data = runs(protocol='w_dd')
     clip = made_up()
     known, unknown = (score_clip(replace(clip, difficulty=d), run, 'cpu') for d in (clip.difficulty, None))
     assert (known.unit, unknown.unit) == ('points', 'points per difficulty')
@@ -216,7 +216,7 @@ def test_points_need_the_difficulty(runs):
 
 
 def test_voters_come_from_training_and_from_the_group(runs):
-    run, data = runs(setting='w_dn')
+    run, data = runs(protocol='w_dn')
     opened, clip = open_run(run, 'cpu'), made_up()
     kinds = {data.release.samples[i].action for i in data.parts['train']}
     for kind in kinds:
@@ -227,12 +227,12 @@ def test_voters_come_from_training_and_from_the_group(runs):
     assert 'has action 9999z' in pick_voters(opened, replace(clip, action='9999z'), 10)[1]
 
 
-@pytest.mark.parametrize('dataset, changes', [('mtl_aqa', dict(setting='w_dd', synth__n_train=5)), ('aqa7', dict(setting='gym_vault', synth__n_train=4)), ('finediving', dict(model__name='i3d_mlp')),
-                                              ('finediving', dict(model__actor=False)), ('finediving', dict(model__pairing='absolute')), ('finediving', dict(model__iap=False, model__gc=False)),
+@pytest.mark.parametrize('dataset, changes', [('mtl_aqa', dict(protocol='w_dd', synthetic__n_train=5)), ('aqa7', dict(protocol='gym_vault', synthetic__n_train=4)), ('finediving', dict(model__name='i3d_mlp')),
+                                              ('finediving', dict(model__use_actor=False)), ('finediving', dict(model__pairing='absolute')), ('finediving', dict(model__use_iap=False, model__use_gc=False)),
                                               ('finediving', dict(actor__source='none')), ('finediving', dict(train__backbone='finetune', model__adapter=False))])
 def test_every_kind_of_run_gives_a_page(runs, tmp_path, dataset, changes):
     run, data = runs(dataset, **changes)
-    v = score_clip(made_up(dataset, data.cfg.setting), run, 'cpu')
+    v = score_clip(made_up(dataset, data.cfg.protocol), run, 'cpu')
     assert np.isfinite(v.score) and len(v.votes) == len(v.voters) and v.drawn_only
     files = p.write_report(v, tmp_path)
     text = files[-1].read_text(encoding='utf-8')

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from fspn_nb.analysis.significance import coverage,holm,paired_ci,paired_test,per_epoch,picking,seed_mean_ci
+from fspn_nb.analysis.significance import coverage,holm,paired_ci,paired_test,per_epoch,epoch_selection,seed_mean_ci
 from fspn_nb.metrics import bca,bootstrap_ci,on_rows,relative_l2,spearman,summarise
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -257,7 +257,7 @@ def _watched(rhos, split='test', true=(0, 10, 20, 30.)):
 
 def test_picking_by_hand():
     w = pd.concat([_watched([-1, 1, .8]), _watched([.8, -1, .8], 'val')])
-    row = picking(w).iloc[0]
+    row = epoch_selection(w).iloc[0]
     assert (row.epoch_last, row.epoch_val, row.epoch_best_rho, row.epoch_best_r) == (30, 10, 20, 20) # the earlier of two equals on validation
     assert (row.rho_last, row.rho_val, row.rho_test) == pytest.approx((.8, -1, 1))
     assert (row.r_last, row.r_test) == pytest.approx((100*2*(10/30)**2/4, 0)) and row.r_val == pytest.approx(100*(2*1+2/9)/4)
@@ -267,23 +267,23 @@ def test_picking_by_hand():
 def test_each_metric_has_its_own_best_epoch():
     w = _watched([1, .8])
     w.loc[w.epoch == 10, 'pred'] += 40 # perfect order, far off
-    row = picking(w).iloc[0]
+    row = epoch_selection(w).iloc[0]
     assert (row.epoch_best_rho, row.epoch_best_r) == (10, 20) and row.worth_r == 0 and row.worth_rho == pytest.approx(.2)
 
 
 def test_constant_epochs_are_passed_over():
-    row = picking(pd.concat([_watched([None, .8, None]), _watched([None, None, None], 'val')])).iloc[0]
+    row = epoch_selection(pd.concat([_watched([None, .8, None]), _watched([None, None, None], 'val')])).iloc[0]
     assert row.epoch_best_rho == 20 and np.isnan([row.rho_last, row.worth_rho, row.rho_val, row.epoch_val]).all() and np.isfinite(row.worth_r)
-    assert np.isnan(picking(_watched([None])).iloc[0].rho_test)
-    assert np.isnan(picking(_watched([1], true=(5., 5, 5, 5))).iloc[0][['rho_last', 'r_last', 'worth_r']].astype(float)).all()
+    assert np.isnan(epoch_selection(_watched([None])).iloc[0].rho_test)
+    assert np.isnan(epoch_selection(_watched([1], true=(5., 5, 5, 5))).iloc[0][['rho_last', 'r_last', 'worth_r']].astype(float)).all()
 
 
 def test_rows_may_come_in_any_order_and_methods_apart():
     w = pd.concat([_watched([-1, 1, .8]), _watched([.8, -1, .8], 'val')])
     both = pd.concat([w, w.assign(method='k', pred=w.pred+1), w.assign(seed=1)])
-    got = picking(both.sample(frac=1, random_state=0))
+    got = epoch_selection(both.sample(frac=1, random_state=0))
     assert got[['method', 'seed']].values.tolist() == [['k', 0], ['m', 0], ['m', 1]]
-    pd.testing.assert_series_equal(got.iloc[1], picking(w).iloc[0], check_names=False)
+    pd.testing.assert_series_equal(got.iloc[1], epoch_selection(w).iloc[0], check_names=False)
     assert len(per_epoch(both)) == 18
 
 
@@ -291,7 +291,7 @@ def test_rows_may_come_in_any_order_and_methods_apart():
                                          (lambda w: pd.concat([w, w]), 'got 24 more'), (lambda w: w.assign(pred=np.nan), 'need finite scores')])
 def test_watched_rows_are_checked(spoil, word):
     w = pd.concat([_watched([-1, 1, .8]), _watched([.8, -1, .8], 'val')])
-    with pytest.raises(ValueError, match=word): picking(spoil(w))
+    with pytest.raises(ValueError, match=word): epoch_selection(spoil(w))
 
 
 # ---- coverage

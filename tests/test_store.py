@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from fspn_nb.actor.boxes import boxes_of
+from fspn_nb.actor.boxes import load_actor_boxes
 from fspn_nb.batches import frame_store as S,store_source as stored
 from fspn_nb.batches.dataset import load_samples
-from fspn_nb.batches.sources import ClipSource
-from fspn_nb.batches.store_source import StoreSource,choose_source,draw_view
-from fspn_nb.config import change,recipe
+from fspn_nb.batches.sources import ClipDataset
+from fspn_nb.batches.store_source import CachedDataset,choose_source,sample_augmentation
+from fspn_nb.config import override,make_config
 
 
 @pytest.fixture(scope='module')
 def release():
-    cfg = recipe('finediving', 'smoke', train__flip=.5)
+    cfg = make_config('finediving', 'smoke', train__flip_prob=.5)
     made = load_samples(cfg)
-    return cfg,made.samples[:3],boxes_of(made, cfg.actor)[1]
+    return cfg,made.samples[:3],load_actor_boxes(made, cfg.actor)[1]
 
 
 @pytest.fixture(scope='module')
@@ -64,14 +64,14 @@ def rot(path, at):
 @pytest.mark.parametrize('orientation', ['correct', 'peer'])
 def test_same_clips_as_decoding(release, tmp_path, orientation):
     cfg,samples,boxes = release
-    cfg,samples = change(cfg, clip__orientation=orientation),samples[:2]
-    plain,stored = ClipSource(samples, cfg, boxes),StoreSource(S.build_store(samples, cfg, boxes, tmp_path))
+    cfg,samples = override(cfg, clip__orientation=orientation),samples[:2]
+    plain,stored = ClipDataset(samples, cfg, boxes),CachedDataset(S.build_store(samples, cfg, boxes, tmp_path))
     ids,flips = np.array([1,0]),set()
     for event in (None, *((e, 3) for e in range(4))):
         (s,a),(s0,a0) = plain.fetch(ids, event),stored.fetch(ids, event)
         assert torch.equal(s, s0)
         for i,x,y in zip(ids, a, a0):
-            flip = draw_view(cfg, event, int(i))[0]
+            flip = sample_augmentation(cfg, event, int(i))[0]
             flips.add(flip)
             apart = (x.int()-y.int()).abs()
             assert apart.max() <= int(flip) and (apart > 0).float().mean() < 1e-3
@@ -81,7 +81,7 @@ def test_same_clips_as_decoding(release, tmp_path, orientation):
 def test_without_boxes_the_scene_plays_the_actor(release, tmp_path):
     cfg,samples,boxes = release
     mixed = boxes | {samples[0].uid: None}
-    plain,stored = ClipSource(samples[:2], cfg, mixed),StoreSource(S.build_store(samples[:2], cfg, mixed, tmp_path))
+    plain,stored = ClipDataset(samples[:2], cfg, mixed),CachedDataset(S.build_store(samples[:2], cfg, mixed, tmp_path))
     for x,y in zip(plain.fetch(np.array([0,1])), stored.fetch(np.array([0,1]))): assert torch.equal(x, y)
     x,y = stored.fetch(np.array([0]), (1, 3))
     assert torch.equal(x, y)
@@ -152,7 +152,7 @@ def test_too_small_a_disk(release, tmp_path, monkeypatch, capsys):
     with pytest.raises(OSError, match='need 0.01 GB for the frames of 3 dives, got 0.00 GB free.*ClipSource'): S.build_store(samples, cfg, boxes, tmp_path)
     assert not list(tmp_path.iterdir())
     assert 'MB to be written' in capsys.readouterr().out # said before
-    assert type(choose_source(samples, cfg, boxes, tmp_path)) is ClipSource
+    assert type(choose_source(samples, cfg, boxes, tmp_path)) is ClipDataset
     assert 'the disk is too small' in capsys.readouterr().out
 
 
@@ -161,7 +161,7 @@ def test_memory_or_map(release, made, monkeypatch, capsys):
     folder = made.paths[0].parent
     for free,said in ((10**12, 'held in memory'), (10**6, 'mapped from disk')):
         monkeypatch.setattr(stored, 'free_memory', lambda: free)
-        assert type(choose_source(samples, cfg, boxes, folder)) is StoreSource
+        assert type(choose_source(samples, cfg, boxes, folder)) is CachedDataset
         assert said in capsys.readouterr().out
 
 

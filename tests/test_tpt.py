@@ -12,8 +12,8 @@ from fspn_nb.analysis.complexity import flops_of
 from fspn_nb.config import ModelCfg
 from fspn_nb.core import Batch
 from fspn_nb.models.heads import ScoreBins
-from fspn_nb.peers.core_tree import read_difference
-from fspn_nb.peers.tpt import PairHead,PartAttention,PartDecoder,TPT,build_tpt,centres,free_range,order_hinge,spread
+from fspn_nb.peers.core_tree import decode_difference
+from fspn_nb.peers.tpt import PairHead,PartAttention,PartDecoder,TPT,build_tpt,centres,free_range,ranking_hinge,spread
 
 count = lambda m: sum(p.numel() for p in m.parameters())
 LABELS = torch.linspace(0, 100, 101)
@@ -123,12 +123,12 @@ def test_the_hinge_never_vanishes_for_the_released_setting():
     opt = torch.optim.Adam([free], lr=.02)
     for _ in range(200):
         c = 1+19*free.softmax(0).cumsum(0)[:5]
-        loss = order_hinge(c)
+        loss = ranking_hinge(c)
         opt.zero_grad(); loss.backward(); opt.step()
     assert loss.item() == pytest.approx(.2, abs=1e-3)
     lots = 1+19*torch.rand(20_000, 5, generator=torch.Generator().manual_seed(0)).sort(-1).values
-    assert order_hinge(lots).min() >= .2 and order_hinge(lots, margin=3.1).min() >= 0
-    assert order_hinge(1+19/6*torch.arange(1., 6), margin=19/6-1e-4) == 0
+    assert ranking_hinge(lots).min() >= .2 and ranking_hinge(lots, margin=3.1).min() >= 0
+    assert ranking_hinge(1+19/6*torch.arange(1., 6), margin=19/6-1e-4) == 0
 
 
 @pytest.mark.parametrize('parts, margin', [(5, 3.2), (5, 2.), (7, 2.), (3, 5.)])
@@ -137,7 +137,7 @@ def test_free_range_is_where_the_hinge_is_lowest(parts, margin):
     def best(k, at):
         "The hinge with centre k held at `at` and the others spread evenly on either side"
         c = [*np.linspace(1, at, k+2)[1:], *np.linspace(at, 20, parts-k+1)[1:-1]]
-        return order_hinge(torch.tensor(c).float(), margin=margin).item()
+        return ranking_hinge(torch.tensor(c).float(), margin=margin).item()
     for k, (lo, hi) in enumerate(room.tolist()):
         for at in (lo, (lo+hi)/2, hi): assert best(k, at) == pytest.approx(floor, abs=1e-4)
         for at in (lo-.5, hi+.5): assert best(k, at) > floor+.3
@@ -148,7 +148,7 @@ def test_centres_and_spread_by_hand():
     two[0, 0, 3] = 1
     two[0, 1, [9, 19]] = .5
     assert torch.equal(centres(two), torch.tensor([[4., 15.]])) and spread(two).item() == 2.5
-    assert order_hinge(centres(two), margin=4.).item() == 1. # 3 before the first, 11 between, 5 behind
+    assert ranking_hinge(centres(two), margin=4.).item() == 1. # 3 before the first, 11 between, 5 behind
 
 
 def test_attention_is_over_time_and_has_no_code_of_position():
@@ -187,7 +187,7 @@ def test_reading_agrees_with_the_bins():
     y = torch.linspace(-90, 90, 181)
     index, at = bins.encode(y)
     sure = torch.where(torch.nn.functional.one_hot(index, 16).bool(), 0., -60.)
-    for how in ('argmax', 'expected'): assert torch.allclose(read_difference(sure, at[:, None].expand(-1, 16), bins, how), y, atol=1e-3)
+    for how in ('argmax', 'expected'): assert torch.allclose(decode_difference(sure, at[:, None].expand(-1, 16), bins, how), y, atol=1e-3)
 
 
 def test_dropout_is_for_training_only():

@@ -12,14 +12,14 @@ import pandas as pd
 import pytest
 import torch
 
-from fspn_nb.batches.sources import ClipSource
-from fspn_nb.config import change,finediving,run_id,save_cfg
+from fspn_nb.batches.sources import ClipDataset
+from fspn_nb.config import override,finediving,run_id,save_cfg
 from fspn_nb.evaluate import evaluate
 from fspn_nb.train import fit
 from fspn_nb.training.checkpoint import load_ckpt,newest_ckpt
 from fspn_nb.training.prepare import prepare
 
-SMALL = dict(synth__n_train=6, synth__n_test=4)
+SMALL = dict(synthetic__n_train=6, synthetic__n_test=4)
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -56,7 +56,7 @@ def wait_for(run, cfg, epoch):
         time.sleep(.02)
 
 
-LONG = finediving('smoke', **SMALL, model__name='fspn_s', train__epochs=60, train__batch=2, model__dropout=.3)
+LONG = finediving('smoke', **SMALL, model__name='fspn_s', train__epochs=60, train__batch_size=2, model__dropout=.3)
 
 
 @pytest.fixture(scope='session')
@@ -132,17 +132,17 @@ TINY = dict(clip__size=32, clip__starts=(0,40), model__clips=2, weights='random'
 
 
 def test_exemplars_of_the_batch(release, tmp_path):
-    data = prepare(finediving('smoke', **SMALL, setting='wo_dn', model__name='fspn_s', train__in_batch=True, **TINY), 'cpu')
+    data = prepare(finediving('smoke', **SMALL, protocol='wo_dn', model__name='fspn_s', train__in_batch_exemplars=True, **TINY), 'cpu')
     seen,fetch = [],data.source.fetch
     data.source.fetch = lambda ids, event=None: (seen.append(len(ids)), fetch(ids, event))[1]
     fit(data.cfg, tmp_path, 'cpu', data)
     assert sum(seen) == 6, 'each training dive goes through the backbone once'
-    assert run_id(data.cfg) != run_id(change(data.cfg, train__in_batch=False))
+    assert run_id(data.cfg) != run_id(override(data.cfg, train__in_batch_exemplars=False))
 
 
 def test_clips_in_small_portions_change_nothing(release, tmp_path):
     base = finediving('smoke', **SMALL, model__name='i3d_mlp', **TINY)
-    logs = [pd.read_csv(fit(change(base, train__micro=m), tmp_path, 'cpu')/'log.csv').total[0] for m in (0, 3)]
+    logs = [pd.read_csv(fit(override(base, train__micro_batch=m), tmp_path, 'cpu')/'log.csv').total[0] for m in (0, 3)]
     assert logs[0] == pytest.approx(logs[1], rel=1e-5)
 
 
@@ -165,8 +165,8 @@ def test_two_processes_are_one(release, tmp_path):
 
 
 def test_several_processes_want_a_backbone_to_train(release, tmp_path):
-    from fspn_nb.training.distributed import Crew
-    with pytest.raises(ValueError, match="need train.backbone='finetune' for 2 processes"): fit(finediving('smoke', **SMALL), tmp_path, 'cpu', crew=Crew(0, 2))
+    from fspn_nb.training.distributed import DistributedContext
+    with pytest.raises(ValueError, match="need train.backbone='finetune' for 2 processes"): fit(finediving('smoke', **SMALL), tmp_path, 'cpu', dist=DistributedContext(0, 2))
 
 
 def test_evaluation_repeats_itself(release, tmp_path):
@@ -177,18 +177,18 @@ def test_evaluation_repeats_itself(release, tmp_path):
     assert first['n'] == 4 and first['data'] == 'synthetic'
 
 
-@pytest.mark.parametrize('setting', ['wo_dn','w_dn','w_dd'])
+@pytest.mark.parametrize('protocol', ['wo_dn','w_dn','w_dd'])
 @pytest.mark.parametrize('method', ['i3d_mlp','fspn_s'])
-def test_every_setting(release, tmp_path, method, setting):
-    run = fit(finediving('smoke', **SMALL, model__name=method, setting=setting, train__epochs=1), tmp_path, 'cpu')
+def test_every_setting(release, tmp_path, method, protocol):
+    run = fit(finediving('smoke', **SMALL, model__name=method, protocol=protocol, train__epochs=1), tmp_path, 'cpu')
     m = evaluate(run, device='cpu')
-    assert (m['method'], m['setting']) == (method, setting)
+    assert (m['method'], m['protocol']) == (method, protocol)
     assert json.loads((run/'provenance.json').read_text())['data'] == 'synthetic'
 
 
 def test_finetune_mode_trains_the_backbone(release, tmp_path):
-    clip = dict(clip__size=32, clip__starts=(0,40), model__clips=2, synth__n_train=6, synth__n_test=4, weights='random')
-    cfg = finediving('smoke', **clip, train__backbone='finetune', model__adapter=False, model__name='fspn_s', train__epochs=1, train__batch=2)
+    clip = dict(clip__size=32, clip__starts=(0,40), model__clips=2, synthetic__n_train=6, synthetic__n_test=4, weights='random')
+    cfg = finediving('smoke', **clip, train__backbone='finetune', model__adapter=False, model__name='fspn_s', train__epochs=1, train__batch_size=2)
     run = fit(cfg, tmp_path, 'cpu')
     w = weights(run)
     before = prepare(cfg, 'cpu').backbone
@@ -200,10 +200,10 @@ def test_finetune_mode_trains_the_backbone(release, tmp_path):
 
 
 def test_finetune_results_do_not_depend_on_workers(release, tmp_path):
-    base = finediving('smoke', **SMALL, model__name='fspn_s', train__jitter=1, **TINY) # a window that moves is decoded anew each time
+    base = finediving('smoke', **SMALL, model__name='fspn_s', train__temporal_jitter=1, **TINY) # a window that moves is decoded anew each time
     runs = []
     for n in (0,1,4):
-        data = prepare(change(base, train__workers=n), 'cpu')
+        data = prepare(override(base, train__workers=n), 'cpu')
         assert type(data.source).__name__ == 'ClipSource' and bool(data.source.pool) == (n > 0)
         runs.append(fit(data.cfg, tmp_path, 'cpu', data))
         evaluate(runs[-1], data)
@@ -213,19 +213,19 @@ def test_finetune_results_do_not_depend_on_workers(release, tmp_path):
 
 
 def test_the_store_gives_what_decoding_gives(release, tmp_path):
-    base = finediving('smoke', **SMALL, model__name='i3d_mlp', train__flip=0., **TINY)
+    base = finediving('smoke', **SMALL, model__name='i3d_mlp', train__flip_prob=0., **TINY)
     kept = prepare(base, 'cpu')
-    decoded = replace(kept, source=ClipSource(kept.release.samples, base, kept.boxes[1]), backbone=prepare(base, 'cpu').backbone)
+    decoded = replace(kept, source=ClipDataset(kept.release.samples, base, kept.boxes[1]), backbone=prepare(base, 'cpu').backbone)
     assert type(kept.source).__name__ == 'StoreSource'
     a,b = (weights(fit(base, tmp_path/n, 'cpu', d)) for n,d in (('kept',kept), ('decoded',decoded)))
     assert same(a, b)
 
 
 def test_validation_is_cut_from_training(release, tmp_path):
-    cfg = finediving('smoke', **SMALL, train__val_share=.5, eval__epoch_rule='best_val', model__name='i3d_mlp')
+    cfg = finediving('smoke', **SMALL, train__val_fraction=.5, eval__checkpoint_selection='best_val', model__name='i3d_mlp')
     run = fit(cfg, tmp_path, 'cpu')
     assert (run/'best_val.pt').exists()
-    assert evaluate(run, device='cpu')['epoch_rule'] == 'best_val'
+    assert evaluate(run, device='cpu')['checkpoint_selection'] == 'best_val'
     splits = {line.split(',')[5] for line in (run/'predictions.csv').read_text().splitlines()[1:]}
     assert splits == {'test','val'}
 
@@ -236,7 +236,7 @@ def test_unwritable_out(tmp_path):
 
 
 @pytest.mark.parametrize('change_,error', [
-    (dict(model__name='resnet'), 'model.name must be one of'), (dict(setting='dn'), 'setting must be one of'), (dict(train__epochs=0), 'at least 1'),
+    (dict(model__name='resnet'), 'model.name must be one of'), (dict(protocol='dn'), 'setting must be one of'), (dict(train__epochs=0), 'at least 1'),
     (dict(data_root='/nowhere'), 'nowhere'), (dict(weights='nowhere.pth'), 'nowhere.pth')])
 def test_bad_input_before_training(tmp_path, change_, error):
     with pytest.raises((ValueError, FileNotFoundError), match=error): fit(finediving('smoke', **SMALL, **change_), tmp_path, 'cpu')
@@ -245,7 +245,7 @@ def test_bad_input_before_training(tmp_path, change_, error):
 def test_checkpoint_of_another_variant(release, tmp_path):
     cfg = finediving('smoke', **SMALL, model__name='i3d_mlp', train__epochs=1)
     run = fit(cfg, tmp_path, 'cpu')
-    other = change(cfg, seed=1)
+    other = override(cfg, seed=1)
     target = tmp_path/'finediving'/run_id(other)
     target.mkdir()
     (target/'last.pt').write_bytes((run/'last.pt').read_bytes())

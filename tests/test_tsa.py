@@ -10,8 +10,8 @@ from fspn_nb.analysis.complexity import flops_of
 from fspn_nb.config import ModelCfg
 from fspn_nb.core import Batch
 from fspn_nb.metrics import spearman,temporal_iou
-from fspn_nb.peers.tsa import (PSNet,StepContrast,StepReader,TSA,bands,build_tsa,check_steps,conv_pair,cut_loss,
-    from_cells,read_cuts,resample,roles,to_cells)
+from fspn_nb.peers.tsa import (PSNet,StepDecoder,StepPooling,TSA,bands,build_tsa,check_steps,conv_pair,transition_loss,
+    from_cells,predict_transitions,resample,swap_pairs,to_cells)
 from fspn_nb.zoo import MODELS,check_model,random_batch
 
 count = lambda m: sum(p.numel() for p in m.parameters())
@@ -46,7 +46,7 @@ def test_parameters_of_the_release():
 
 def test_operations_of_the_release():
     with torch.device('meta'):
-        net, contrast = PSNet(), StepContrast()
+        net, contrast = PSNet(), StepDecoder()
         assert flops_of(net, torch.empty(1, 9, 1024)) == pytest.approx(30.4e6, rel=.02)
         cells = flops_of(net.frames, torch.empty(16, 9, 1024))
         assert cells == pytest.approx(486e6, rel=.12) # the release also asks the head at each cell, and throws the answer away
@@ -66,7 +66,7 @@ def test_contract(cfg):
 def test_maps_of_any_size(h, w):
     model = made().eval()
     with torch.no_grad(): e = model.encode(Batch(torch.rand(2, 9, 1024), maps=torch.rand(2, 9, 1024, h, w)))
-    assert e.feature.shape == (2, 15*64*(1+h*w)) and roles(e.feature)[1].shape == (2, 3, 5*h*w, 64)
+    assert e.feature.shape == (2, 15*64*(1+h*w)) and swap_pairs(e.feature)[1].shape == (2, 3, 5*h*w, 64)
     assert e.extras['transitions'].shape == (2, 2) and e.extras['steps'].shape == (2, 96, 3) and torch.equal(e.extras['steps'].sum(-1), torch.ones(2, 96))
 
 
@@ -86,7 +86,7 @@ def test_windows_and_the_empty_first_step():
     logits[0, 47, 0] = logits[0, 48, 1] = 1 # the innermost frames
     logits[1, 48, 0] = logits[1, 47, 1] = 9 # each in the other's half
     logits[2, 0, 0] = logits[2, 95, 1] = 1
-    assert read_cuts(logits).tolist() == [[47, 48], [1, 48], [1, 95]]
+    assert predict_transitions(logits).tolist() == [[47, 48], [1, 48], [1, 95]]
 
 
 def test_segments_are_pytorchs_interpolation():
@@ -118,8 +118,8 @@ def test_a_change_in_one_cell_stays_there():
     cuts, scene = torch.tensor([[30, 70]]), torch.randn(1, 9, 1024)
     def touched(peer):
         torch.manual_seed(0)
-        reader = StepReader(peer_reshape=peer).eval()
-        with torch.no_grad(): one, two = (roles(reader(scene, m, cuts).feature)[1].view(15, 4, 64) for m in (a, b))
+        reader = StepPooling(peer_reshape=peer).eval()
+        with torch.no_grad(): one, two = (swap_pairs(reader(scene, m, cuts).feature)[1].view(15, 4, 64) for m in (a, b))
         return [not torch.allclose(one[:, i], two[:, i], atol=1e-5) for i in range(4)]
     assert touched(False) == [False, False, False, True] and all(touched(True))
 
@@ -134,15 +134,15 @@ def test_both_reshapes_train():
 def test_the_teacher_leaves_after_a_quarter():
     model = made(labels=torch.linspace(20, 100, 16))
     model.begin(200*282)
-    assert model.taught == 200*282//4
-    model = TSA(dim=64, taught=2, cfg=ModelCfg(heads=2)).train()
+    assert model.teacher_forcing == 200*282//4
+    model = TSA(dim=64, teacher_forcing=2, cfg=ModelCfg(heads=2)).train()
     batch, seen = small_batch(), []
     for _ in range(4): seen.append(torch.equal(model(batch).extras['transitions'], batch.steps))
     assert seen == [True, True, False, False] and model.passes == 4
     model.eval()(batch)
     model.encode(batch)
     assert model.passes == 4 # evaluation is no lesson
-    fresh = TSA(dim=64, taught=2, cfg=ModelCfg(heads=2)).eval()
+    fresh = TSA(dim=64, teacher_forcing=2, cfg=ModelCfg(heads=2)).eval()
     with torch.no_grad(): assert torch.equal(fresh(batch).extras['transitions'], fresh(replace(batch, steps=None)).extras['transitions']) # and sees no true cut
 
 
@@ -157,7 +157,7 @@ def test_losses_by_hand():
     steps, p = torch.cat([batch.steps, other.steps]), logits.sigmoid()
     hot = torch.zeros_like(p)
     for i, (a, b) in enumerate(steps.tolist()): hot[i, a, 0] = hot[i, b, 1] = 1
-    assert torch.isclose(out.losses['bce'], F.binary_cross_entropy(p, hot), atol=1e-5) and torch.isclose(cut_loss(logits, steps), out.losses['bce'], atol=1e-5)
+    assert torch.isclose(out.losses['bce'], F.binary_cross_entropy(p, hot), atol=1e-5) and torch.isclose(transition_loss(logits, steps), out.losses['bce'], atol=1e-5)
     assert all(torch.isclose(turned.losses[k], v, rtol=1e-4) for k, v in out.losses.items())
 
 
@@ -193,7 +193,7 @@ def test_bf16_is_close():
 def test_four_dives_are_learnt_by_heart():
     batch = replace(small_batch(dim=128), label=torch.tensor([40., 55., 70., 85.]))
     torch.manual_seed(0)
-    model = TSA(ModelCfg(heads=2), taught=20, dim=128).train()
+    model = TSA(ModelCfg(heads=2), teacher_forcing=20, dim=128).train()
     opt, first = torch.optim.Adam(model.parameters(), lr=3e-3), None
     for _ in range(40):
         out = model(batch)

@@ -8,20 +8,20 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fspn_nb.batches.dataset import Targets
+from fspn_nb.batches.dataset import Labels
 from fspn_nb.batches.frame_store import build_store,scene_size
-from fspn_nb.batches.sources import ClipSource,dive_boxes,make_batch,square_shares
-from fspn_nb.batches.store_source import StoreSource,draw_view
-from fspn_nb.config import CHOICES,ModelCfg,change,check,finediving
-from fspn_nb.core import Batch,counter_rng
+from fspn_nb.batches.sources import ClipDataset,dive_boxes,make_batch,normalized_boxes
+from fspn_nb.batches.store_source import CachedDataset,sample_augmentation
+from fspn_nb.config import CHOICES,ModelCfg,override,check,finediving
+from fspn_nb.core import Batch,rng_for
 from fspn_nb.data.clips import resize_crop
 from fspn_nb.data.records import Sample
 from fspn_nb.evaluate import evaluate
-from fspn_nb.experiments.session import Done
-from fspn_nb.experiments.variants import EXPERIMENTS,PEERS
+from fspn_nb.experiments.session import RunResult
+from fspn_nb.experiments.variants import EXPERIMENTS,BASELINES
 from fspn_nb.methods import FINETUNE_ONLY
 from fspn_nb.metrics import spearman
-from fspn_nb.models.i3d import I3D,to_input
+from fspn_nb.models.i3d import I3D,normalize_clip
 from fspn_nb.models.with_backbone import WithBackbone
 from fspn_nb.peers.tsa_net import TSANet,TubeAttention,build_tsa_net,tube_cells
 from fspn_nb.report.run_report import plot_first_parse
@@ -65,7 +65,7 @@ def test_a_fresh_block_leaves_i3d_as_it_was(kw):
     batch, net = random_batch(2, 2, exemplar=False, pixels=32), whole(awake=False, **kw).eval()
     with torch.no_grad():
         got = net.lift(batch).scene
-        want = net.backbone.features(to_input(batch.scene.flatten(0, 1))).mean((2, 3, 4)).unflatten(0, (2, 2))
+        want = net.backbone.features(normalize_clip(batch.scene.flatten(0, 1))).mean((2, 3, 4)).unflatten(0, (2, 2))
     assert torch.equal(got, want) or torch.allclose(got, want, atol=1e-6)
 
 
@@ -157,7 +157,7 @@ def test_weights_carry_everything(tmp_path):
 def test_frozen_is_refused_and_left_out_of_the_frozen_grid():
     with pytest.raises(ValueError, match="tsa_net works inside the backbone: need train.backbone='finetune', got 'frozen'"): check(finediving('smoke', model__name='tsa_net'))
     check(finediving('smoke', model__name='tsa_net', train__backbone='finetune'))
-    assert set(FINETUNE_ONLY) <= set(CHOICES['model.name']) and not set(FINETUNE_ONLY) & (set(PEERS)|set(EXPERIMENTS))
+    assert set(FINETUNE_ONLY) <= set(CHOICES['model.name']) and not set(FINETUNE_ONLY) & (set(BASELINES)|set(EXPERIMENTS))
 
 
 def film(folder, uid, hw=(72, 128), n=24, spare=3):
@@ -201,9 +201,9 @@ def check_places(scene, boxes, size):
 @pytest.mark.parametrize('orientation', ['correct', 'peer'])
 @pytest.mark.parametrize('jitter', [0, 3])
 def test_boxes_go_with_the_frames(tmp_path, orientation, jitter):
-    cfg, samples, boxes = films(tmp_path, train__flip=.5, clip__orientation=orientation, train__jitter=jitter)
-    source, ids = ClipSource(samples, cfg, boxes), np.array([1, 0])
-    sources = [source] if jitter else [source, StoreSource(build_store(samples, cfg, boxes, tmp_path/'store'), cfg)]
+    cfg, samples, boxes = films(tmp_path, train__flip_prob=.5, clip__orientation=orientation, train__temporal_jitter=jitter)
+    source, ids = ClipDataset(samples, cfg, boxes), np.array([1, 0])
+    sources = [source] if jitter else [source, CachedDataset(build_store(samples, cfg, boxes, tmp_path/'store'), cfg)]
     seen, flips = 0, set()
     for event in (None, *((e, 3) for e in range(5))):
         first = source.rest(ids, event)['boxes']
@@ -211,7 +211,7 @@ def test_boxes_go_with_the_frames(tmp_path, orientation, jitter):
             found = s.rest(ids, event)['boxes']
             assert found.shape == (2, 2, 16, 4) and torch.equal(found, first)
             seen += check_places(s.fetch(ids, event)[0], found, 64)
-        if not jitter: flips |= {draw_view(cfg, event, int(i))[0] for i in ids}
+        if not jitter: flips |= {sample_augmentation(cfg, event, int(i))[0] for i in ids}
     assert seen > 200 and (jitter or flips == {True, False})
 
 
@@ -219,7 +219,7 @@ def test_a_mirror_of_the_frames_is_a_mirror_of_the_boxes(tmp_path):
     cfg, samples, boxes = films(tmp_path)
     hw, b = (72, 128), boxes['v/0']
     for where in (.2, .5, .9):
-        plain, mirrored = (square_shares(np.stack([128-b[:, 2], b[:, 1], 128-b[:, 0], b[:, 3]], 1) if f else b, hw, cfg.clip, f, where) for f in (False, True))
+        plain, mirrored = (normalized_boxes(np.stack([128-b[:, 2], b[:, 1], 128-b[:, 0], b[:, 3]], 1) if f else b, hw, cfg.clip, f, where) for f in (False, True))
         assert torch.allclose(plain, mirrored, atol=1e-6), 'boxes mirrored twice are where they were'
 
 
@@ -231,24 +231,24 @@ def test_shares_know_the_shrunk_size(hw, orientation):
     assert resize_crop(torch.zeros(1, *hw, 3, dtype=torch.uint8), clip.size, orientation).shape[2:] == (clip.size, clip.size)
     top, left = round(.5*(tall-clip.size)), round(.5*(wide-clip.size))
     centre = torch.tensor([[left+10, top+20, left+30, top+40]])*torch.tensor([hw[1]/wide, hw[0]/tall]*2)
-    assert torch.allclose(square_shares(centre.numpy(), hw, clip)[0]*clip.size, torch.tensor([10., 20., 30., 40.]), atol=1e-3)
+    assert torch.allclose(normalized_boxes(centre.numpy(), hw, clip)[0]*clip.size, torch.tensor([10., 20., 30., 40.]), atol=1e-3)
 
 
 def test_without_boxes_the_whole_square_is_the_tube(tmp_path):
     cfg, samples, boxes = films(tmp_path)
     none = dict.fromkeys(boxes)
-    for source in (ClipSource(samples, cfg, none), StoreSource(build_store(samples, cfg, none, tmp_path/'store'), cfg)):
+    for source in (ClipDataset(samples, cfg, none), CachedDataset(build_store(samples, cfg, none, tmp_path/'store'), cfg)):
         found = source.rest(np.array([0, 1]), (2, 3))['boxes']
         assert found.shape == (2, 2, 16, 4) and tube_cells(found.flatten(0, 1), (4, 4, 4)).all()
 
 
 def test_only_who_reads_boxes_gets_them(tmp_path):
     cfg, samples, boxes = films(tmp_path)
-    targets = Targets(torch.tensor([70., 80.]), torch.tensor([3., 3.]), None, ('v/0', 'v/1'))
+    targets = Labels(torch.tensor([70., 80.]), torch.tensor([3., 3.]), None, ('v/0', 'v/1'))
     ids = np.array([0, 1])
-    batch = make_batch(ClipSource(samples, cfg, boxes), targets, ids, ids[::-1].copy(), 4)
-    assert torch.equal(batch.boxes[0], dive_boxes(samples[0], cfg.clip, boxes['v/0'], counter_rng(cfg.seed, 4, 3, 0), cfg.train.flip)) and batch.exemplar.boxes.shape == batch.boxes.shape
-    assert make_batch(ClipSource(samples, change(cfg, model__name='usdl'), boxes), targets, ids).boxes is None
+    batch = make_batch(ClipDataset(samples, cfg, boxes), targets, ids, ids[::-1].copy(), 4)
+    assert torch.equal(batch.boxes[0], dive_boxes(samples[0], cfg.clip, boxes['v/0'], rng_for(cfg.seed, 4, 3, 0), cfg.train.flip_prob)) and batch.exemplar.boxes.shape == batch.boxes.shape
+    assert make_batch(ClipDataset(samples, override(cfg, model__name='usdl'), boxes), targets, ids).boxes is None
 
 
 def test_four_dives_can_be_learnt():
@@ -273,7 +273,7 @@ def test_four_dives_can_be_learnt():
 
 def test_a_run_from_frames_to_metrics(tmp_path):
     cfg = finediving('smoke', model__name='tsa_net', train__backbone='finetune', model__adapter=False, clip__size=32, clip__starts=(0, 40), model__clips=2,
-                     synth__n_train=6, synth__n_test=4, weights='random', train__epochs=1, train__batch=2)
+                     synthetic__n_train=6, synthetic__n_test=4, weights='random', train__epochs=1, train__batch_size=2)
     run = fit(cfg, tmp_path, 'cpu')
     found = evaluate(run, device='cpu')
     assert (found['method'], found['mode'], found['n']) == ('tsa_net', 'finetune', 4)
@@ -281,5 +281,5 @@ def test_a_run_from_frames_to_metrics(tmp_path):
     assert w['head.tube.norm.weight'].any() and w['head.tube.norm.num_batches_tracked'] == 3
     data = prepare(cfg, 'cpu')
     assert data.source.rest([0])['boxes'].shape == (1, 2, 16, 4)
-    done = SimpleNamespace(done=[Done(cfg, run, found, 0., data)])
+    done = SimpleNamespace(done=[RunResult(cfg, run, found, 0., data)])
     assert plot_first_parse(done, 'w_dn') is None, 'no picture of steps that nobody found'

@@ -225,12 +225,12 @@ def test_broadcast_goes_on_where_it_stopped(broadcast):
 
 
 @pytest.mark.parametrize('change', ['film', 'height', 'names'])
-def test_broadcast_does_not_go_on_with_other_frames(broadcast, change):
+def test_broadcast_does_not_go_on_with_other_frames(broadcast, override):
     videos, out, folder = broadcast
     for i in range(60, 119): (folder/f'{i:08d}.jpg').unlink()
-    if change == 'film': encode_video((255-o for o in film(120)), videos/'05.mp4')
-    if change == 'names': [(folder/f'{i:08d}.jpg').rename(folder/f'{i:06d}.jpg') for i in range(1, 60)]
-    row = prepare_videos('mtl_aqa', videos, out, height=36 if change == 'height' else 256).iloc[0]
+    if override == 'film': encode_video((255-o for o in film(120)), videos/'05.mp4')
+    if override == 'names': [(folder/f'{i:08d}.jpg').rename(folder/f'{i:06d}.jpg') for i in range(1, 60)]
+    row = prepare_videos('mtl_aqa', videos, out, height=36 if override == 'height' else 256).iloc[0]
     assert row.status == 'failed' and 'remove' in row.why
     assert len(os.listdir(folder)) == 59
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from . import best_path as boxpath,motion_boxes as camera_motion
-from .best_path import suppress
+from .best_path import nms
 from ..core import file_hash
 
 # %% ../../nbs/actor/03_detectors.ipynb #42b77829
@@ -93,7 +93,7 @@ class SSD300:
         for c in x.split(self.batch):
             for o in self.net([f.to(self.device).float()/255 for f in c]):
                 who = o['labels'] == 1
-                out.append(suppress(torch.cat([o['boxes'][who], o['scores'][who, None]], 1).cpu().numpy()))
+                out.append(nms(torch.cat([o['boxes'][who], o['scores'][who, None]], 1).cpu().numpy()))
         return out
 
 # %% ../../nbs/actor/03_detectors.ipynb #57e881e3
@@ -184,7 +184,7 @@ class Onnx:
             x,r = letterbox(f, self.side)
             c = decode_cells(_raw(self.session, x, self.path), self.side)
             c[:, :4] /= r
-            out.append(suppress(c))
+            out.append(nms(c))
         return out
 
 # %% ../../nbs/actor/03_detectors.ipynb #1295fb9f

@@ -15,7 +15,7 @@ import numpy as np,pandas as pd
 from .complexity import beside_paper
 from .runs import read_predictions
 from .significance import holm,paired_test,seed_mean_ci
-from ..config import change,method_epochs,recipe
+from ..config import override,method_epochs,make_config
 from ..metrics import on_rows,relative_l2,spearman
 from ..paper import paper_figure_points,paper_table
 from ..protocols import SPORTS
@@ -26,8 +26,8 @@ def _facts(folder):
     "The family of the run in `folder`, whether it is plain, and whether it has the preset's epochs"
     cfg = json.loads((Path(folder)/'config.json').read_text(encoding='utf-8'))
     model,train = cfg.get('model', {}),cfg.get('train', {})
-    rest = {k: v for k,v in cfg.items() if k not in ('seed','setting')}|dict(data_root=bool(cfg.get('data_root')), train={k: v for k,v in train.items() if k != 'epochs'}, model={k: v for k,v in model.items() if k != 'name'})
-    try: own = method_epochs(recipe(cfg['dataset'], cfg['preset'], model__name=model['name']))
+    rest = {k: v for k,v in cfg.items() if k not in ('seed','protocol')}|dict(data_root=bool(cfg.get('data_root')), train={k: v for k,v in train.items() if k != 'epochs'}, model={k: v for k,v in model.items() if k != 'name'})
+    try: own = method_epochs(make_config(cfg['dataset'], cfg['preset'], model__name=model['name']))
     except (KeyError, ValueError): own = None
     usual = {} if own is None else json.loads(json.dumps(asdict(own)))
     plain = bool(usual) and all(usual['model'].get(k, v) == v for k,v in model.items() if k != 'adapter')
@@ -45,7 +45,7 @@ def families(
 # %% ../../nbs/analysis/03_compare.ipynb #8ed9cb06
 def _rank(g):
     "The order in which families are preferred"
-    return (g.data.iloc[0] != 'real', -g.seed.nunique(), -g.drop_duplicates('setting').n.sum(), -g.method.nunique(), g.family.iloc[0])
+    return (g.data.iloc[0] != 'real', -g.seed.nunique(), -g.drop_duplicates('protocol').n.sum(), -g.method.nunique(), g.family.iloc[0])
 
 def main_runs(
     runs:pd.DataFrame, # From `collect`
@@ -57,7 +57,7 @@ def main_runs(
         plain = [o for _,o in g[g.plain].groupby(['family','data','mode','weights'])]
         if plain: out.append(min(plain, key=_rank).assign(others=g.family.nunique()-1))
     if not out: return kin.assign(others=0)[:0]
-    best = pd.concat(out).sort_values(['usual_epochs','run'], ascending=[False,True]).drop_duplicates(['dataset','method','setting','seed'])
+    best = pd.concat(out).sort_values(['usual_epochs','run'], ascending=[False,True]).drop_duplicates(['dataset','method','protocol','seed'])
     return best.sort_values('run').reset_index(drop=True)
 
 # %% ../../nbs/analysis/03_compare.ipynb #741ff6ff
@@ -121,7 +121,7 @@ class Scorer:
 
 # %% ../../nbs/analysis/03_compare.ipynb #f7757388
 SCORES = ('rho','r_l2_x100') # Names of both metrics in every frame
-_COLUMNS = ['table','label','experiment','setting',*(f'{o}{e}' for o in SCORES for e in ('','_lo','_hi','_sd','_paper','_diff','_gain','_p','_p_holm')),'seeds','n','runs','command','missing','note']
+_COLUMNS = ['table','label','experiment','protocol',*(f'{o}{e}' for o in SCORES for e in ('','_lo','_hi','_sd','_paper','_diff','_gain','_p','_p_holm')),'seeds','n','runs','command','missing','note']
 
 def _paper_rows(name):
     "Label, rho, R and note of each printed row of table or figure `name`; none beyond the paper"
@@ -141,8 +141,8 @@ def _missing(method, cell):
 
 def _row(name, paper, cell, full, scorer):
     "One row of `ablation_table`"
-    done,first = cell[cell.run != ''].sort_values('seed'),cell.iloc[0] if len(cell) else pd.Series(dict(experiment=paper['method'], setting=''))
-    row = dict(table=name, label=paper['label'], experiment=first.experiment, setting=first.setting, note=paper.get('note', ''), missing=_missing(paper['method'], cell),
+    done,first = cell[cell.run != ''].sort_values('seed'),cell.iloc[0] if len(cell) else pd.Series(dict(experiment=paper['method'], protocol=''))
+    row = dict(table=name, label=paper['label'], experiment=first.experiment, protocol=first.protocol, note=paper.get('note', ''), missing=_missing(paper['method'], cell),
                command=_command(cell), seeds=','.join(map(str, done.seed)), runs=' '.join(done.run))
     row |= {f'{o}_paper': paper.get(o, np.nan) for o in SCORES}
     if len(done): row |= scorer.score(done.run.tolist())
@@ -160,7 +160,7 @@ def ablation_table(
     mine,paper = found[found.table == name],_paper_rows(name)
     extra = [dict(label=r, method='', note='') for r in dict.fromkeys(mine.row) if r not in set(paper.label)]
     source = mine if (mine.experiment == 'fspn').any() else found
-    full = {s: r for s,r,e,t in source[['seed','run','experiment','setting']].values if e == 'fspn' and r and t in set(mine.setting)}
+    full = {s: r for s,r,e,t in source[['seed','run','experiment','protocol']].values if e == 'fspn' and r and t in set(mine.protocol)}
     table = pd.DataFrame([_row(name, o, mine[mine.row == o['label']], full, scorer) for o in [*paper.to_dict('records'), *extra]]).reindex(columns=_COLUMNS)
     for o in SCORES:
         table[f'{o}_diff'] = table[o].astype(float)-table[f'{o}_paper'].astype(float)
@@ -183,16 +183,16 @@ def order_of(
 def method_cells(
     name:str, # The paper's table: 'VII'
     runs:pd.DataFrame, # From `main_runs`, of the table's dataset
-    setting:str, # The block that the table belongs to
+    protocol:str, # The block that the table belongs to
     command:str, # What trains the methods, with {} where its name goes
 )->pd.DataFrame: # As `found` of `ablation_table`
     "Cells of a table whose rows are methods"
     rows = []
     for o in paper_table(name).itertuples():
-        have = runs[(runs.method == o.method) & (runs.setting == setting)]
+        have = runs[(runs.method == o.method) & (runs.protocol == protocol)]
         for seed,run in [*zip(have.seed, have.run)] or [(0, '')]*(o.method in list_models()):
-            rows.append(dict(table=name, row=o.label, experiment=o.method, setting=setting, seed=int(seed), run=run, command=command.format(o.method)))
-    return pd.DataFrame(rows, columns=['table','row','experiment','setting','seed','run','command'])
+            rows.append(dict(table=name, row=o.label, experiment=o.method, protocol=protocol, seed=int(seed), run=run, command=command.format(o.method)))
+    return pd.DataFrame(rows, columns=['table','row','experiment','protocol','seed','run','command'])
 
 # %% ../../nbs/analysis/03_compare.ipynb #8aa2ea7b
 def with_sizes(
@@ -209,7 +209,7 @@ def average_cell(
     n:int=1000, # Resamples
 )->dict: # rho (Fisher's mean) and r_l2_x100, each with _lo and _hi (percentile interval)
     "Averages over the classes, mean over seeds, with the interval of that"
-    rng,by,out = np.random.default_rng(0),[stack(root, runs[runs.setting == s].sort_values('seed').run) for s in SPORTS],{}
+    rng,by,out = np.random.default_rng(0),[stack(root, runs[runs.protocol == s].sort_values('seed').run) for s in SPORTS],{}
     drawn = [np.r_[[np.arange(len(t))], rng.integers(len(t), size=(n,len(t)))] for _,t in by] # the first draw is the class as it is
     for j,name in enumerate(SCORES):
         values = np.array([[k*on_rows(f, p, t)(i) for p in preds] for (preds,t),i in zip(by, drawn) for _,f,k in [_metrics(t)[j]]]) # (6,S,n+1)
@@ -229,8 +229,8 @@ def seed_intervals(
     "Give each row of `table` the interval of its mean over seeds, and the names of its runs"
     table = table.assign(runs='')
     for i,r in table[table.seeds.notna()].iterrows():
-        have = runs[(runs.method == r.method) & ((runs.setting == r.setting) | (r.setting == 'average'))].sort_values(['seed','run'])
-        got = average_cell(scorer.root, have, scorer.n//2) if r.setting == 'average' else scorer.score(have.run.tolist())
+        have = runs[(runs.method == r.method) & ((runs.protocol == r.protocol) | (r.protocol == 'average'))].sort_values(['seed','run'])
+        got = average_cell(scorer.root, have, scorer.n//2) if r.protocol == 'average' else scorer.score(have.run.tolist())
         for k,v in got.items():
             if k.endswith(('_lo','_hi')): table.loc[i, k] = v
         table.loc[i, 'runs'] = ' '.join(have.run)

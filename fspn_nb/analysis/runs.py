@@ -36,7 +36,7 @@ def read_predictions(
 
 # %% ../../nbs/analysis/01_runs.ipynb #85deaf9b
 _SCORES = ('spearman','spearman_lo','spearman_hi','relative_l2','relative_l2_lo','relative_l2_hi','n')
-_FACTS = ('method','setting','seed','data','mode','weights','preset','epoch_rule','label')
+_FACTS = ('method','protocol','seed','data','mode','weights','preset','checkpoint_selection','label')
 _COLUMNS = ('run','dataset',*(o if o != 'label' else 'target' for o in _FACTS),'config',*_SCORES,'problem')
 
 # %% ../../nbs/analysis/01_runs.ipynb #cddf83a9
@@ -69,7 +69,7 @@ def read_run(
     try: m |= {o: float('nan') if m[o] is None else float(m[o]) for o in _SCORES}|{o: int(m[o]) for o in ('n','seed')}
     except (TypeError, ValueError) as e: raise ValueError(f'metrics.json holds something else than numbers ({e})') from e
     _agree(m, read_predictions(folder))
-    same = json.dumps({k: v for k,v in cfg.items() if k not in ('seed','setting')}, sort_keys=True)
+    same = json.dumps({k: v for k,v in cfg.items() if k not in ('seed','protocol')}, sort_keys=True)
     facts = {o if o != 'label' else 'target': m[o] for o in (*_FACTS,*_SCORES)}
     return dict(run=f'{folder.parent.name}/{folder.name}', dataset=folder.parent.name, config=hashlib.sha256(same.encode()).hexdigest()[:8], **facts)
 
@@ -90,7 +90,7 @@ def collect(
     return df
 
 # %% ../../nbs/analysis/01_runs.ipynb #7745f6bf
-_ALIKE = ['dataset','setting','method','data','mode','weights','preset','epoch_rule','target','config','n']
+_ALIKE = ['dataset','protocol','method','data','mode','weights','preset','checkpoint_selection','target','config','n']
 _PAIRS = (('rho','spearman',1),('r_l2_x100','relative_l2',100))
 
 # %% ../../nbs/analysis/01_runs.ipynb #15822207
@@ -141,9 +141,9 @@ def average_ci(
 # %% ../../nbs/analysis/01_runs.ipynb #5c82f370
 def _average(g, root, n):
     "The row `average` of runs `g`, one per class"
-    g = g.set_index('setting').loc[list(SPORTS)]
+    g = g.set_index('protocol').loc[list(SPORTS)]
     sheets = [read_predictions(Path(root)/r) for r in g.run]
-    row = g.iloc[0].to_dict()|dict(setting='average', run=', '.join(g.run), n=int(g.n.sum()))
+    row = g.iloc[0].to_dict()|dict(protocol='average', run=', '.join(g.run), n=int(g.n.sum()))
     for name,mean,metric in (('spearman', mean_rho, spearman), ('relative_l2', np.mean, relative_l2)):
         lo,hi = average_ci(sheets, mean, metric, n, int(g.seed.iloc[0]))
         row |= {name: float(mean(g[name].to_numpy(float))), f'{name}_lo': lo, f'{name}_hi': hi}
@@ -156,6 +156,6 @@ def add_averages(
     n:int=1000, # Resamples
 )->pd.DataFrame: # `runs` with one row more per method and seed that has all six classes
     "Averages over AQA-7's classes as runs of a seventh setting"
-    ok,alike = runs[(runs.problem == '') & (runs.dataset == 'aqa7')],['method','data','mode','weights','preset','epoch_rule','target','config','seed']
-    rows = [_average(g, root, n) for _,g in ok.groupby(alike) if sorted(g.setting) == sorted(SPORTS)]
+    ok,alike = runs[(runs.problem == '') & (runs.dataset == 'aqa7')],['method','data','mode','weights','preset','checkpoint_selection','target','config','seed']
+    rows = [_average(g, root, n) for _,g in ok.groupby(alike) if sorted(g.protocol) == sorted(SPORTS)]
     return pd.concat([runs, pd.DataFrame(rows, columns=runs.columns)], ignore_index=True) if rows else runs

@@ -18,11 +18,11 @@ from pathlib import Path
 from safetensors.torch import load_file,save
 from torch import Tensor
 from ..actor import crop as actor
-from .sources import FeatureSource,dive_clips
+from .sources import FeatureDataset,dive_clips
 from ..config import RunCfg
 from ..core import data_cache,progress,write_atomic
 from ..data import clips
-from ..data.clips import axis_of,recut
+from ..data.clips import frame_indices,recut
 from ..data.records import Sample
 
 # %% ../../nbs/batches/04_features.ipynb #e0ca7bf0
@@ -34,7 +34,7 @@ def _digest(*parts):
 @cache
 def _transform():
     "What the code that makes clips does, as a digest"
-    return _digest([ast.dump(ast.parse(inspect.getsource(o))) for o in (clips, actor, axis_of, dive_clips)])
+    return _digest([ast.dump(ast.parse(inspect.getsource(o))) for o in (clips, actor, frame_indices, dive_clips)])
 
 # %% ../../nbs/batches/04_features.ipynb #4bd7db4f
 def feature_key(
@@ -102,7 +102,7 @@ def cache_features(
     weights:str, # Hash that names `encode`
     folder:Path|None=None, # Where features are filed; None: `features` in the data cache
     kinds:tuple[str,...]=(), # Further fields of `Batch`: 'maps', 'cells'
-)->FeatureSource: # Scene and actor, each (n,K,C)
+)->FeatureDataset: # Scene and actor, each (n,K,C)
     "Features of all `samples`: read where they are filed, computed and filed where they are not"
     folder = Path(folder or data_cache()/'features')
     paths = [folder/feature_key(o, cfg, boxes[o.uid], weights) for o in samples]
@@ -111,4 +111,4 @@ def cache_features(
         write_atomic(p, save(dive_features(o, cfg, boxes[o.uid], encode)))
     rows = [load_file(p) for p in paths]
     more = {k: cache_kind(samples, cfg, encode, weights, folder, k) for k in kinds}
-    return FeatureSource(*(torch.stack([r[k] for r in rows]) for k in ('scene','actor')), **more)
+    return FeatureDataset(*(torch.stack([r[k] for r in rows]) for k in ('scene','actor')), **more)

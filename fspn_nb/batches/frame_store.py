@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.transforms.v2 import functional as V
 
-from ..actor.crop import around,crop_actor,samples_per_pixel,square_box,tap_weights
+from ..actor.crop import around,crop_actor,samples_per_pixel,square_box,resampling_weights
 from .features import feature_key
 from ..config import ClipCfg,RunCfg
-from ..core import data_cache,keep_memory,progress,write_atomic
-from ..data.clips import axis_of,load_frames
+from ..core import data_cache,tune_malloc,progress,write_atomic
+from ..data.clips import frame_indices,load_frames
 from ..data.records import Sample
 
 # %% ../../nbs/batches/05_frame_store.ipynb #19d21283
@@ -45,7 +45,7 @@ def store_frames(
     boxes:np.ndarray|None=None, # (n,4) actor box per frame file; None: no actor is kept
 )->dict[str,Tensor]: # 'scene' (T,3,h,w) and 'actor' (T,3,size,size), uint8
     "The kept frames of one dive"
-    ids,(clip,pad),sides,scene,actor = axis_of(sample, cfg.clip.frames),(cfg.clip, cfg.actor.pad),set(),[],[]
+    ids,(clip,pad),sides,scene,actor = frame_indices(sample, cfg.clip.frames),(cfg.clip, cfg.actor.pad),set(),[],[]
     fine = 0 if boxes is None else samples_per_pixel(square_box(boxes[ids], pad), clip.size)
     for some in np.split(ids, range(8, len(ids), 8)):
         frames = load_frames(sample, some) # (8,H,W,3)
@@ -56,7 +56,7 @@ def store_frames(
     return {'scene': torch.cat(scene).contiguous(), **({'actor': torch.cat(actor)} if actor else {})}
 
 # %% ../../nbs/batches/05_frame_store.ipynb #1584c3fb
-_MADE_BY = zlib.crc32(''.join(map(inspect.getsource, (scene_size, around, tap_weights, samples_per_pixel, crop_actor, store_frames))).encode())
+_MADE_BY = zlib.crc32(''.join(map(inspect.getsource, (scene_size, around, resampling_weights, samples_per_pixel, crop_actor, store_frames))).encode())
 
 def record_name(
     sample:Sample, # One dive
@@ -170,12 +170,12 @@ _AGAIN = {'damaged': 'its record is damaged', 'source changed': 'its frame files
 def build_store(
     samples, # Sequence of n `Sample`
     cfg:RunCfg, # As in `store_frames`
-    boxes:dict, # uid to (n,4) boxes or None, from `boxes_of`
+    boxes:dict, # uid to (n,4) boxes or None, from `load_actor_boxes`
     folder:Path|None=None, # Where records lie; None: `frames` in the data cache
     workers:int|None=None, # Threads; None: one per core
 )->FrameStore:
     "Check the records that are there, write those that are missing, changed or damaged"
-    keep_memory()
+    tune_malloc()
     folder = Path(folder or data_cache()/'frames')
     paths = tuple(folder/record_name(o, cfg, boxes[o.uid]) for o in samples)
     jobs = {p: (p, o, cfg, boxes[o.uid]) for p,o in zip(paths, samples)}

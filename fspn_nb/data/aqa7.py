@@ -13,7 +13,7 @@ from PIL import Image
 from ..core import write_atomic
 from .matlab import load_mat,mat_bytes
 from .records import Sample,frame_problem
-from .safe_pickle import noted,wrong_value
+from .safe_pickle import collect_errors,wrong_value
 from ..protocols import PROTOCOLS,SPORTS
 
 # %% ../../nbs/data/08_aqa7.ipynb #f780f7ed
@@ -59,7 +59,7 @@ def _rows(path, split, problems):
     if table.shape[1] != 3 or not len(table): raise wrong_value(f'{path}, {name}', 'rows of class id, sample id and score', table)
     rows = []
     for i,values in enumerate(table.tolist(), 1):
-        with noted(problems, f'{path.name}, row {i}'): rows.append(_row(values, f'{path}, row {i}'))
+        with collect_errors(problems, f'{path.name}, row {i}'): rows.append(_row(values, f'{path}, row {i}'))
     return rows
 
 # %% ../../nbs/data/08_aqa7.ipynb #02d6ca68
@@ -70,7 +70,7 @@ def _split(path, split, problems):
     if not rows: raise ValueError(f"{path}: need videos of the six classes {', '.join(SPORTS)}, got none; take the lists anew from the release")
     unit,out = _unit(rows, path),[]
     for row in rows:
-        with noted(problems, f'{row[0]}/{row[1]:03d}'): out.append(_points(row, unit, path))
+        with collect_errors(problems, f'{row[0]}/{row[1]:03d}'): out.append(_points(row, unit, path))
     return out,unit,left_out
 
 # %% ../../nbs/data/08_aqa7.ipynb #5b32f5a4
@@ -81,7 +81,7 @@ def _once(rows, problems):
     twice = {uid:o for uid,o in seen.items() if len(o) > 1}
     for uid,o in twice.items():
         what = f'{len(o)} times in the {o[0]} list' if len(set(o)) == 1 else 'in the train and in the test list'
-        with noted(problems, uid): raise ValueError(f"{uid}: need every video once in both lists together, got it {what}; take both lists from one release")
+        with collect_errors(problems, uid): raise ValueError(f"{uid}: need every video once in both lists together, got it {what}; take both lists from one release")
     return [o for o in rows if o[0] not in twice]
 
 # %% ../../nbs/data/08_aqa7.ipynb #b5c261fe
@@ -137,7 +137,7 @@ def read_aqa7(
     _told({paths[k].name:o[1] for k,o in lists.items()}, [uid for o in lists.values() for uid in o[2]], problems)
     samples = []
     for uid,*row in _once([(uid,k,*rest) for k,o in lists.items() for uid,*rest in o[0]], problems):
-        with noted(problems, uid): samples.append(_sample(root, uid, *row))
+        with collect_errors(problems, uid): samples.append(_sample(root, uid, *row))
     if not samples: raise ValueError(f"{paths['train']}: need at least one video without a fault, got none; take the lists and frames anew from the release")
     return samples
 

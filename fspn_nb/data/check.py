@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from ..core import progress,write_atomic
 from .aqa7 import read_aqa7
-from .check_files import _digest,changed_files,look_at
+from .check_files import _digest,changed_files,check_image
 from .finediving import read_finediving
 from .mtl_aqa import read_mtl_aqa
 from ..protocols import PROTOCOLS,SPORTS
@@ -83,7 +83,7 @@ def _files(s, decode):
     "(rows, digest) for the frame files of sample `s`, neighbours for jitter included"
     names,found,sizes = (*s.before,*s.files,*s.after),{},{}
     for o in names:
-        kind,detail,size = look_at(s.folder/o, decode)
+        kind,detail,size = check_image(s.folder/o, decode)
         if kind: found.setdefault(kind, []).append((o,detail))
         elif size: sizes.setdefault(size, []).append(o)
     rows = [(s.uid,kind,f'{len(l)} of {len(names)} frames, first {l[0][0]}: {l[0][1]}',s.folder/l[0][0]) for kind,l in found.items()]
@@ -99,9 +99,9 @@ def _all_files(samples, decode, workers):
     if not listed: return []
     pool = ThreadPoolExecutor(workers)
     try:
-        for s,(found,digest) in zip(listed, progress(pool.map(lambda s: _files(s, decode), listed), 'decode' if decode else 'files', len(listed))):
+        for s,(found,checksum) in zip(listed, progress(pool.map(lambda s: _files(s, decode), listed), 'decode' if decode else 'files', len(listed))):
             rows += found
-            other = first.setdefault(digest, s) if digest else s
+            other = first.setdefault(checksum, s) if checksum else s
             if (other.folder,other.files) != (s.folder,s.files): rows.append((s.uid,'same frames',f'first, middle and last frame are those of {other.uid}',s.folder))
     finally: pool.shutdown(cancel_futures=True)
     return rows
@@ -132,7 +132,7 @@ def _spans(dataset, samples):
 def _exemplars(dataset, samples):
     "Rows for samples that settings of `dataset` leave without an exemplar of their own group"
     rows = []
-    for group in sorted({o.group for o in PROTOCOLS[dataset].settings.values()}-{'any'}):
+    for group in sorted({o.group for o in PROTOCOLS[dataset].variants.values()}-{'any'}):
         of = lambda split: [(s,getattr(s, group)) for s in samples if s.split == split]
         n = pd.Series([v for _,v in of('train')], dtype=object).value_counts().to_dict()
         rows += [(s.uid,'one exemplar',f'only training sample with {group} {v}','') for s,v in of('train') if n[v] == 1]
@@ -149,7 +149,7 @@ def shared_dives(
     others, # `Sample`s of the other one
 )->pd.DataFrame: # One row per shared dive: uid, split, other, other_split, span, other_span
     "Samples that show the same dive in two datasets: same video, overlapping frames"
-    span,video,rows = lambda s: s.annotated or (s.start_frame,s.end_frame),{},[]
+    span,video,rows = lambda s: s.stats or (s.start_frame,s.end_frame),{},[]
     for o in others: video.setdefault(o.uid.partition('/')[0], []).append(o)
     for s in samples:
         near = max(video.get(s.uid.partition('/')[0], ()), key=lambda o: _overlap(span(s), span(o)), default=None)

@@ -13,7 +13,7 @@ from PIL import Image
 from ..core import write_atomic
 from .grammar import SUB_ACTIONS
 from .records import Sample,frame_problem
-from .safe_pickle import checked,load_part,noted,tried,wrong_value
+from .safe_pickle import checked,load_part,collect_errors,try_or_note,wrong_value
 
 # %% ../../nbs/data/06_finediving.ipynb #660cfc38
 FRAMES = 'FINADiving_MTL_256s' # Folder of the frames, below the release's root
@@ -49,7 +49,7 @@ def _entry(value, fields, where):
 def _records(folder, name, bad=None):
     "All dives of one annotation file: {(video, index): {field: value}}"
     where = f'{Path(folder)/name}.pkl'
-    return {(k:=_key(key, where)):tried(bad, k, _entry, value, _FIELDS[name], f'{where}, {k}') for key,value in load_part(folder, name, dict).items()}
+    return {(k:=_key(key, where)):try_or_note(bad, k, _entry, value, _FIELDS[name], f'{where}, {k}') for key,value in load_part(folder, name, dict).items()}
 
 # %% ../../nbs/data/06_finediving.ipynb #5feb3b90
 def _differ(key, what, values):
@@ -80,13 +80,13 @@ def _splits(folder, known, bad=None):
     out = {}
     for name in _SPLITS:
         for key in (_key(o, f'{Path(folder)/name}.pkl') for o in load_part(folder, name, list)):
-            with noted(bad, key):
+            with collect_errors(bad, key):
                 if key in out: raise ValueError(f"{name}: need every dive once in train and test together, got {key} again; take both split files from one release")
                 if key not in known: raise ValueError(f"{name}: need annotated dives, got {key}, which is in no annotation file; take split and annotations from one release")
             out.setdefault(key, name.split('_')[0])
     rest = [o for o in known if o not in out]
     for o in rest:
-        with noted(bad, o): raise ValueError(f"need every dive in a split, got {len(rest)} in none ({o}, ...); take splits and annotations from one release")
+        with collect_errors(bad, o): raise ValueError(f"need every dive in a split, got {len(rest)} in none ({o}, ...); take splits and annotations from one release")
     return out
 
 # %% ../../nbs/data/06_finediving.ipynb #82cbb99c
@@ -97,10 +97,10 @@ def _annotations(folder, bad=None):
     for name in rest:
         odd = sorted(files[first].keys() ^ files[name].keys())
         for o in odd:
-            with noted(bad, o): raise ValueError(f"{first} and {name}: need the same dives, got {len(odd)} that only one has ({o}, ...); take all files from one release")
+            with collect_errors(bad, o): raise ValueError(f"{first} and {name}: need the same dives, got {len(odd)} that only one has ({o}, ...); take all files from one release")
     table = checked(load_part(folder, _TABLE, dict), 'names', f'{Path(folder)/_TABLE}.pkl')
     splits = _splits(folder, files[first], bad)
-    merged = lambda k: None if k in (bad or ()) else tried(bad, k, _merge, k, {name:o[k] for name,o in files.items()}, table)
+    merged = lambda k: None if k in (bad or ()) else try_or_note(bad, k, _merge, k, {name:o[k] for name,o in files.items()}, table)
     return {k:(split,merged(k)) for k,split in splits.items()}
 
 # %% ../../nbs/data/06_finediving.ipynb #3d824e3c

@@ -29,7 +29,7 @@ class Sample:
     judges:tuple[float,...]|None=None # One mark per judge, 0-10
     start_frame:int|None=None # Number in the broadcast of the first frame that belongs to the sample
     end_frame:int|None=None # Number of the last one, inclusive
-    annotated:tuple[int,int]|None=None # First and last annotated frame where the protocol reads others (MTL-AQA: 103 back from the end)
+    stats:tuple[int,int]|None=None # First and last annotated frame where the protocol reads others (MTL-AQA: 103 back from the end)
     before:tuple[str,...]=() # Frames just before `files`, for temporal jitter in training
     after:tuple[str,...]=() # Frames just after `files`
 
@@ -132,4 +132,4 @@ class Release:
     kind:str # 'real' | 'synthetic'
     root:Path # The folder that they were read from
     excluded:tuple[str,...]=() # Names of samples left out because their frames are missing
-    annotated:dict=field(default_factory=dict) # Counts over all annotations, with or without frames (`describe`)
+    stats:dict=field(default_factory=dict) # Counts over all annotations, with or without frames (`describe`)

@@ -6,7 +6,7 @@
 __all__ = ['check_parameters', 'split_list', 'pick_settings', 'plan_runs']
 
 # %% ../../nbs/experiments/01_parameters.ipynb #ea74a024
-from ..config import RunCfg,change,check,method_epochs
+from ..config import RunCfg,override,check,method_epochs
 from ..protocols import PROTOCOLS
 
 # %% ../../nbs/experiments/01_parameters.ipynb #ef70bf2a
@@ -36,14 +36,14 @@ def pick_settings(
     per_difficulty:bool=False, # With the paper's: also FineDiving's `w_dd`
 )->list[str]:
     "The settings that `text` asks for; `check` refuses those that the dataset has not"
-    if text not in ('both','all'): return split_list(text, 'classes' if dataset == 'aqa7' else 'setting')
+    if text not in ('both','all'): return split_list(text, 'classes' if dataset == 'aqa7' else 'protocol')
     return [*PROTOCOLS[dataset].paper]+['w_dd']*bool(per_difficulty and dataset == 'finediving')
 
 # %% ../../nbs/experiments/01_parameters.ipynb #194b8885
 def plan_runs(
     base:RunCfg, # What all runs share
     methods:str, # 'i3d_mlp,fspn'
-    setting:str='all', # As in `pick_settings`
+    protocol:str='all', # As in `pick_settings`
     seeds:str='0', # '0,1,2'
     per_difficulty:bool=False, # As in `pick_settings`
     epochs:int=0, # The same for all methods; 0: what the preset has for each
@@ -51,6 +51,6 @@ def plan_runs(
     "All runs of one notebook"
     try: numbers = [int(s) for s in split_list(seeds, 'seeds')]
     except ValueError as e: raise ValueError(f'seeds must be whole numbers separated by commas, got {seeds!r}') from e
-    settings,names = pick_settings(base.dataset, setting, per_difficulty),split_list(methods, 'methods')
-    runs = [change(base, setting=s, model__name=m, seed=n) for s in settings for m in names for n in numbers]
-    return [check(change(o, train__epochs=epochs) if epochs else method_epochs(o)) for o in runs]
+    variants,names = pick_settings(base.dataset, protocol, per_difficulty),split_list(methods, 'methods')
+    runs = [override(base, protocol=s, model__name=m, seed=n) for s in variants for m in names for n in numbers]
+    return [check(override(o, train__epochs=epochs) if epochs else method_epochs(o)) for o in runs]

@@ -15,21 +15,21 @@ import numpy as np,pandas as pd
 from scipy import stats
 from torch import nn
 from ..analysis.runs import average_seeds,collect,read_predictions
-from ..config import change,run_id
+from ..config import override,run_id
 from ..core import write_atomic
 from ..evaluate import load_model
 from ..experiments.parameters import check_parameters
-from ..experiments.session import Session,start
+from ..experiments.session import RunContext,start
 from .gradcam import _captum,two_parts
 from ..metrics import bootstrap_ci,relative_l2,spearman
-from ..protocols import setting_of
+from ..protocols import protocol_variant
 from ..report.tables import caption,to_md
 
 # %% ../../nbs/inspect/04_actor_study.ipynb #64af5ff6
-PARAMETERS = ('data_root','preset','seeds','setting','weights','device','epochs','allow_missing','actor','actor_file','dives','out')
+PARAMETERS = ('data_root','preset','seeds','protocol','weights','device','epochs','allow_missing','actor','actor_file','dives','out')
 
 @dataclass
-class Study(Session):
+class Study(RunContext):
     "A session on FineDiving whose runs differ in the actor branch"
     dives:int=0 # How many test dives are heat-mapped; 0: all, or two under the smoke preset
 
@@ -46,15 +46,15 @@ def _given(names):
 # %% ../../nbs/inspect/04_actor_study.ipynb #2b8eb5b9
 def start_study(
     names:dict, # The notebook's `globals()`, after its parameters cell
-    **changes, # Settings that are no parameter of the notebook, as in `config.change`
+    **changes, # Settings that are no parameter of the notebook, as in `config.override`
 )->Study:
     "Check the parameters and say what will be run; under nbdev_test it is the smoke preset"
     p = _given(names)
-    setting_of('finediving', p['setting']) # one setting, since a table has one block
+    protocol_variant('finediving', p['protocol']) # one setting, since a table has one block
     dives = p.pop('dives')
     _captum() # found missing now, not after training
     session = start('finediving', p|dict(methods='i3d_mlp,fspn', backbone='auto', processes=1, per_difficulty=False), **changes)
-    without = [change(o, model__actor=False) for o in session.runs if o.model.name == 'fspn']
+    without = [override(o, model__use_actor=False) for o in session.runs if o.model.name == 'fspn']
     print(*(f'{run_id(o)} (without actor)' for o in without), sep='\n')
     return Study(**vars(session)|dict(runs=session.runs+without), dives=dives or 2*(session.base.preset == 'smoke'))
 
@@ -66,7 +66,7 @@ def method_of(
     cfg, # A `RunCfg`
 )->str: # A method of `TABLE_V`
     "Which row of Table V a run fills"
-    return cfg.model.name if cfg.model.actor or cfg.model.name == 'i3d_mlp' else 'without'
+    return cfg.model.name if cfg.model.use_actor or cfg.model.name == 'i3d_mlp' else 'without'
 
 # %% ../../nbs/inspect/04_actor_study.ipynb #5aa548cf
 def _scores(study):
@@ -86,7 +86,7 @@ def actor_table(
     "Table V with our runs beside the printed rows"
     ours,said = _scores(study)
     paper = pd.DataFrame(TABLE_V, columns=['method','label','rho_paper','r_l2_x100_paper'])
-    table = paper.merge(ours, on='method', how='left').assign(block=study.protocol.settings[study.runs[0].setting].title, note='')
+    table = paper.merge(ours, on='method', how='left').assign(block=study.protocol.variants[study.runs[0].protocol].title, note='')
     for o in ('rho','r_l2_x100'): table[f'{o}_diff'] = table[o]-table[f'{o}_paper']
     table.attrs['caption'] = said
     return table

@@ -18,18 +18,18 @@ from ..actor.crop import actor_boxes,read_boxes,smooth_boxes
 from ..actor.detectors import SOURCES,get_detector
 from ..actor.track import film_boxes
 from ..batches.dataset import load_samples,read_targets,split_indices
-from ..batches.exemplars import Pools
+from ..batches.exemplars import CandidateSets
 from ..config import RunCfg,finediving,load_cfg
 from ..core import repo_root,reports_dir
 from ..data.clips import frame_ids
 from ..data.records import Sample
 from ..data.video_io import video_frames
 from ..experiments.parameters import check_parameters
-from ..protocols import setting_of
+from ..protocols import protocol_variant
 from ..synthetic.dive_render import synth_dive
 from ..synthetic.sport_render import synth_act
 from ..train import fit
-from ..training.prepare import Prepared,load_backbone,pick_device
+from ..training.prepare import RunData,load_backbone,pick_device
 
 # %% ../../nbs/inspect/05_clip.ipynb #68e37542
 @dataclass(frozen=True)
@@ -101,13 +101,13 @@ SEED = 987_654_321 # Of the clip that is made up
 
 def made_up(
     dataset:str='finediving', # What the run was trained on
-    setting:str='', # For 'aqa7' the sport
+    protocol:str='', # For 'aqa7' the sport
     seed:int=SEED, # Another seed, another clip
 )->Clip:
     "A synthetic clip of the kind that a run knows, in no release"
     if dataset == 'aqa7':
-        act = synth_act(seed, setting)
-        return Clip(f'made_up_{setting}', act.frames, setting, None, 'synthetic', act.boxes, (), act.score)
+        act = synth_act(seed, protocol)
+        return Clip(f'made_up_{protocol}', act.frames, protocol, None, 'synthetic', act.boxes, (), act.score)
     dive = synth_dive(seed)
     return Clip('made_up_dive', dive.frames, dive.action, dive.difficulty, 'synthetic', dive.boxes, tuple(t+1 for t in dive.transitions), dive.score)
 
@@ -151,7 +151,7 @@ def clip_boxes(
     if source == 'none': return None,'actor: the whole frame, no boxes'
     if source == 'truth': return smooth_boxes(clip.boxes),'actor: true boxes of the drawing'
     if source == 'boxes': return _table(clip, actor_file),'actor: boxes from a file'
-    n = athletes_of(Sample(clip.name, 'test', clip.action or cfg.setting, 0.))
+    n = athletes_of(Sample(clip.name, 'test', clip.action or cfg.protocol, 0.))
     detector = get_detector(source, actor_file or (cfg.actor.weights if source == cfg.actor.source else ''), device)
     boxes,code = film_boxes(clip.frames, detector, n)
     said = f"actor: boxes by {detector.name} around {n} athlete{'s'*(n > 1)}, {(code == 'carried').mean():.0%} carried over from other frames, {(code == 'whole').mean():.0%} whole frame"
@@ -160,7 +160,7 @@ def clip_boxes(
 # %% ../../nbs/inspect/05_clip.ipynb #b9547a35
 def _suits(cfg, action, difficulty):
     "Does a clip of which so much is known give the run of `cfg` what it asks for?"
-    o,known = setting_of(cfg.dataset, cfg.setting),dict(any=True, action=bool(action), difficulty=bool(difficulty))
+    o,known = protocol_variant(cfg.dataset, cfg.protocol),dict(any=True, action=bool(action), difficulty=bool(difficulty))
     return o.only in ('',action) and known[o.group] and (o.label != 'per_dd' or bool(difficulty))
 
 # %% ../../nbs/inspect/05_clip.ipynb #1c03a631
@@ -174,7 +174,7 @@ def find_run(
     for file in (o for f in folders for o in Path(f).glob('*/fspn*/config.json')):
         try: cfg = load_cfg(file)
         except ValueError: continue # of another version
-        weights = file.with_name('last.pt' if cfg.eval.epoch_rule == 'last' else 'best_val.pt')
+        weights = file.with_name('last.pt' if cfg.eval.checkpoint_selection == 'last' else 'best_val.pt')
         if weights.is_file() and file.with_name('metrics.json').is_file(): found.append((_suits(cfg, action, difficulty),weights.stat().st_mtime,file.parent))
     if not found: raise FileNotFoundError('need a trained FSPN run with its weights, found none in the reports folder; make one with `make run` (about ten minutes on two cores), or name a folder with -p run')
     return max(found, key=lambda o: o[:2])[2]
@@ -188,16 +188,16 @@ def _config(run):
 def open_run(
     run, # A run's folder
     device:str='auto', # As in `pick_device`
-)->Prepared: # Without a source: no video is read yet
+)->RunData: # Without a source: no video is read yet
     "What a trained run needs to score something new"
     run = Path(run).expanduser()
     cfg,device = _config(run),pick_device(device)
     release = load_samples(cfg)
-    parts = split_indices(release.samples, cfg.train.val_share, cfg.seed)
+    parts = split_indices(release.samples, cfg.train.val_fraction, cfg.seed)
     backbone = load_backbone('random')[0] if cfg.train.backbone == 'finetune' else None # trained weights come with the run
     try: kept = json.loads((run/'provenance.json').read_text(encoding='utf-8'))
     except (OSError, ValueError) as e: raise ValueError(f'{run.name}: need a provenance.json that says what the run was trained on, got {type(e).__name__}; train the run again') from e
-    return Prepared(cfg, release, parts, read_targets(release.samples, cfg), Pools((), ()), None, backbone, device, kept)
+    return RunData(cfg, release, parts, read_targets(release.samples, cfg), CandidateSets((), ()), None, backbone, device, kept)
 
 # %% ../../nbs/inspect/05_clip.ipynb #6c239188
 PARAMETERS = ('clip','run','action','difficulty','actor','actor_file','device','out')
@@ -223,6 +223,6 @@ def asked(
     else: run = find_run(reports, repo_root()/'reports', action=action if clip else 'known', difficulty=dd if clip else 1.)
     if clip is None:
         cfg = _config(run)
-        clip = made_up(cfg.dataset, cfg.setting)
+        clip = made_up(cfg.dataset, cfg.protocol)
         clip = replace(clip, action=action or clip.action, difficulty=dd or clip.difficulty)
     return clip,run,reports

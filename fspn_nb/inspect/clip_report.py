@@ -17,21 +17,21 @@ from ..actor.crop import square_box
 from ..core import write_atomic,write_json
 from ..data.clips import load_frames
 from ..data.video_io import encode_video
-from .clip_score import Opinion,summary
+from .clip_score import ClipResult,summary
 from .heat import plot_heat
-from ..protocols import PROTOCOLS,setting_of
+from ..protocols import PROTOCOLS,protocol_variant
 from ..report.figures import _BLUE,_GREEN,_ORANGE,_RED,plot_parse,save_figure
 
 # %% ../../nbs/inspect/07_clip_report.ipynb #c108d266
 def spread(
-    v:Opinion, # Any
+    v:ClipResult, # Any
     n:int=4, # How many
 )->np.ndarray: # (n,) positions on the axis of kept frames
     "Evenly spaced frames, each in the middle of its part"
     return ((np.arange(n)+.5)*len(v.ids)/n).astype(int)
 
 def plot_clip(
-    v:Opinion, # From `score_clip`
+    v:ClipResult, # From `score_clip`
     n:int=4, # Frames shown
 ):
     "Frames with the actor's box, and the crops below; returns the figure"
@@ -54,7 +54,7 @@ def _true_cuts(v):
     return [float(np.searchsorted(v.ids, o))*len(v.steps)/len(v.ids) for o in v.clip.steps]
 
 def save_pictures(
-    v:Opinion, # From `score_clip`
+    v:ClipResult, # From `score_clip`
     folder, # Where they are written
 )->dict[str,Path]: # 'strip', and 'parse' and 'heat' where there is something to show
     "strip.png, parse.png and heat.png"
@@ -107,7 +107,7 @@ def _timeline(draw, v, i, y, w):
 
 # %% ../../nbs/inspect/07_clip_report.ipynb #b3fd5542
 def overlay_frames(
-    v:Opinion, # From `score_clip`
+    v:ClipResult, # From `score_clip`
     least:int=288, # Smallest height of the picture, pixels; small frames are doubled
 ): # Yields (H',W',3) uint8, both sides even
     "The kept frames with heat, box, sub-action and score"
@@ -134,7 +134,7 @@ def _h264():
     return 'libx264' in av.codecs_available
 
 def save_overlay(
-    v:Opinion, # From `score_clip`
+    v:ClipResult, # From `score_clip`
     folder, # Where it is written
     fps:int=16, # Frames per second: slower than life
     gif:bool|None=None, # None: only where there is no H.264
@@ -183,7 +183,7 @@ def _voter(v, sample, vote):
 
 # %% ../../nbs/inspect/07_clip_report.ipynb #2dfa615b
 def votes_svg(
-    v:Opinion, # With at least one vote
+    v:ClipResult, # With at least one vote
 )->str: # Inline SVG
     "The votes on an axis"
     lo,hi = (float(f(np.r_[v.votes,v.score])) for f in (np.min,np.max))
@@ -196,7 +196,7 @@ def votes_svg(
 
 # %% ../../nbs/inspect/07_clip_report.ipynb #5653035b
 def headline(
-    v:Opinion, # From `score_clip`
+    v:ClipResult, # From `score_clip`
 )->list[str]: # Sentences, the most important first
     "What the first lines of the page say"
     clip = 'This clip was filmed, so the number shows how the tool works and says nothing about the performance.' if v.clip.kind == 'real' else 'The clip is a drawing as well.'
@@ -240,12 +240,12 @@ def _warmth(v):
 
 # %% ../../nbs/inspect/07_clip_report.ipynb #aad08a73
 def page(
-    v:Opinion, # From `score_clip`
+    v:ClipResult, # From `score_clip`
     pictures:dict[str,Path], # From `save_pictures`
     film:Path|None=None, # From `save_overlay`
 )->str: # One HTML document that needs no other file
     "The score report"
-    c,rule = v.clip,setting_of(v.cfg.dataset, v.cfg.setting)
+    c,rule = v.clip,protocol_variant(v.cfg.dataset, v.cfg.protocol)
     first,*rest = headline(v)
     known = ', '.join([f'{len(c.frames)} frames', *([c.action] if c.action else []), *([f'difficulty {c.difficulty:g}'] if c.difficulty else [])])
     pic = lambda k,alt: _img(pictures[k], alt) if k in pictures else ''
@@ -262,7 +262,7 @@ def page(
 
 # %% ../../nbs/inspect/07_clip_report.ipynb #63be4fa2
 def write_report(
-    v:Opinion, # From `score_clip`
+    v:ClipResult, # From `score_clip`
     reports, # The reports folder; everything goes to clips/<name> in it
 )->list[Path]: # Six files, or as many as there is something to show; report.html is the last
     "Numbers, pictures, film and page of one clip"

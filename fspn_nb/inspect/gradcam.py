@@ -12,7 +12,7 @@ import torch
 from torch import Tensor,nn
 from ..core import Batch
 from ..metrics import spearman
-from ..models.i3d import to_input
+from ..models.i3d import normalize_clip
 from ..training.predict import encode_dives,voters
 
 # %% ../../nbs/inspect/01_gradcam.ipynb #817cd818
@@ -25,7 +25,7 @@ def feature_maps(
     "What the last inception block makes of each clip"
     if backbone.training: raise ValueError('need a backbone in evaluation mode, got one in training mode, where BatchNorm mixes the clips; call backbone.eval()')
     at = next(backbone.parameters(), torch.empty(0)).device
-    parts = (to_input(o) if o.dtype == torch.uint8 else o for o in clips.split(batch))
+    parts = (normalize_clip(o) if o.dtype == torch.uint8 else o for o in clips.split(batch))
     return torch.cat([backbone.features(o.to(at).contiguous(memory_format=torch.channels_last_3d)).float() for o in parts])
 
 # %% ../../nbs/inspect/01_gradcam.ipynb #343be36c
@@ -123,7 +123,7 @@ def two_parts(
 # %% ../../nbs/inspect/01_gradcam.ipynb #94a4bed8
 def exemplars_of(
     model:nn.Module, # Trained, with or without a backbone
-    data, # `Prepared`: source, targets, pools and seed
+    data, # `RunData`: source, targets, pools and seed
     i:int, # Position of the dive
     m:int, # M
 )->tuple[Tensor,Tensor]|None: # Features (M,D) and labels (M,); None for a method without exemplars

@@ -139,7 +139,7 @@ class ScoreHead(nn.Module):
     "Interval classifier and in-interval regressor"
     def __init__(self,
         dim:int, # Width of the input
-        intervals:int=16, # I; 1: a plain regressor without intervals (`bce=False`)
+        intervals:int=16, # I; 1: a plain regressor without intervals (`use_bce=False`)
         hidden:int=144, # First hidden width; balances the three printed model sizes (D-36)
         dropout:float=0., # On the input
     ):

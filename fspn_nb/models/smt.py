@@ -125,7 +125,7 @@ class SMT(nn.Module):
         residual:str='actor', # Which stream continues: 'actor', or 'scene' (Eq. 9 as printed) (D-30)
     ):
         super().__init__()
-        if not widths: raise ValueError('need at least one stage, got widths=(); use smt=False to leave the transformer out')
+        if not widths: raise ValueError('need at least one stage, got widths=(); use use_smt=False to leave the transformer out')
         self.residual = residual
         self.stages = nn.ModuleList(Stage(i, o, blocks, heads, head_dim, residual) for i,o in zip((dim, *widths), widths))
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core import Batch,Output
 from ..data.clips import recut
-from .i3d import to_input
+from .i3d import normalize_clip
 
 # %% ../../nbs/models/11_with_backbone.ipynb #368dd7e8
 def encode_frames(
@@ -25,7 +25,7 @@ def encode_frames(
     apart:int=0, # Clips at a time where `micro` is 0; 0: all at once
 )->Tensor: # (N,1024), with `maps` (N,1024,h,w)
     "One vector, or one map, per clip, with gradients"
-    run = lambda x: features(to_input(x).contiguous(memory_format=torch.channels_last_3d)).mean(2 if maps else (2,3,4))
+    run = lambda x: features(normalize_clip(x).contiguous(memory_format=torch.channels_last_3d)).mean(2 if maps else (2,3,4))
     if not micro: return torch.cat([run(c) for c in clips.split(apart or len(clips))])
     return torch.cat([checkpoint(run, c, use_reentrant=False) if torch.is_grad_enabled() else run(c) for c in clips.split(micro)])
 
@@ -80,7 +80,7 @@ class WithBackbone(nn.Module):
         compiled=None, # `backbone.features` after torch.compile; None: as it is
     ):
         super().__init__()
-        if hasattr(head, 'lift') and (micro or compiled): raise ValueError(f"{type(head).__name__} works inside the backbone: need train.micro=0 and train.compile=False, got {micro} and {compiled is not None}")
+        if hasattr(head, 'lift') and (micro or compiled): raise ValueError(f"{type(head).__name__} works inside the backbone: need train.micro_batch=0 and train.compile=False, got {micro} and {compiled is not None}")
         self.backbone,self.head,self.freeze_bn,self.starts,self.micro,self.compiled = backbone,head,freeze_bn,tuple(starts),micro,compiled
         self.uses_exemplar,self.needs = head.uses_exemplar,head.needs
         self.streams = tuple(s for s in ('scene','actor') if s in head.needs)

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..config import ModelCfg
 from ..core import Batch,Output,need
 from ..models.encoder import Encoded
-from ..models.i3d import to_input
+from ..models.i3d import normalize_clip
 from .i3d_mlp import I3DMLP
 from .usdl import USDL
 
@@ -96,7 +96,7 @@ class TSANet(nn.Module):
         "Clips through I3D with the block in its middle"
         need(batch, *self.needs, who='TSA-Net')
         if batch.scene.ndim != 6: return batch
-        x = to_input(batch.scene.flatten(0, 1))
+        x = normalize_clip(batch.scene.flatten(0, 1))
         for name in backbone.names:
             x = getattr(backbone, name)(x)
             if name == LAYER: x = self.tube(x, tube_cells(batch.boxes.flatten(0, 1), x.shape[2:]))

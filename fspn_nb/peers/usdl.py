@@ -74,7 +74,7 @@ class USDL(MeanClip):
         feature:Tensor, # Mean clip vectors, (...,1024)
     )->Tensor: # (...), label units
         "The score that the distribution says"
-        return self.bins.read(self.mlp(feature).float(), self.cfg.decode)
+        return self.bins.read(self.mlp(feature).float(), self.cfg.decoding)
 
     def forward(self,
         batch:Batch, # Dives; an exemplar is ignored
@@ -82,7 +82,7 @@ class USDL(MeanClip):
         "One training or evaluation pass"
         need(batch, *self.needs, *['label']*self.training, who='USDL')
         logits = self.mlp(self.encode(batch).feature)
-        score = self.bins.read(logits.detach().float(), self.cfg.decode)
+        score = self.bins.read(logits.detach().float(), self.cfg.decoding)
         return Output(score, {} if batch.label is None else {'kl': kl(logits, self.bins.spread(batch.label)).mean()})
 
 # %% ../../nbs/peers/03_usdl.ipynb #732ab641
@@ -143,7 +143,7 @@ class MUSDL(MeanClip):
         feature:Tensor, # Of `encode`, (...,1024 or 1025)
     )->Tensor: # (...), label units
         "The score that the panel says"
-        total = panel_sum(self.bins.read(self.ask(feature).float(), self.cfg.decode))
+        total = panel_sum(self.bins.read(self.ask(feature).float(), self.cfg.decoding))
         return total*feature[..., self.dim].float() if self.points else total
 
     def forward(self,

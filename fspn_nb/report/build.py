@@ -14,15 +14,15 @@ import numpy as np,pandas as pd
 from ..analysis.compare import vote_points
 from ..analysis.parse_quality import parse_table,seed_means
 from ..analysis.runs import read_predictions
-from ..analysis.significance import picking,seed_mean_ci
+from ..analysis.significance import epoch_selection,seed_mean_ci
 from ..core import write_atomic
 from ..metrics import bca,cs_area
 from ..paper import paper_table
-from .chapters import Shelf,_GRID,ablation_chapter,cost_chapter,methods_chapter,note_of,open_shelf
+from .chapters import RunIndex,_GRID,ablation_chapter,cost_chapter,methods_chapter,note_of,open_shelf
 from .figures import plot_cs,plot_scatter,save_figure
 from .study_figures import plot_ablation,plot_channels,plot_tiou,plot_votes
 from .tables import _NAMES,_cell
-from .writers import Chapter,_text,page_html,page_md,provenance_line,save_chapter
+from .writers import ReportSection,_text,page_html,page_md,provenance_line,save_chapter
 
 # %% ../../nbs/report/08_build.ipynb #319fe3dd
 def _drawn(shelf, ch, out, draw, words):
@@ -36,7 +36,7 @@ def _drawn(shelf, ch, out, draw, words):
 
 # %% ../../nbs/report/08_build.ipynb #ae87c342
 def sheet_table(
-    shelf:Shelf, # From `open_shelf`
+    shelf:RunIndex, # From `open_shelf`
     runs:dict, # Method's label -> run
     top:float=20., # Right end of the cumulative curve, points
 )->pd.DataFrame: # label, both metrics and cs_area (%), each with _lo and _hi; seeds, n, runs
@@ -60,21 +60,21 @@ def readable_sheets(
 
 # %% ../../nbs/report/08_build.ipynb #305ca127
 def scatter_chapter(
-    shelf:Shelf, # From `open_shelf`
+    shelf:RunIndex, # From `open_shelf`
     key:str, # 'fig_06', or 'fig_09', which brings Fig. 11 along
     title:str, # Of the chapter
     cells:pd.DataFrame, # Columns label, seed, run
     out:Path, # The reports folder to write to
-)->Chapter:
+)->ReportSection:
     "Predicted against true scores of several methods, and how often they are how far off"
     first = cells[cells.run != ''].sort_values('seed', kind='stable').drop_duplicates('label').set_index('label').run
     runs = {o: first[o] for o in dict.fromkeys(cells.label) if o in first.index}
-    if not runs: return Chapter('', title, 'No finished run.', command=_GRID.format('Fig. 6' if key == 'fig_06' else 'IX'))
+    if not runs: return ReportSection('', title, 'No finished run.', command=_GRID.format('Fig. 6' if key == 'fig_06' else 'IX'))
     table,preds = sheet_table(shelf, runs),{k: read_predictions(shelf.root/r) for k,r in runs.items()}
     kind,note = note_of(shelf.of(table.runs))
     best = table.loc[table.cs_area.idxmax()]
     said = [f'The largest area under the cumulative curve ({best.cs_area:.1f} %) is that of {best.label}.']
-    ch = Chapter(key, title, provenance_line(shelf.of(table.runs), 'One training each; in brackets the 95 % bootstrap interval (BCa, test videos drawn).'), table, readable_sheets(table), said, command=_GRID.format('Fig. 6' if key == 'fig_06' else 'IX'))
+    ch = ReportSection(key, title, provenance_line(shelf.of(table.runs), 'One training each; in brackets the 95 % bootstrap interval (BCa, test videos drawn).'), table, readable_sheets(table), said, command=_GRID.format('Fig. 6' if key == 'fig_06' else 'IX'))
     for name,draw,words in ((key, plot_scatter, 'Predicted against true scores; on the line both agree.'), ('fig_11', plot_cs, 'Share of the test videos whose error is at most so many points.')):
         if name == 'fig_11' and key != 'fig_09': continue
         fig = draw(dict([*preds.items()][-6:]), kind, note)
@@ -84,11 +84,11 @@ def scatter_chapter(
 
 # %% ../../nbs/report/08_build.ipynb #0aed2b15
 def method_sheets(
-    shelf:Shelf, # From `open_shelf`
-    setting:str='w_dn', # Block of Table IX
+    shelf:RunIndex, # From `open_shelf`
+    protocol:str='w_dn', # Block of Table IX
 )->pd.DataFrame: # label, seed, run
     "Runs of the methods that Table IX prints, for Figs. 9 and 11"
-    mine = shelf.main[(shelf.main.dataset == 'finediving') & (shelf.main.setting == setting)]
+    mine = shelf.main[(shelf.main.dataset == 'finediving') & (shelf.main.protocol == protocol)]
     order = {m: i for i,m in enumerate(paper_table('IX').method.unique())}
     mine = mine[mine.method.isin(order)].assign(at=lambda d: d.method.map(order), label=lambda d: d.method.map(_NAMES))
     return mine.sort_values(['at','seed'])[['label','seed','run']]
@@ -98,33 +98,33 @@ def _with(cells, root, file): return cells[np.array([(root/r/file).is_file() for
 
 # %% ../../nbs/report/08_build.ipynb #f93f506f
 def votes_chapter(
-    shelf:Shelf, # From `open_shelf`
+    shelf:RunIndex, # From `open_shelf`
     out:Path, # The reports folder to write to
-)->Chapter:
+)->ReportSection:
     "How many exemplars should vote"
     cells = shelf.found[shelf.found.table == 'Fig. 8'].sort_values('seed')
     runs = _with(cells[cells.run != ''], shelf.root, 'votes.csv').run.tolist()
-    if not runs: return Chapter('', 'Fig. 8: voters', 'No finished run that kept its votes.', command=_GRID.format('Fig. 8'))
+    if not runs: return ReportSection('', 'Fig. 8: voters', 'No finished run that kept its votes.', command=_GRID.format('Fig. 8'))
     table = vote_points(runs, shelf.scorer).assign(seeds=','.join(str(s) for s,r in zip(cells.seed, cells.run) if r in runs))
     shown = pd.DataFrame(dict(M=table.exemplars.astype(str))|{short: [_cell(r, o, d) for _,r in table.iterrows()] for o,short,d in (('rho','rho',4), ('r_l2_x100','R x100',3))}|dict(seeds=table.seeds, n=table.n))
     best,alike = table.loc[table.rho.idxmax()],table[table.rho >= table.rho_lo[table.rho.idxmax()]].exemplars
     said = [f"The highest rho is that of M = {int(best.exemplars)}, but M = {', '.join(map(str, alike))} lie inside its interval; the paper finds its best at 15."]
-    return _drawn(shelf, Chapter('fig_08', 'Fig. 8: voters', provenance_line(shelf.of(runs)), table, shown, said, [], _GRID.format('Fig. 8')), out, plot_votes, 'Both metrics against the number of exemplars that vote; dashed: the near end of the best one\'s interval.')
+    return _drawn(shelf, ReportSection('fig_08', 'Fig. 8: voters', provenance_line(shelf.of(runs)), table, shown, said, [], _GRID.format('Fig. 8')), out, plot_votes, 'Both metrics against the number of exemplars that vote; dashed: the near end of the best one\'s interval.')
 
 # %% ../../nbs/report/08_build.ipynb #a8a31448
 def epochs_chapter(
-    shelf:Shelf, # From `open_shelf`
-)->Chapter:
+    shelf:RunIndex, # From `open_shelf`
+)->ReportSection:
     "Last epoch, best on validation, best on test"
-    cells = shelf.found[(shelf.found.setting == 'w_dn') & (shelf.found.run != '')].drop_duplicates('run')
+    cells = shelf.found[(shelf.found.protocol == 'w_dn') & (shelf.found.run != '')].drop_duplicates('run')
     cells = _with(cells, shelf.root, 'watched.csv').sort_values(['experiment','seed'])
-    if not len(cells): return Chapter('', 'Which epoch counts', 'No finished run that was watched.', command=_GRID.format('IX'))
+    if not len(cells): return ReportSection('', 'Which epoch counts', 'No finished run that was watched.', command=_GRID.format('IX'))
     watched = pd.concat([pd.read_csv(shelf.root/c.run/'watched.csv', dtype=dict(uid=str)).assign(method=c.experiment, seed=c.seed) for c in cells.itertuples()])
-    table = picking(watched).merge(cells.rename(columns=dict(experiment='method'))[['method','seed','run']], on=['method','seed']).rename(columns=dict(run='runs'))
+    table = epoch_selection(watched).merge(cells.rename(columns=dict(experiment='method'))[['method','seed','run']], on=['method','seed']).rename(columns=dict(run='runs'))
     f = lambda o,d: [_text(v, f'.{d}f') for v in table[o]]
     shown = pd.DataFrame({'method': table.method.map(_NAMES)}|{f'{s} {w}': f(f'{o}_{k}', d) for o,s,d in (('rho','rho',4), ('r','R x100',3)) for k,w in (('last','last'), ('val','best on validation'), ('test','best on test'))}|dict(seeds=table.seed.astype(str)))
     said = [f"{_NAMES.get(m, m)}: picking the epoch on the test set is worth {g.worth_rho.mean():+.4f} of rho and {-g.worth_r.mean():+.3f} of R x100 over the last epoch, on average over {len(g)} seed{'s'*(len(g) > 1)}." for m,g in table.groupby('method')]
-    return Chapter('epochs', 'Which epoch counts', provenance_line(shelf.of(table.runs), 'Test metrics of single trainings at the epochs that three rules pick; everywhere else the last epoch counts.'), table, shown, said, [], _GRID.format('IX'))
+    return ReportSection('epochs', 'Which epoch counts', provenance_line(shelf.of(table.runs), 'Test metrics of single trainings at the epochs that three rules pick; everywhere else the last epoch counts.'), table, shown, said, [], _GRID.format('IX'))
 
 # %% ../../nbs/report/08_build.ipynb #0475b46b
 def _overlap(shelf, runs):
@@ -135,14 +135,14 @@ def _overlap(shelf, runs):
 
 # %% ../../nbs/report/08_build.ipynb #68b914ce
 def parsing_chapter(
-    shelf:Shelf, # From `open_shelf`
+    shelf:RunIndex, # From `open_shelf`
     out:Path, # The reports folder to write to
-)->Chapter:
+)->ReportSection:
     "Temporal IoU of each variant that parses, and of rules that see nothing"
     title,command = 'Where the parser cuts',_GRID.format('I,V,beyond')
-    cells = shelf.found[(shelf.found.setting == 'w_dn') & (shelf.found.run != '')].drop_duplicates('run')
+    cells = shelf.found[(shelf.found.protocol == 'w_dn') & (shelf.found.run != '')].drop_duplicates('run')
     cells = _with(cells, shelf.root, 'parsing.csv').assign(label=lambda d: d.row.where(~d.table.str.startswith('Fig'), d.table+', '+d.row))
-    if not len(cells): return Chapter('', title, 'No finished run that parses.', command=command)
+    if not len(cells): return ReportSection('', title, 'No finished run that parses.', command=command)
     each,by = parse_table(cells[['label','seed','run']], shelf.root, n=0),{k: g.run.tolist() for k,g in cells.groupby('label')}
     means = seed_means(each)
     means = means.assign(seeds=[','.join(map(str, cells.seed[cells.label == o])) for o in means.label], runs=[' '.join(by.get(o, [])) for o in means.label])
@@ -153,7 +153,7 @@ def parsing_chapter(
     said = [f"The best variant reaches a temporal IoU of {best:.3f}, the best rule that sees no frame {floor:.3f}."]
     fig = plot_tiou(each, shelf.of(cells.run).data.iloc[0])
     save_figure(fig, Path(out)/'figures'/'tiou', pdf=True); plt.close(fig)
-    return Chapter('parsing', title, provenance_line(shelf.of(cells.run)), means, shown, said, [('tiou', 'Each variant, seed by seed, between the rules that see no frame.')], command)
+    return ReportSection('parsing', title, provenance_line(shelf.of(cells.run)), means, shown, said, [('tiou', 'Each variant, seed by seed, between the rules that see no frame.')], command)
 
 # %% ../../nbs/report/08_build.ipynb #e93fe2b1
 _OTHERS = {'fig_10': 'Fig. 10: where FSPN looks on a typical dive', 'fig_12': 'Fig. 12: failures', 'attention': 'Share of the heat on the athlete'}
@@ -161,17 +161,17 @@ _OTHERS = {'fig_10': 'Fig. 10: where FSPN looks on a typical dive', 'fig_12': 'F
 # %% ../../nbs/report/08_build.ipynb #01472cb8
 def other_figures(
     root:str|Path, # The reports folder
-)->list[Chapter]: # One, or none
+)->list[ReportSection]: # One, or none
     "Pictures that other notebooks drew"
     there = {k: v for k,v in _OTHERS.items() if (Path(root)/'figures'/f'{k}.png').is_file()}
     text = '\n\n'.join(f'![{k}](figures/{k}.png)\n\n*{v}*' for k,v in there.items())
-    return [Chapter('', 'Figs. 10 and 12: heat maps', text, command='papermill nbs/actor_and_heat.ipynb out.ipynb')] if there else []
+    return [ReportSection('', 'Figs. 10 and 12: heat maps', text, command='papermill nbs/actor_and_heat.ipynb out.ipynb')] if there else []
 
 # %% ../../nbs/report/08_build.ipynb #8e6cd7ba
 def chapters_of(
-    shelf:Shelf, # From `open_shelf`
+    shelf:RunIndex, # From `open_shelf`
     out:Path, # The reports folder to write figures to
-)->list[Chapter]: # In the order of the page
+)->list[ReportSection]: # In the order of the page
     "Everything that the report contains; draws the figures"
     grid = {o: ablation_chapter(shelf, o) for o in ('I','II','III','IV','V','VI','VIII','Fig. 7','beyond')}
     cells = shelf.found.rename(columns=dict(row='label'))
@@ -184,10 +184,10 @@ def chapters_of(
 
 # %% ../../nbs/report/08_build.ipynb #8d580c8b
 def intro(
-    shelf:Shelf, # From `open_shelf`
+    shelf:RunIndex, # From `open_shelf`
 )->str: # Markdown
     "What the page is, how far it is filled, how to rebuild it"
-    cells = shelf.found.groupby(['table','row','setting']).run.apply(lambda r: (r != '').any())
+    cells = shelf.found.groupby(['table','row','protocol']).run.apply(lambda r: (r != '').any())
     bad = shelf.runs[shelf.runs.problem != '']
     kinds = ', '.join(f'{len(g)} on {k} data' for k,g in shelf.runs[shelf.runs.problem == ''].groupby('data'))
     left = ''.join(f'- `{r.run}`: {r.problem}\n' for r in bad.itertuples())
@@ -209,7 +209,7 @@ def build_report(
     root:str|Path, # The reports folder, with run folders
     out:str|Path|None=None, # Where to write; None: `root`. Links are made as if it were `root`
     **options, # As in `open_shelf`: seeds, preset, n, tests
-)->tuple[list[Path],list[Chapter]]: # What was written, and the chapters
+)->tuple[list[Path],list[ReportSection]]: # What was written, and the chapters
     "Write README.md, report.html, tables and figures from the runs under `root`"
     shelf,out = open_shelf(root, **options),Path(out or root)
     chapters = chapters_of(shelf, out)

@@ -154,7 +154,7 @@ def plot_table(
     for own,color,mark,label in ((~floor, _BLUE, 'o', 'ours'), (floor, _GREY, 's', 'no frame seen')): _dots(ax, df[own], metric, color, mark, label)
     ax.plot(df[f'{metric}_paper'], df.index, 'o', mfc='none', mec=_RED, mew=1.5, ms=9, label='paper')
     ax.set_yticks(df.index, df.label.str.removeprefix('floor: ')+' ('+df.block+')', fontsize='small')
-    for i in np.flatnonzero(df.setting.ne(df.setting.shift()))[1:]: ax.axhline(i-.5, color='.85', lw=1)
+    for i in np.flatnonzero(df.protocol.ne(df.protocol.shift()))[1:]: ax.axhline(i-.5, color='.85', lw=1)
     ax.set_xlabel(f'{name}, 95 % interval')
     fig.legend(loc='outside upper right', ncols=3, frameon=False, fontsize='small')
     kinds = ' and '.join(sorted(set(df.data.dropna())))

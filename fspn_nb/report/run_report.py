@@ -16,24 +16,24 @@ import seaborn as sns
 import time
 import torch
 from ..analysis.runs import add_averages,collect,read_predictions
-from ..data.clips import axis_of,load_frames
+from ..data.clips import frame_indices,load_frames
 from ..data.records import samples_frame
 from ..evaluate import load_model
-from ..experiments.session import Session
-from ..metrics import score_floors,temporal_iou
+from ..experiments.session import RunContext
+from ..metrics import score_baselines,temporal_iou
 from ..protocols import SPORTS,Unit
 from .figures import plot_parse
 from .tables import ours_vs_paper
 from ..training.predict import encode_dives
-from ..training.prepare import Prepared
+from ..training.prepare import RunData
 
 # %% ../../nbs/report/06_run_report.ipynb #8f4c61ba
 def first_video(
-    data:Prepared, # One set of samples
+    data:RunData, # One set of samples
 )->tuple: # The first test sample, and its kept frames (T,H,W,3) uint8
     "One test video to look at"
     sample = data.release.samples[data.parts['test'][0]]
-    return sample, load_frames(sample, axis_of(sample, data.cfg.clip.frames))
+    return sample, load_frames(sample, frame_indices(sample, data.cfg.clip.frames))
 
 def video_title(
     sample, # A `Sample`
@@ -45,20 +45,20 @@ def video_title(
 
 # %% ../../nbs/report/06_run_report.ipynb #0f73985b
 def floors_of(
-    session:Session, # From `start`
+    session:RunContext, # From `start`
     datas:dict, # From `read_data`
-)->pd.DataFrame: # As `score_floors`
+)->pd.DataFrame: # As `score_baselines`
     "Predictors that see no frame, on the samples of `session`"
     rows = []
     for only,data in datas.items():
         sheet = samples_frame(data.release.samples)
         sees = {k: v or only for k,v in session.protocol.floors.items()}
-        rows.append(score_floors(sheet[sheet.split == 'train'], sheet[sheet.split == 'test'], sees=sees))
+        rows.append(score_baselines(sheet[sheet.split == 'train'], sheet[sheet.split == 'test'], sees=sees))
     return pd.concat(rows, ignore_index=True)
 
 # %% ../../nbs/report/06_run_report.ipynb #68ccac11
 def plot_curves(
-    session:Session, # After `train_all`
+    session:RunContext, # After `train_all`
 ):
     "Loss and validation rho over the epochs of every run; returns the figure"
     logs = [pd.read_csv(o.run/'log.csv').assign(run=o.run.name.rsplit('-', 1)[0]) for o in session.done]
@@ -74,7 +74,7 @@ def plot_curves(
 
 # %% ../../nbs/report/06_run_report.ipynb #abc50567
 def make_table(
-    session:Session, # After `train_all`
+    session:RunContext, # After `train_all`
     floors:pd.DataFrame, # From `floors_of`
 )->pd.DataFrame: # As `ours_vs_paper`
     "The paper's table with the runs of `session` in it"
@@ -85,62 +85,62 @@ def make_table(
 
 # %% ../../nbs/report/06_run_report.ipynb #82e41061
 def note_of(
-    session:Session, # After `train_all`
-    setting:str, # A block of the table
+    session:RunContext, # After `train_all`
+    protocol:str, # A block of the table
 )->str: # One line
     "What a figure's title must say: setting, mode, weights, preset, seed, epoch rule"
     o = session.done[0]
-    return (f"{session.protocol.settings[setting].title}, {o.cfg.train.backbone} backbone ({o.data.provenance['weights']['name']}), preset {o.cfg.preset}, "
-            f"seed {o.cfg.seed}, {o.cfg.eval.epoch_rule} epoch")
+    return (f"{session.protocol.variants[protocol].title}, {o.cfg.train.backbone} backbone ({o.data.provenance['weights']['name']}), preset {o.cfg.preset}, "
+            f"seed {o.cfg.seed}, {o.cfg.eval.checkpoint_selection} epoch")
 
 def main_setting(
-    session:Session, # From `start`
+    session:RunContext, # From `start`
 )->str:
     "The block that figures are drawn for: the protocol's main one if it was run, else the first"
-    have = [o.setting for o in session.runs]
+    have = [o.protocol for o in session.runs]
     return session.protocol.main if session.protocol.main in have else have[0]
 
 # %% ../../nbs/report/06_run_report.ipynb #f823d93a
 def sheets_of(
-    session:Session, # After `train_all`
-    setting:str, # A block of the table
+    session:RunContext, # After `train_all`
+    protocol:str, # A block of the table
 )->dict[str,pd.DataFrame]: # Method -> its test predictions, first seed
     "Predictions of every method in one block, for the figures"
     first = session.runs[0].seed
-    return {o.cfg.model.name: read_predictions(o.run) for o in session.done if o.cfg.setting == setting and o.cfg.seed == first}
+    return {o.cfg.model.name: read_predictions(o.run) for o in session.done if o.cfg.protocol == protocol and o.cfg.seed == first}
 
 def class_sheets(
-    session:Session, # After `train_all`, of AQA-7
+    session:RunContext, # After `train_all`, of AQA-7
     method:str, # 'fspn'
 )->dict[str,pd.DataFrame]: # Class -> test predictions in percent of the literature's range, first seed
     "Predictions of one method in every class on one scale"
     first,out = session.runs[0].seed,{}
     for o in session.done:
         if o.cfg.model.name != method or o.cfg.seed != first: continue
-        sport,df = SPORTS[o.cfg.setting],read_predictions(o.run)
+        sport,df = SPORTS[o.cfg.protocol],read_predictions(o.run)
         unit = Unit('percent', sport.lo, sport.hi)
         out[sport.title] = df.assign(true=unit.label(df.true), pred=unit.label(df.pred))
     return out
 
 # %% ../../nbs/report/06_run_report.ipynb #45427a95
 def plot_first_parse(
-    session:Session, # After `train_all`
-    setting:str, # A block of the table
+    session:RunContext, # After `train_all`
+    protocol:str, # A block of the table
 ):
     "The first test video of a method that parses, cut by it; None where no method does"
     for o in session.done:
-        if o.cfg.setting != setting or o.cfg.model.name == 'i3d_mlp' or not o.cfg.model.iap: continue
+        if o.cfg.protocol != protocol or o.cfg.model.name == 'i3d_mlp' or not o.cfg.model.use_iap: continue
         extras = encode_dives(load_model(o.run, o.data), o.data, o.data.parts['test'][:1]).extras
         if 'steps' in extras: break
     else: return None
     _,frames = first_video(o.data)
     true = [] if o.data.targets.steps is None else o.data.targets.steps[o.data.parts['test'][0]].tolist()
     names = [f'sub-action {i+1}' for i in range(o.cfg.model.sub_actions)]
-    return plot_parse(frames, extras['steps'][0].numpy(), true, extras['transitions'][0].tolist(), names, o.data.release.kind, note_of(session, setting))
+    return plot_parse(frames, extras['steps'][0].numpy(), true, extras['transitions'][0].tolist(), names, o.data.release.kind, note_of(session, protocol))
 
 # %% ../../nbs/report/06_run_report.ipynb #ab8eb188
 def parse_scores(
-    session:Session, # After `train_all`
+    session:RunContext, # After `train_all`
 )->pd.DataFrame: # run, n, tiou, constant; no rows where nothing was parsed or no steps are known
     "Mean temporal IoU of the middle step over the test videos, beside the constant cut (29, 62)"
     rows = []
@@ -153,7 +153,7 @@ def parse_scores(
 
 # %% ../../nbs/report/06_run_report.ipynb #f895ca74
 def costs(
-    session:Session, # After `train_all`
+    session:RunContext, # After `train_all`
 )->pd.DataFrame: # Milliseconds per training video and epoch, minutes, per run
     "Time per run; prints device, time and memory of the whole notebook"
     print(f'device {session.done[0].data.device}, {torch.get_num_threads()} threads, {session.base.train.backbone} backbone; whole notebook {(time.perf_counter()-session.began)/60:.1f} min, '
@@ -163,7 +163,7 @@ def costs(
 
 # %% ../../nbs/report/06_run_report.ipynb #46a063de
 def list_files(
-    session:Session, # At the end
+    session:RunContext, # At the end
 )->None:
     "Print what was written, relative to the reports folder"
     print(f'under {session.reports.name}/:', *[os.path.relpath(f, session.reports) for f in session.files], *[f'{session.dataset}/{o.run.name}/' for o in session.done], sep='\n')

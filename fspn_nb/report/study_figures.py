@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from ..analysis.compare import SCORES
-from ..analysis.parse_quality import FIELD,sound_cuts
+from ..analysis.parse_quality import MEAN_TRANSITIONS,valid_transitions
 from ..metrics import temporal_iou
 from .figures import _says
 
@@ -110,11 +110,11 @@ def plot_cuts(
     steps:pd.DataFrame, # `parsing.csv` of one run, or its table; test dives are drawn
     data:str, # 'real' | 'synthetic', for the title
     name:str='parser', # What the run is called
-    constant:tuple[float,float]=FIELD, # The pair of cuts to compare with
+    constant:tuple[float,float]=MEAN_TRANSITIONS, # The pair of cuts to compare with
 ):
     "Predicted against true cuts, and the overlap of each dive beside that of a constant; returns the figure"
     if data not in ('real','synthetic'): raise ValueError(f"need data='real' or 'synthetic', so that the title can say it, got {data!r}")
-    pred,true,left_out = sound_cuts(steps)
+    pred,true,left_out = valid_transitions(steps)
     fig,axs = plt.subplots(1, 3, figsize=(8,2.9), layout='constrained')
     for i,cut in enumerate(('first','last')): _cut_panel(axs[i], pred[:,i], true[:,i], constant[i], cut)
     share = np.linspace(0, 100, len(true))

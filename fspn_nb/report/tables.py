@@ -24,9 +24,9 @@ def caption(
 )->str: # One paragraph
     "What must be known to read our numbers: data, mode, weights, preset, epoch rule, interval, broken runs"
     ok,bad = runs[runs.problem == ''],runs[runs.problem != '']
-    said = {o: ', '.join(sorted(map(str, ok[o].unique()))) or 'none' for o in ('data','mode','weights','preset','epoch_rule')}|{'seed': ', '.join(map(str, sorted({int(o) for o in ok.seed}))) or 'none'}
+    said = {o: ', '.join(sorted(map(str, ok[o].unique()))) or 'none' for o in ('data','mode','weights','preset','checkpoint_selection')}|{'seed': ', '.join(map(str, sorted({int(o) for o in ok.seed}))) or 'none'}
     text = (f"Table {name}, ours beside the paper. Data: {_DATA.get(said['data'], _MIXED)}. Backbone: {said['mode']}; weights: {said['weights']}; preset: {said['preset']}; "
-            f"epoch rule: {said['epoch_rule']}; seeds: {said['seed']}. Ours is the mean over seeds; brackets hold the 95 % bootstrap interval over test dives of the lowest seed.")
+            f"epoch rule: {said['checkpoint_selection']}; seeds: {said['seed']}. Ours is the mean over seeds; brackets hold the 95 % bootstrap interval over test dives of the lowest seed.")
     return text+(f" Broken runs left out: {', '.join(bad.run)}." if len(bad) else '')
 
 # %% ../../nbs/report/01_tables.ipynb #63f2ea48
@@ -37,17 +37,17 @@ def block_titles(
     dataset:str, # 'finediving' | 'mtl_aqa' | 'aqa7'
 )->dict[str,str]: # Setting -> title, in the order of the table; AQA-7 ends with the average
     "The blocks of a dataset's table as the paper prints them"
-    return {k: o.title for k,o in PROTOCOLS[dataset].settings.items()}|({'average': 'Avg.'} if dataset == 'aqa7' else {})
+    return {k: o.title for k,o in PROTOCOLS[dataset].variants.items()}|({'average': 'Avg.'} if dataset == 'aqa7' else {})
 
 # %% ../../nbs/report/01_tables.ipynb #62c62862
 def _beside(ours, paper, blocks):
     "All rows of `ours` and `paper`, joined on setting and method, in the paper's order; `blocks` come as listed"
-    df = ours.merge(paper, on=['setting','method'], how='outer', suffixes=('','_paper'))
+    df = ours.merge(paper, on=['protocol','method'], how='outer', suffixes=('','_paper'))
     order = {m: i for i,m in enumerate(dict.fromkeys(paper.method))}
     floor = df.method.str.startswith('floor: ')
     df['label'] = df.label.fillna(df.method.map(_NAMES)).fillna(df.method)
     rank = df.method.map(order).fillna(order['fspn']-.5)+100*floor
-    keys = pd.DataFrame(dict(s=df.setting.map({k: i for i,k in enumerate(blocks)}), r=rank, m=df.method, d=df.data.astype(str), c=df.config.astype(str)))
+    keys = pd.DataFrame(dict(s=df.protocol.map({k: i for i,k in enumerate(blocks)}), r=rank, m=df.method, d=df.data.astype(str), c=df.config.astype(str)))
     return df.loc[keys.sort_values(list(keys)).index].reset_index(drop=True)
 
 # %% ../../nbs/report/01_tables.ipynb #beb2ef03
@@ -55,13 +55,13 @@ def _floor_rows(floors):
     "`floors` in the columns of `average_seeds`"
     for r in floors.to_dict('records'):
         scores = {f'{o}{e}': k*r[f'{src}{e}'] for o,src,k in _PAIRS for e in ('','_lo','_hi')}
-        yield dict(setting=r['setting'], method='floor: '+r['floor'], n=r['n'], **scores)
+        yield dict(protocol=r['protocol'], method='floor: '+r['floor'], n=r['n'], **scores)
 
 # %% ../../nbs/report/01_tables.ipynb #123cdb9f
 def ours_vs_paper(
     name:str, # The paper's table: 'IX' (FineDiving), 'X' (AQA-7), 'XI' (MTL-AQA)
     runs:pd.DataFrame, # From `collect`
-    floors:pd.DataFrame|None=None, # From `metrics.score_floors`, on the same data
+    floors:pd.DataFrame|None=None, # From `metrics.score_baselines`, on the same data
 )->pd.DataFrame: # Our scores with interval and spread, the paper's (*_paper), ours minus paper (*_diff); `attrs['caption']`
     "Table `name` with our runs beside the printed rows"
     if name not in _DATASETS: raise ValueError(f"only Tables {', '.join(_DATASETS)} can be set beside runs so far, got {name!r}")
@@ -69,9 +69,9 @@ def ours_vs_paper(
     ours = average_seeds(runs).drop(columns='dataset')
     if floors is not None and len(floors):
         ours = pd.DataFrame([*ours.to_dict('records'), *_floor_rows(floors)], columns=ours.columns)
-    df = _beside(ours, paper_table(name).drop(columns='year'), blocks).astype({'n': 'Int64'}).assign(block=lambda d: d.setting.map(blocks))
+    df = _beside(ours, paper_table(name).drop(columns='year'), blocks).astype({'n': 'Int64'}).assign(block=lambda d: d.protocol.map(blocks))
     for o,_,_ in _PAIRS: df[f'{o}_diff'] = df[o]-df[f'{o}_paper']
-    first = ['setting','block','method','label',*(f'{o}{e}' for o,_,_ in _PAIRS for e in ('','_lo','_hi','_sd','_paper','_diff')),'seeds']
+    first = ['protocol','block','method','label',*(f'{o}{e}' for o,_,_ in _PAIRS for e in ('','_lo','_hi','_sd','_paper','_diff')),'seeds']
     df = df[[*first,*(c for c in df if c not in first and c != 'note'),'note']]
     df.attrs |= dict(name=name, caption=caption(name, runs))
     return df
@@ -84,7 +84,7 @@ def _cell(row, name, digits):
     return f'{row[name]:.{digits}f}'+('' if pd.isna(lo) else f' [{lo:.{digits}f}, {hi:.{digits}f}]')
 
 # %% ../../nbs/report/01_tables.ipynb #138eb296
-_DIFFER = ('data','mode','weights','preset','epoch_rule','target')
+_DIFFER = ('data','mode','weights','preset','checkpoint_selection','target')
 
 # %% ../../nbs/report/01_tables.ipynb #882b127b
 def readable(
@@ -92,13 +92,13 @@ def readable(
 )->pd.DataFrame: # Text only
     "`table` as a person wants it"
     dash = lambda v, f: '-' if pd.isna(v) else format(v, f)
-    out = pd.DataFrame(dict(setting=table.block, method=table.label))
+    out = pd.DataFrame(dict(protocol=table.block, method=table.label))
     for name,short,d in (('rho','rho',4), ('r_l2_x100','R x100',3)):
         out[f'{short} ours'] = [_cell(r, name, d) for _,r in table.iterrows()]
         out[f'{short} paper'] = [dash(o, f'.{d}f') for o in table[f'{name}_paper']]
         out[f'{short} diff'] = [dash(o, f'+.{d}f') for o in table[f'{name}_diff']]
     differ = [o for o in _DIFFER if table[o].nunique() > 1]
-    if table.duplicated(['setting','method',*differ]).any(): differ.append('config')
+    if table.duplicated(['protocol','method',*differ]).any(): differ.append('config')
     for o in ('seeds','n',*differ): out[o] = [dash(v, '') for v in table[o]]
     return out
 
@@ -106,10 +106,10 @@ def readable(
 def predictions_by_method(
     root:Path, # The reports folder
     runs:pd.DataFrame, # From `collect`
-    setting:str='w_dn', # 'wo_dn' | 'w_dn' | 'w_dd'
+    protocol:str='w_dn', # 'wo_dn' | 'w_dn' | 'w_dd'
 )->dict[str,pd.DataFrame]: # Method's label -> its test rows, FSPN last
-    "Test predictions of each method in `setting`, lowest seed"
-    ok = runs[(runs.problem == '') & (runs.setting == setting)].sort_values('seed').drop_duplicates([o for o in _ALIKE if o != 'n'])
+    "Test predictions of each method in `protocol`, lowest seed"
+    ok = runs[(runs.problem == '') & (runs.protocol == protocol)].sort_values('seed').drop_duplicates([o for o in _ALIKE if o != 'n'])
     ok = ok.assign(last=ok.method == 'fspn', label=ok.method.map(_NAMES).fillna(ok.method)).sort_values(['last', 'method', 'run'])
     twins = ok.label.duplicated(keep=False)
     return {r.label+(f' ({Path(r.run).name})' if twin else ''): read_predictions(Path(root)/r.run) for r,twin in zip(ok.itertuples(), twins)}
@@ -147,7 +147,7 @@ def wide(
     ci = lambda r,c,d: text(r[c], d)+('' if pd.isna(r[f'{c}_lo']) else f" [{r[f'{c}_lo']:.{d}f}, {r[f'{c}_hi']:.{d}f}]")
     for name,short,d in (('rho','rho',4), ('r_l2_x100','R x100',2)):
         for (label,config),g in table.fillna({'config': ''}).groupby(['label','config'], sort=False):
-            g = g.drop_duplicates('setting').set_index('setting')
+            g = g.drop_duplicates('protocol').set_index('protocol')
             rows.append(dict(metric=short, method=label)|{t: text(g[f'{name}_paper'].get(k), d) for k,t in titles.items()})
             rows.append(dict(metric=short, method=f'{label.removesuffix(" (Ours)")}, here')|{t: ci(g.loc[k], name, d) if k in g.index else '-' for k,t in titles.items()})
     out = pd.DataFrame(rows)

@@ -57,7 +57,7 @@ def _unit(v):
     return v/np.maximum(np.linalg.norm(v, axis=-1, keepdims=True), 1e-9)
 
 def _grab(j, hold):
-    "(n, 16, 3) joints with the left hand moved by the share `hold` (n,) to the left foot, and the right arm out"
+    "(n, 16, 3) joints with the left hand moved by the share `load_to_memory` (n,) to the left foot, and the right arm out"
     out,h = j.copy(),hold[:,None]
     goal = j[:,12]+.6*(j[:,14]-j[:,12])
     reach = goal-j[:,2]

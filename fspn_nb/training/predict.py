@@ -14,10 +14,10 @@ import torch
 from torch import Tensor,nn
 
 from ..batches.exemplars import pick_exemplars
-from ..models.i3d import I3D,fold
+from ..models.i3d import I3D,fuse_conv_bn
 from .distributed import gather_batch
 from .prefetch import batches
-from .prepare import Prepared
+from .prepare import RunData
 
 # %% ../../nbs/training/05_predict.ipynb #758b2de6
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def for_inference(
     model.eval()
     if not isinstance(getattr(model, 'backbone', None), I3D): return model
     fast = copy.copy(model)
-    fast._modules = dict(model._modules, backbone=fold(model.backbone))
+    fast._modules = dict(model._modules, backbone=fuse_conv_bn(model.backbone))
     fast.compiled = None # belongs to the backbone that is trained
     return fast.eval()
 
@@ -43,7 +43,7 @@ def for_inference(
 @torch.no_grad()
 def encode_dives(
     model:nn.Module, # Any method of the zoo, or one with a backbone in front
-    data:Prepared, # Source and targets
+    data:RunData, # Source and targets
     ids:np.ndarray, # Positions of the dives
     batch:int=16, # Dives at a time
 )->Encoded: # On the CPU
@@ -52,14 +52,14 @@ def encode_dives(
     plan = [(ids[c:c+batch], None) for c in range(0, len(ids), batch)]
     lift = getattr(fast, 'lift', lambda b: b) # frames to features
     mixed = data.backbone is not None and data.cfg.train.precision == 'bf16'
-    for b,(some,_) in zip(batches(data.source, data.targets, plan, data.device, crew=data.crew), plan):
-        with torch.autocast(data.device.type, torch.bfloat16, enabled=mixed): parts.append(fast.encode(gather_batch(data.crew, lift(b), len(some))))
+    for b,(some,_) in zip(batches(data.source, data.targets, plan, data.device, dist=data.dist), plan):
+        with torch.autocast(data.device.type, torch.bfloat16, enabled=mixed): parts.append(fast.encode(gather_batch(data.dist, lift(b), len(some))))
     join = lambda xs: torch.cat([x.float().cpu() for x in xs])
     return Encoded(join([p.feature for p in parts]), {k: join([p.extras[k] for p in parts]) for k in parts[0].extras}, {int(i): r for r,i in enumerate(ids)})
 
 # %% ../../nbs/training/05_predict.ipynb #ec257fc9
 def voters(
-    data:Prepared, # Pools and the seed
+    data:RunData, # Pools and the seed
     ids:np.ndarray, # Positions of n dives
     m:int, # M
 )->tuple[np.ndarray,np.ndarray]: # (n,M) positions, and which of them really vote
@@ -72,7 +72,7 @@ def voters(
 @torch.no_grad()
 def predict(
     model:nn.Module, # As in `encode_dives`
-    data:Prepared, # Source, targets and pools
+    data:RunData, # Source, targets and pools
     ids:np.ndarray, # Positions of n dives
     m:int, # Exemplars that vote; ignored by methods without exemplars
 )->tuple[np.ndarray,np.ndarray|None,Encoded]: # (n,) labels predicted, (n,M) single votes (NaN: none), and what was encoded
