@@ -165,6 +165,6 @@ def test_cores_scale(labels, theta):
 
 
 def test_core_refuses_what_it_cannot_be():
-    with pytest.raises(ValueError, match='power of two'): build_core_tree(ModelCfg(intervals=12), [1., 2., 3.])
+    with pytest.raises(ValueError, match='power of two'): build_core_tree(ModelCfg(num_bins=12), [1., 2., 3.])
     with pytest.raises(ValueError, match='fit_pairs'): CoRe(bins=ScoreBins.fit_labels([1., 2., 3.]))
     with pytest.raises(ValueError, match='widen the groups'): build_core_tree(ModelCfg(), [1., 2.], ['a', 'b'])

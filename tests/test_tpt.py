@@ -28,7 +28,7 @@ def made(seed=0, labels=LABELS, **cfg):
 def small(labels=LABELS, seed=0, **kw):
     "One that trains in a second, with 16 channels"
     torch.manual_seed(seed)
-    return TPT(ModelCfg(name='tpt', decode='expected'), ScoreBins.fit_pairs(labels.tolist(), top=100), **{**dict(d=32, dim=16, hidden=32), **kw})
+    return TPT(ModelCfg(name='tpt', decoding='expected'), ScoreBins.fit_pairs(labels.tolist(), top=100), **{**dict(d=32, dim=16, hidden=32), **kw})
 
 
 def test_sizes_of_the_release():

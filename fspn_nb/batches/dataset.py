@@ -31,7 +31,7 @@ def describe(
 
 # %% ../../nbs/batches/02_dataset.ipynb #7b1b6381
 def load_samples(
-    cfg:RunCfg, # `dataset`, `protocol`, `data_root`, `allow_missing` and `synth` are read
+    cfg:RunCfg, # `dataset`, `protocol`, `data_root`, `allow_missing` and `synthetic` are read
 )->Release: # Never empty in train or test
     "Read the release of `cfg`, or write the synthetic one first"
     if cfg.data_root: root,kind = Path(cfg.data_root).expanduser(),'real'
