@@ -111,14 +111,14 @@ class Batch:
     actor:Tensor|None=None # The same for the actor crops
     label:Tensor|None=None # (B,) what is to be predicted: points, or points / difficulty
     difficulty:Tensor|None=None # (B,) degree of difficulty
-    steps:Tensor|None=None # (B,2) first frame of the second and of the last step, 0..T-1; for evaluation only
+    transitions:Tensor|None=None # (B,2) first frame of the second and of the last step, 0..T-1; for evaluation only
     judges:Tensor|None=None # (B,7) single marks, NaN where a panel is smaller
-    maps:Tensor|None=None # (B,K,C,h,w) clip features that keep their place in the picture, for methods that look there (TSA)
-    cells:Tensor|None=None # (B,20,C) one vector per clip of eight frames, for methods with a finer clock (TPT)
+    feature_maps:Tensor|None=None # (B,K,C,h,w) clip features that keep their place in the picture, for methods that look there (TSA)
+    short_clip_features:Tensor|None=None # (B,20,C) one vector per clip of eight frames, for methods with a finer clock (TPT)
     boxes:Tensor|None=None # (B,K,L,4) the actor's corners x1,y1,x2,y2 in each frame, shares 0..1 of the square; no area: not in the picture (TSA-Net)
     uid:tuple[str,...]=() # Names of the dives
     exemplar:'Batch|None'=None # One exemplar per dive
-    partners:Tensor|None=None # (B,) place of each dive's exemplar in this batch, where the exemplars are the batch itself in another order (D-139)
+    exemplar_index:Tensor|None=None # (B,) place of each dive's exemplar in this batch, where the exemplars are the batch itself in another order (D-139)
 
     def __len__(self): return len(self.scene)
 
@@ -148,12 +148,12 @@ def to_device(
 @dataclass
 class Output:
     "What a model says about a batch"
-    score:Tensor|None=None # (B,) prediction, in the unit of `Batch.label`
+    prediction:Tensor|None=None # (B,), in the unit of `Batch.label`
     losses:dict[str,Tensor]=field(default_factory=dict) # Named scalars; empty when there is no label
-    extras:dict[str,Tensor]=field(default_factory=dict) # What a figure may want, e.g. 'steps': (B,T,S) probabilities
+    extras:dict[str,Tensor]=field(default_factory=dict) # What a figure may want, e.g. 'step_probs': (B,T,S) probabilities
 
     @property
-    def total(self): return sum(self.losses.values())
+    def total_loss(self): return sum(self.losses.values())
 
 # %% ../nbs/root/01_core.ipynb #beffc455
 def tune_malloc()->bool: # Whether this system's allocator listens: glibc's does

@@ -62,7 +62,7 @@ def parsing(
 )->pd.DataFrame: # uid, predicted and true first frames of the second and of the last step, tiou
     "Predicted and true steps, side by side"
     row = {u: i for i,u in enumerate(data.targets.uid)}
-    true = data.targets.steps[[row[u] for u in table.uid]].numpy()
+    true = data.targets.transitions[[row[u] for u in table.uid]].numpy()
     pred = extras['transitions'].round().astype(int)
     return pd.DataFrame(dict(uid=table.uid, split=table.split, pred_1=pred[:, 0], pred_2=pred[:, -1], true_1=true[:, 0], true_2=true[:, -1],
                              tiou=temporal_iou(pred[:, [0,-1]], true).round(4)))
@@ -83,7 +83,7 @@ def evaluate(
     metrics = dict(summarise(test.pred.to_numpy(), test.true.to_numpy(), seed=cfg.seed), method=cfg.model.name, protocol=cfg.protocol, seed=cfg.seed,
                    mode=cfg.train.backbone, data=data.provenance['data'], checkpoint_selection=cfg.eval.checkpoint_selection, weights=data.provenance['weights']['name'],
                    preset=cfg.preset, label=data.targets.unit.kind, epochs=cfg.train.epochs, exemplars=cfg.eval.num_exemplars)
-    if 'transitions' in extras and data.targets.steps is not None:
+    if 'transitions' in extras and data.targets.transitions is not None:
         files['parsing.csv'] = steps = pd.concat([parsing(t, e, data) for t,e in found])
         metrics['tiou'] = round(float(steps[steps.split == 'test'].tiou.mean()), 4)
     if data.dist.lead: # all know the same, one writes

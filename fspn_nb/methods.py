@@ -9,7 +9,7 @@ __all__ = ['FINETUNE_ONLY', 'EXTRA_INPUTS', 'EPOCH_MULTIPLIER']
 FINETUNE_ONLY = ('tsa_net',) # methods that work inside the backbone, so that no clip features can be kept for them
 
 # %% ../nbs/root/03_methods.ipynb #1a258356
-EXTRA_INPUTS = {'tsa': ('maps',), 'tpt': ('cells',), 'tsa_net': ('boxes',)} # what a method reads beside the clip vectors of both streams: fields of `Batch`
+EXTRA_INPUTS = {'tsa': ('feature_maps',), 'tpt': ('short_clip_features',), 'tsa_net': ('boxes',)} # what a method reads beside the clip vectors of both streams: fields of `Batch`
 
 # %% ../nbs/root/03_methods.ipynb #e9e23722
 _SLOW = ('i3d_mlp','i3d_svr','i3d_avg','usdl','musdl','core_tree','hgcn','tpt') # cheap epochs, and a training loss that is still falling, or still at chance, after twenty

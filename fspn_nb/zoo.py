@@ -70,12 +70,12 @@ def create_model(
 def register_model(
     name:str, # A new name
     build, # Function of (cfg, labels (n,), groups) that returns a module
-    reads:tuple[str,...]=(), # What it needs beside clip vectors: 'maps', 'cells'
+    reads:tuple[str,...]=(), # What it needs beside clip vectors: 'feature_maps', 'short_clip_features'
     patience:int=1, # How many times the demo's epochs it trains
 )->None:
     "Make a method known to the zoo, the configuration and the trainer, for this process"
     if name in MODELS: raise ValueError(f'the name {name!r} is taken; there are {", ".join(list_models())}')
-    if strange := set(reads)-{'maps','cells'}: raise ValueError(f"reads may hold 'maps' and 'cells', got {', '.join(sorted(strange))}")
+    if strange := set(reads)-{'feature_maps','short_clip_features'}: raise ValueError(f"reads may hold 'feature_maps' and 'short_clip_features', got {', '.join(sorted(strange))}")
     MODELS[name],CHOICES['model.name'] = build,(*CHOICES['model.name'],name)
     if reads: EXTRA_INPUTS[name] = tuple(reads)
     if patience != 1: EPOCH_MULTIPLIER['demo',name] = patience
@@ -109,9 +109,9 @@ def random_batch(
 def _check_training(name, model, batch):
     "Score, losses and gradients of one pass in training mode"
     out = model.train()(batch)
-    assert out.score.shape == (len(batch),) and torch.isfinite(out.score).all(), f'{name}: score must be (B,) and finite'
-    assert out.losses and torch.isfinite(out.total), f'{name}: training needs finite losses'
-    out.total.backward()
+    assert out.prediction.shape == (len(batch),) and torch.isfinite(out.prediction).all(), f'{name}: score must be (B,) and finite'
+    assert out.losses and torch.isfinite(out.total_loss), f'{name}: training needs finite losses'
+    out.total_loss.backward()
     idle = [n for n,p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not idle, f'{name}: parameters without a gradient: {idle}'
     return out.losses
@@ -119,7 +119,7 @@ def _check_training(name, model, batch):
 @torch.no_grad()
 def _check_evaluation(name, model, batch):
     "Evaluation repeats itself, and `encode` and `score` say what the whole says"
-    a,b = model.eval()(batch).score,model(batch).score
+    a,b = model.eval()(batch).prediction,model(batch).prediction
     assert torch.equal(a, b), f'{name}: evaluation must repeat itself'
     mine = model.encode(batch).feature
     if not model.uses_exemplar: return torch.testing.assert_close(model.score(mine), a, rtol=1e-3, atol=.05, msg=f'{name}: encode and score must agree with the whole')

@@ -36,7 +36,7 @@ def weights_carry_everything(a, b, batch, path):
     "Model `b` with the saved weights of `a` says what `a` says"
     torch.save(a.eval().state_dict(), path)
     b.eval().load_state_dict(torch.load(path, weights_only=True))
-    with torch.no_grad(): assert torch.equal(a(batch).score, b(batch).score)
+    with torch.no_grad(): assert torch.equal(a(batch).prediction, b(batch).prediction)
 
 
 def bf16_is_close(model, batch):
@@ -44,14 +44,14 @@ def bf16_is_close(model, batch):
     with torch.no_grad():
         full = model.eval()(batch)
         with torch.autocast('cpu', torch.bfloat16): half = model(batch)
-    assert half.score.dtype == torch.float32 and (half.score-full.score).abs().max() < 5
+    assert half.prediction.dtype == torch.float32 and (half.prediction-full.prediction).abs().max() < 5
     assert all(torch.isclose(half.losses[k], v, rtol=.15, atol=.02) for k, v in full.losses.items())
 
 
 def trains_on_one(model, one):
     "A batch of a single dive trains"
     out = model.train()(one)
-    assert out.score.shape == (1,) and out.total.isfinite()
+    assert out.prediction.shape == (1,) and out.total_loss.isfinite()
 
 
 def film(corner, colour, n=20):

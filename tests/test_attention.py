@@ -19,7 +19,7 @@ from fspn_nb.config import ClipCfg,ModelCfg
 from fspn_nb.core import Batch
 from fspn_nb.inspect import actor_study as p,attention as a
 from fspn_nb.metrics import spearman
-from fspn_nb.models.encoder import Encoded
+from fspn_nb.models.encoder import EncoderOutput
 from fspn_nb.paper import paper_table
 from fspn_nb.report import run_report as s
 from fspn_nb.report.figures import save_figure
@@ -48,7 +48,7 @@ class Red(nn.Module):
     "Likes red in the scene, and green in the actor's crop"
     uses_exemplar, needs = False, ('scene', 'actor')
 
-    def encode(self, batch): return Encoded(torch.cat([batch.scene[..., :1], batch.actor[..., 1:2]], -1).mean(1), {})
+    def encode(self, batch): return EncoderOutput(torch.cat([batch.scene[..., :1], batch.actor[..., 1:2]], -1).mean(1), {})
 
     def score(self, feature): return 10*feature[..., 0]+20*feature[..., 1]
 

@@ -38,11 +38,11 @@ def test_maps_and_cells_are_the_same_backbone_looked_at_otherwise(tmp_path):
     plain = prepare(finediving('smoke', **base), 'cpu')
     tsa = prepare(finediving('smoke', **base, model__name='tsa'), 'cpu', like=plain)
     tpt = prepare(finediving('smoke', **base, model__name='tpt'), 'cpu', like=tsa)
-    assert plain.source.more == {} and set(tsa.source.more) == {'maps'} and set(tpt.source.more) == {'cells'}
-    assert tsa.source.more['maps'].shape == (10, 9, 1024, 2, 2) and tpt.source.more['cells'].shape == (10, 20, 1024)
-    assert torch.allclose(tsa.source.more['maps'].mean((3, 4)), plain.source.scene, atol=1e-4)
+    assert plain.source.more == {} and set(tsa.source.more) == {'feature_maps'} and set(tpt.source.more) == {'short_clip_features'}
+    assert tsa.source.more['feature_maps'].shape == (10, 9, 1024, 2, 2) and tpt.source.more['short_clip_features'].shape == (10, 20, 1024)
+    assert torch.allclose(tsa.source.more['feature_maps'].mean((3, 4)), plain.source.scene, atol=1e-4)
     again = prepare(finediving('smoke', **base, model__name='tpt'), 'cpu')
-    assert torch.equal(again.source.more['cells'], tpt.source.more['cells'])
+    assert torch.equal(again.source.more['short_clip_features'], tpt.source.more['short_clip_features'])
 
 
 @pytest.mark.parametrize('name', ['tsa', 'tpt', 'hgcn'])
@@ -59,4 +59,4 @@ def test_peers_train_in_both_modes(name, tmp_path):
 
 
 def test_an_unknown_kind_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="need 'maps' or 'cells'"): features.cache_kind([], finediving('smoke'), None, 'w', tmp_path, 'flow')
+    with pytest.raises(ValueError, match="need 'feature_maps' or 'short_clip_features'"): features.cache_kind([], finediving('smoke'), None, 'w', tmp_path, 'flow')

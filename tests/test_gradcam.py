@@ -18,7 +18,7 @@ from fspn_nb.core import Batch
 from fspn_nb.data.clips import resize_crop
 from fspn_nb.inspect.heat import (box_shares,cell_centres,crop_window,heat_in_box,on_frames,paste,pick_failures,
     plot_failures,plot_heat,share_summary,video_heat)
-from fspn_nb.models.encoder import Encoded
+from fspn_nb.models.encoder import EncoderOutput
 from fspn_nb.models.fspn import FSPN
 from fspn_nb.models.heads import ScoreBins
 from fspn_nb.models.i3d import I3D,fuse_conv_bn,normalize_clip
@@ -58,7 +58,7 @@ class Red(nn.Module):
     "Likes red in the scene, and green in the actor's crop"
     uses_exemplar, needs = False, ('scene', 'actor')
 
-    def encode(self, batch): return Encoded(torch.cat([batch.scene[..., :1], batch.actor[..., 1:2]], -1).mean(1), {})
+    def encode(self, batch): return EncoderOutput(torch.cat([batch.scene[..., :1], batch.actor[..., 1:2]], -1).mean(1), {})
 
     def score(self, feature): return 10*feature[..., 0]+20*feature[..., 1]
 
@@ -271,7 +271,7 @@ def test_trained_network_finds_real_divers(shared):
             self.fc = nn.Linear(1024, 1)
             self.fc.weight.data = net.Logits.weight[[at]].data.flatten(1)
 
-        def encode(self, batch): return Encoded(batch.scene.mean(1), {})
+        def encode(self, batch): return EncoderOutput(batch.scene.mean(1), {})
 
         def score(self, feature): return self.fc(feature)[..., 0]
 

@@ -72,7 +72,7 @@ def test_far_clips_do_not_reach_a_scene():
 
 def test_the_order_of_clips_matters():
     model, batch = made().eval(), random_batch(clips=10)
-    with torch.no_grad(): assert not torch.allclose(model(batch).score, model(replace(batch, scene=batch.scene.flip(1))).score, atol=1e-3)
+    with torch.no_grad(): assert not torch.allclose(model(batch).prediction, model(replace(batch, scene=batch.scene.flip(1))).prediction, atol=1e-3)
 
 
 def test_weights_carry_everything(tmp_path):
@@ -83,7 +83,7 @@ def test_weights_carry_everything(tmp_path):
 def test_batch_mates_and_batches_of_one():
     model, batch = made().eval(), random_batch()
     one = Batch(batch.scene[2:3], label=batch.label[2:3])
-    with torch.no_grad(): assert torch.allclose(model(one).score, model(batch).score[2:3], atol=1e-3)
+    with torch.no_grad(): assert torch.allclose(model(one).prediction, model(batch).prediction[2:3], atol=1e-3)
     trains_on_one(model, one)
 
 
@@ -94,13 +94,13 @@ def test_bf16_is_close():
 def test_drawn_in_training_and_only_on_request_afterwards():
     batch, steady, drawn = random_batch(), made().eval(), made(sample=True).eval()
     with torch.no_grad():
-        assert torch.equal(steady(batch).score, steady(batch).score) and not torch.equal(drawn(batch).score, drawn(batch).score)
-        many = torch.stack([drawn(batch).score for _ in range(400)])
+        assert torch.equal(steady(batch).prediction, steady(batch).prediction) and not torch.equal(drawn(batch).prediction, drawn(batch).prediction)
+        many = torch.stack([drawn(batch).prediction for _ in range(400)])
         mean, sd = drawn.spread(drawn.encode(batch).feature)
-    assert torch.allclose(steady(batch).score, mean, atol=1e-4)
+    assert torch.allclose(steady(batch).prediction, mean, atol=1e-4)
     assert ((many.mean(0)-mean).abs() < 5*sd/20).all() and torch.allclose(many.std(0), sd, rtol=.2)
-    torch.manual_seed(3); a = steady.train()(batch).score
-    torch.manual_seed(3); b = steady(batch).score
+    torch.manual_seed(3); a = steady.train()(batch).prediction
+    torch.manual_seed(3); b = steady(batch).prediction
     assert torch.equal(a, b) # the seed decides what is drawn
 
 
@@ -133,7 +133,7 @@ def test_what_is_missing_or_broken_is_named():
         with pytest.raises(ValueError, match='num_groups must divide'): HGCN(num_groups=groups)
     with pytest.raises(ValueError, match='hears must be'): GraphConv(8, 8, 1, adjacency='future')
     out = per_dd.eval()(Batch(batch.scene)) # a new dive has neither label nor difficulty
-    assert not out.losses and out.score.isfinite().all()
+    assert not out.losses and out.prediction.isfinite().all()
 
 
 @pytest.mark.parametrize('clips', [9, 10])
@@ -144,8 +144,8 @@ def test_four_dives_by_heart(label, points, clips):
     model = made(labels=label, points=points).train()
     opt, first = torch.optim.Adam(model.parameters(), lr=1e-3), None
     for _ in range(60):
-        loss = model(batch).total
+        loss = model(batch).total_loss
         first = first or loss.item()
         opt.zero_grad(); loss.backward(); opt.step()
-    with torch.no_grad(): score = model.eval()(batch).score
+    with torch.no_grad(): score = model.eval()(batch).prediction
     assert spearmanr(score, label).statistic == pytest.approx(1) and loss < .2*first, (first, loss.item(), score)

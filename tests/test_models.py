@@ -46,9 +46,9 @@ def small(seed=0, **flags):
 def conform(model, batch):
     "What trainer and evaluation rely on, for any model"
     out = model.train()(batch)
-    assert out.score.shape == (len(batch),) and out.score.isfinite().all()
+    assert out.prediction.shape == (len(batch),) and out.prediction.isfinite().all()
     assert out.losses and all(v.ndim == 0 and v.isfinite() for v in out.losses.values())
-    out.total.backward()
+    out.total_loss.backward()
     idle = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not idle, idle
     model.eval()
@@ -57,8 +57,8 @@ def conform(model, batch):
         mine = model.encode(batch)
         theirs = (model.encode(batch.exemplar).feature, batch.exemplar.label) if model.uses_exemplar else ()
         by_hand = model.score(mine.feature, *theirs)
-    assert torch.equal(a.score, b.score)
-    assert torch.allclose(by_hand, a.score, atol=.05)
+    assert torch.equal(a.prediction, b.prediction)
+    assert torch.allclose(by_hand, a.prediction, atol=.05)
     for name in model.needs:
         with pytest.raises((ValueError, TypeError), match=name): model(replace(batch, **{name: None}))
 
@@ -148,7 +148,7 @@ def test_weights_carry_intervals_and_scale():
     model = small(seed=1).eval()
     fresh = fspn_s().eval()
     fresh.load_state_dict(model.state_dict())
-    with torch.no_grad(): assert torch.equal(fresh(batch_of()).score, model(batch_of()).score)
+    with torch.no_grad(): assert torch.equal(fresh(batch_of()).prediction, model(batch_of()).prediction)
 
 
 def test_printed_parameter_counts():
@@ -169,8 +169,8 @@ def test_an_overfit_is_possible():
     opt = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(60):
         out = model(batch)
-        opt.zero_grad(); out.total.backward(); opt.step()
-    with torch.no_grad(): off = (model(batch).score-batch.label).abs().mean()
+        opt.zero_grad(); out.total_loss.backward(); opt.step()
+    with torch.no_grad(): off = (model(batch).prediction-batch.label).abs().mean()
     assert off < 5, off
 
 

@@ -53,7 +53,7 @@ def test_weights_carry_everything(name, tmp_path):
 @pytest.mark.parametrize('name', ALL)
 def test_batch_mates_and_batches_of_one(name):
     model, batch = made(name).eval(), random_batch()
-    cut = lambda b: Batch(**{k: v[2:3] for k, v in vars(b).items() if k not in ('exemplar','partners')})
+    cut = lambda b: Batch(**{k: v[2:3] for k, v in vars(b).items() if k not in ('exemplar','exemplar_index')})
     one = replace(cut(batch), exemplar=cut(batch.exemplar))
     with torch.no_grad(): assert torch.allclose(model.encode(one).feature, model.encode(batch).feature[2:3], atol=1e-4)
     trains_on_one(model, one)
@@ -83,10 +83,10 @@ def test_sixteen_dives_can_be_learnt(name):
     opt, first = torch.optim.Adam(model.parameters(), lr=1e-3), None
     for _ in range(80):
         out = model(batch)
-        first = first or out.total.item()
-        opt.zero_grad(); out.total.backward(); opt.step()
-    assert out.total < .2*first, (first, out.total)
-    with torch.no_grad(): score = model.eval()(batch).score
+        first = first or out.total_loss.item()
+        opt.zero_grad(); out.total_loss.backward(); opt.step()
+    assert out.total_loss < .2*first, (first, out.total_loss)
+    with torch.no_grad(): score = model.eval()(batch).prediction
     rank = lambda x: x.argsort().argsort().double()
     assert torch.corrcoef(torch.stack([rank(score), rank(batch.label)]))[0, 1] > .95
     assert (score-batch.label).abs().mean() < 6
@@ -104,7 +104,7 @@ def test_what_is_missing_is_named(name):
 @pytest.mark.parametrize('name', ALL)
 def test_no_labels_no_losses(name):
     out = made(name).eval()(replace(random_batch(), label=None, judges=None))
-    assert not out.losses and out.score.isfinite().all()
+    assert not out.losses and out.prediction.isfinite().all()
 
 
 def test_usdls_curve_in_any_unit():
@@ -141,7 +141,7 @@ def test_musdls_unit_follows_the_labels():
     assert build_musdl(ModelCfg(), [10., 30.]).needs == ('scene',) and build_musdl(ModelCfg(), [10., 30.5]).needs == ('scene', 'difficulty')
     torch.manual_seed(0); per_dd = MUSDL(points=False).eval()
     torch.manual_seed(0); points = MUSDL(points=True).eval()
-    with torch.no_grad(): assert torch.allclose(points(batch).score, per_dd(batch).score*batch.difficulty)
+    with torch.no_grad(): assert torch.allclose(points(batch).prediction, per_dd(batch).prediction*batch.difficulty)
     with pytest.raises(ValueError, match='difficulty of every dive'): points(replace(batch, difficulty=torch.full((4,), float('nan'))))
 
 

@@ -48,7 +48,7 @@ def test_contract(cfg, monkeypatch):
     monkeypatch.setitem(zoo.MODELS, 'tpt', build_tpt)
     torch.manual_seed(0)
     found = zoo.check_model('tpt', ModelCfg(name='tpt', **cfg))
-    assert found['parameters'] == count(made(**cfg)) and found['losses'] == 'leaf, place, order, spread' and found['needs'] == 'cells' and found['exemplar']
+    assert found['parameters'] == count(made(**cfg)) and found['losses'] == 'leaf, place, order, spread' and found['needs'] == 'short_clip_features' and found['exemplar']
 
 
 def test_weights_carry_everything(tmp_path):
@@ -58,7 +58,7 @@ def test_weights_carry_everything(tmp_path):
 
 def test_batch_mates_and_batches_of_one():
     model, batch = made().eval(), zoo.random_batch()
-    cut = lambda b: Batch(b.scene[2:3], label=b.label[2:3], cells=b.cells[2:3])
+    cut = lambda b: Batch(b.scene[2:3], label=b.label[2:3], short_clip_features=b.short_clip_features[2:3])
     one = replace(cut(batch), exemplar=cut(batch.exemplar))
     with torch.no_grad(): assert torch.allclose(model.encode(one).feature, model.encode(batch).feature[2:3], atol=1e-4)
     trains_on_one(model, one)
@@ -90,10 +90,10 @@ def test_both_directions_are_learnt_from():
 
 def test_no_labels_no_losses():
     out = made().eval()(replace(zoo.random_batch(), label=None))
-    assert not out.losses and out.score.isfinite().all() and out.extras['attention'].shape == (4, 2, 5, 20)
+    assert not out.losses and out.prediction.isfinite().all() and out.extras['attention'].shape == (4, 2, 5, 20)
 
 
-@pytest.mark.parametrize('field', ['cells', 'exemplar', 'label'])
+@pytest.mark.parametrize('field', ['short_clip_features', 'exemplar', 'label'])
 def test_what_is_missing_is_named(field):
     with pytest.raises(ValueError, match=f'TPT.*no {field}'): made().train()(replace(zoo.random_batch(), **{field: None}))
 
@@ -101,9 +101,9 @@ def test_what_is_missing_is_named(field):
 def test_bad_input_is_named():
     model, batch = made(), zoo.random_batch()
     with pytest.raises(ValueError, match='for the exemplar.*no label'): model(replace(batch, exemplar=replace(batch.exemplar, label=None)))
-    with pytest.raises(ValueError, match='for the exemplar.*no cells'): model(replace(batch, exemplar=replace(batch.exemplar, cells=None)))
-    for cells in (batch.cells[..., :512], batch.cells[:, 0]):
-        with pytest.raises(ValueError, match=r'shape \(B,T,1024\).*got \(4,'): model(replace(batch, cells=cells))
+    with pytest.raises(ValueError, match='for the exemplar.*no short_clip_features'): model(replace(batch, exemplar=replace(batch.exemplar, short_clip_features=None)))
+    for cells in (batch.short_clip_features[..., :512], batch.short_clip_features[:, 0]):
+        with pytest.raises(ValueError, match=r'shape \(B,T,1024\).*got \(4,'): model(replace(batch, short_clip_features=cells))
     with pytest.raises(ValueError, match='fit_pairs'): TPT(bins=ScoreBins.fit_labels([1., 2., 3.]), d=16)
     with pytest.raises(ValueError, match='8 heads divide'): TPT(d=20)
     with pytest.raises(ValueError, match='at least one part'): TPT(d=16, parts=0)
@@ -205,11 +205,11 @@ def test_four_dives_can_be_learnt_by_heart():
     opt = torch.optim.Adam(model.parameters(), lr=5e-3)
     for step in range(150):
         turn = (torch.arange(4)+1+step%3)%4
-        out = model(Batch(None, label=label, cells=cells, exemplar=Batch(None, label=label[turn], cells=cells[turn])))
-        opt.zero_grad(); out.total.backward(); opt.step()
+        out = model(Batch(None, label=label, short_clip_features=cells, exemplar=Batch(None, label=label[turn], short_clip_features=cells[turn])))
+        opt.zero_grad(); out.total_loss.backward(); opt.step()
     model.eval()
     with torch.no_grad():
-        known = model.encode(Batch(None, cells=cells))
+        known = model.encode(Batch(None, short_clip_features=cells))
         votes = model.score(known.feature[:, None], known.feature.expand(4, -1, -1), label.expand(4, -1)) # (4,4), the diagonal is itself
         score = (votes.sum(1)-votes.diagonal())/3
     assert spearmanr(score, label).statistic == pytest.approx(1) and (score-label).abs().max() < 4
@@ -221,8 +221,8 @@ def test_a_temperature_learnt_by_its_logarithm_stays_positive():
     opt = torch.optim.Adam(model.parameters(), lr=1e-3)
     for layer in model.decoder.layers: layer.look.log_temperature.register_hook(lambda grad: torch.ones_like(grad)) # pushed down all the time
     g = torch.Generator().manual_seed(0)
-    batch = Batch(None, label=torch.rand(4, generator=g)*100, cells=torch.randn(4, 20, 16, generator=g))
-    batch.exemplar = replace(batch, label=batch.label.flip(0), cells=batch.cells.flip(0))
+    batch = Batch(None, label=torch.rand(4, generator=g)*100, short_clip_features=torch.randn(4, 20, 16, generator=g))
+    batch.exemplar = replace(batch, label=batch.label.flip(0), short_clip_features=batch.short_clip_features.flip(0))
     for _ in range(100):
-        opt.zero_grad(); model(batch).total.backward(); opt.step()
+        opt.zero_grad(); model(batch).total_loss.backward(); opt.step()
     assert all(.05 < layer.look.log_temperature.exp() < .07 for layer in model.decoder.layers)

@@ -32,7 +32,7 @@ def small_batch(n=4, dim=64, cells=(1, 2), seed=0):
     g = torch.Generator().manual_seed(seed)
     def one():
         maps = torch.randn(n, 9, dim, *cells, generator=g)
-        return Batch(maps.mean((3, 4)), label=torch.rand(n, generator=g)*60+30, steps=torch.tensor([[30, 70], [20, 60], [40, 80], [10, 50]])[:n], maps=maps, uid=tuple('abcd')[:n])
+        return Batch(maps.mean((3, 4)), label=torch.rand(n, generator=g)*60+30, transitions=torch.tensor([[30, 70], [20, 60], [40, 80], [10, 50]])[:n], feature_maps=maps, uid=tuple('abcd')[:n])
     return replace(one(), exemplar=one())
 
 
@@ -59,15 +59,15 @@ def test_operations_of_the_release():
 def test_contract(cfg):
     torch.manual_seed(0)
     found = check_model('tsa', ModelCfg(name='tsa', **cfg))
-    assert found['parameters'] == count(made(**cfg)) and found['exemplar'] and found['losses'] == 'mse, bce' and found['needs'] == 'scene, maps, steps'
+    assert found['parameters'] == count(made(**cfg)) and found['exemplar'] and found['losses'] == 'mse, bce' and found['needs'] == 'scene, feature_maps, transitions'
 
 
 @pytest.mark.parametrize('h, w', [(1, 1), (2, 2), (4, 4), (2, 3)])
 def test_maps_of_any_size(h, w):
     model = made().eval()
-    with torch.no_grad(): e = model.encode(Batch(torch.rand(2, 9, 1024), maps=torch.rand(2, 9, 1024, h, w)))
+    with torch.no_grad(): e = model.encode(Batch(torch.rand(2, 9, 1024), feature_maps=torch.rand(2, 9, 1024, h, w)))
     assert e.feature.shape == (2, 15*64*(1+h*w)) and swap_pairs(e.feature)[1].shape == (2, 3, 5*h*w, 64)
-    assert e.extras['transitions'].shape == (2, 2) and e.extras['steps'].shape == (2, 96, 3) and torch.equal(e.extras['steps'].sum(-1), torch.ones(2, 96))
+    assert e.extras['transitions'].shape == (2, 2) and e.extras['step_probs'].shape == (2, 96, 3) and torch.equal(e.extras['step_probs'].sum(-1), torch.ones(2, 96))
 
 
 def test_transitions_can_be_measured():
@@ -76,8 +76,8 @@ def test_transitions_can_be_measured():
     with torch.no_grad(): extras = model.encode(batch).extras
     cuts = extras['transitions']
     assert ((0 < cuts[:, 0]) & (cuts[:, 0] < 48) & (48 <= cuts[:, 1]) & (cuts[:, 1] < 96)).all()
-    assert torch.equal(extras['steps'].sum(1)[:, 0].long(), cuts[:, 0]) and torch.equal(extras['steps'].sum(1)[:, 2].long(), 96-cuts[:, 1])
-    assert ((iou := temporal_iou(cuts.numpy(), batch.steps.numpy())) >= 0).all() and (iou <= 1).all()
+    assert torch.equal(extras['step_probs'].sum(1)[:, 0].long(), cuts[:, 0]) and torch.equal(extras['step_probs'].sum(1)[:, 2].long(), 96-cuts[:, 1])
+    assert ((iou := temporal_iou(cuts.numpy(), batch.transitions.numpy())) >= 0).all() and (iou <= 1).all()
     assert torch.equal(model(batch).extras['transitions'], cuts)
 
 
@@ -127,8 +127,8 @@ def test_a_change_in_one_cell_stays_there():
 def test_both_reshapes_train():
     for peer in (False, True):
         out = TSA(dim=64, peer_reshape=peer).train()(small_batch())
-        out.total.backward()
-        assert out.total.isfinite()
+        out.total_loss.backward()
+        assert out.total_loss.isfinite()
 
 
 def test_the_teacher_leaves_after_a_quarter():
@@ -137,24 +137,24 @@ def test_the_teacher_leaves_after_a_quarter():
     assert model.teacher_forcing == 200*282//4
     model = TSA(dim=64, teacher_forcing=2, cfg=ModelCfg(heads=2)).train()
     batch, seen = small_batch(), []
-    for _ in range(4): seen.append(torch.equal(model(batch).extras['transitions'], batch.steps))
+    for _ in range(4): seen.append(torch.equal(model(batch).extras['transitions'], batch.transitions))
     assert seen == [True, True, False, False] and model.passes == 4
     model.eval()(batch)
     model.encode(batch)
     assert model.passes == 4 # evaluation is no lesson
     fresh = TSA(dim=64, teacher_forcing=2, cfg=ModelCfg(heads=2)).eval()
-    with torch.no_grad(): assert torch.equal(fresh(batch).extras['transitions'], fresh(replace(batch, steps=None)).extras['transitions']) # and sees no true cut
+    with torch.no_grad(): assert torch.equal(fresh(batch).extras['transitions'], fresh(replace(batch, transitions=None)).extras['transitions']) # and sees no true cut
 
 
 def test_losses_by_hand():
     model, batch = TSA(theta=30., dim=64, cfg=ModelCfg(heads=2)).eval(), small_batch()
     out, other = model(batch), batch.exemplar
     turned = model(replace(other, exemplar=replace(batch, exemplar=None)))
-    there, back = (out.score-other.label)/30, (turned.score-batch.label)/30
+    there, back = (out.prediction-other.label)/30, (turned.prediction-batch.label)/30
     gap = (batch.label-other.label)/30
     assert torch.isclose(out.losses['mse'], ((there-gap)**2).mean()+((back+gap)**2).mean(), atol=1e-5)
     logits = torch.cat([model.encode(b).extras['cut_logits'] for b in (batch, other)])
-    steps, p = torch.cat([batch.steps, other.steps]), logits.sigmoid()
+    steps, p = torch.cat([batch.transitions, other.transitions]), logits.sigmoid()
     hot = torch.zeros_like(p)
     for i, (a, b) in enumerate(steps.tolist()): hot[i, a, 0] = hot[i, b, 1] = 1
     assert torch.isclose(out.losses['bce'], F.binary_cross_entropy(p, hot), atol=1e-5) and torch.isclose(transition_loss(logits, steps), out.losses['bce'], atol=1e-5)
@@ -180,7 +180,7 @@ def test_weights_carry_everything(tmp_path):
 
 def test_batch_mates_and_batches_of_one():
     model, batch = made().eval(), random_batch()
-    cut = lambda b: Batch(b.scene[2:3], label=b.label[2:3], steps=b.steps[2:3], maps=b.maps[2:3])
+    cut = lambda b: Batch(b.scene[2:3], label=b.label[2:3], transitions=b.transitions[2:3], feature_maps=b.feature_maps[2:3])
     one = replace(cut(batch), exemplar=cut(batch.exemplar))
     with torch.no_grad(): assert torch.allclose(model.encode(one).feature, model.encode(batch).feature[2:3], atol=1e-4)
     trains_on_one(model, one)
@@ -197,21 +197,21 @@ def test_four_dives_are_learnt_by_heart():
     opt, first = torch.optim.Adam(model.parameters(), lr=3e-3), None
     for _ in range(40):
         out = model(batch)
-        first = first or out.total.item()
-        opt.zero_grad(); out.total.backward(); opt.step()
+        first = first or out.total_loss.item()
+        opt.zero_grad(); out.total_loss.backward(); opt.step()
     with torch.no_grad(): out = model.eval()(batch)
-    assert spearman(out.score.numpy(), batch.label.numpy()) == pytest.approx(1) and (out.score-batch.label).abs().mean() < 6
-    assert out.total < .2*first and torch.equal(out.extras['transitions'], batch.steps)
+    assert spearman(out.prediction.numpy(), batch.label.numpy()) == pytest.approx(1) and (out.prediction-batch.label).abs().mean() < 6
+    assert out.total_loss < .2*first and torch.equal(out.extras['transitions'], batch.transitions)
 
 
 def test_what_is_missing_is_named():
     model, batch = made().train(), random_batch()
-    for field in ('scene', 'maps', 'steps', 'label', 'exemplar'):
+    for field in ('scene', 'feature_maps', 'transitions', 'label', 'exemplar'):
         with pytest.raises(ValueError, match=f'no {field}'): model(replace(batch, **{field: None}))
-    for field in ('maps', 'label', 'steps'):
+    for field in ('feature_maps', 'label', 'transitions'):
         with pytest.raises(ValueError, match=f'for the exemplar.*{field}'): model(replace(batch, exemplar=replace(batch.exemplar, **{field: None})))
     with pytest.raises(ValueError, match='pass both'): model.score(torch.zeros(1, 15*64*2))
-    with pytest.raises(ValueError, match='from the same clips'): model(replace(batch, maps=batch.maps[:, :5]))
+    with pytest.raises(ValueError, match='from the same clips'): model(replace(batch, feature_maps=batch.feature_maps[:, :5]))
     with pytest.raises(ValueError, match='number of clips'): made(clips=10)(batch)
     with pytest.raises(ValueError, match='8 divides'): PSNet(frames=100)
 
@@ -219,15 +219,15 @@ def test_what_is_missing_is_named():
 @pytest.mark.parametrize('steps', [[0, 50], [50, 50], [60, 40], [20, 96], [-3, 50]])
 def test_impossible_steps_are_named(steps):
     batch = random_batch()
-    bad = batch.steps.clone()
+    bad = batch.transitions.clone()
     bad[2] = torch.tensor(steps)
-    with pytest.raises(ValueError, match='in these dives: 0/2'): made().train()(replace(batch, steps=bad))
-    with pytest.raises(ValueError, match='number 2'): check_steps(replace(batch, steps=bad, uid=()))
+    with pytest.raises(ValueError, match='in these dives: 0/2'): made().train()(replace(batch, transitions=bad))
+    with pytest.raises(ValueError, match='number 2'): check_steps(replace(batch, transitions=bad, uid=()))
 
 
 def test_no_labels_no_losses():
-    out = made().eval()(replace(random_batch(), label=None, steps=None))
-    assert not out.losses and out.score.isfinite().all()
+    out = made().eval()(replace(random_batch(), label=None, transitions=None))
+    assert not out.losses and out.prediction.isfinite().all()
 
 
 @pytest.mark.parametrize('labels, theta', [([0., 29.], 30.), ([0., 30.5], 100.)])
@@ -246,5 +246,5 @@ def test_real_steps_fit_or_are_named(shared):
     from fspn_nb.data.records import steps_on_axis
     samples = read_finediving(shared('data', 'finediving'))
     steps = torch.tensor([steps_on_axis(o, frame_ids(o.n_frames)) for o in samples])
-    check_steps(Batch(torch.zeros(len(steps), 1, 1), steps=steps))
+    check_steps(Batch(torch.zeros(len(steps), 1, 1), transitions=steps))
     assert ((steps[:, 0] >= 48).sum(), (steps[:, 1] < 48).sum()) == (108, 98)

@@ -131,17 +131,17 @@ def test_contract_over_frames(name):
     assert name in list_models()
     net, batch = whole(), random_batch(2, 2, exemplar=False, pixels=32)
     out = net.train()(batch)
-    assert out.score.shape == (2,) and out.score.isfinite().all() and list(out.losses) == ['mse']
-    out.total.backward()
+    assert out.prediction.shape == (2,) and out.prediction.isfinite().all() and list(out.losses) == ['mse']
+    out.total_loss.backward()
     idle = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
     assert not idle, idle
     with torch.no_grad():
         a, b = net.eval()(batch), net(batch)
         one = net(Batch(batch.scene[1:], label=batch.label[1:], boxes=batch.boxes[1:]))
-        assert torch.equal(a.score, b.score) and torch.allclose(net.score(net.encode(batch).feature), a.score, atol=.05)
-        assert torch.allclose(one.score, a.score[1:], atol=.05)
+        assert torch.equal(a.prediction, b.prediction) and torch.allclose(net.score(net.encode(batch).feature), a.prediction, atol=.05)
+        assert torch.allclose(one.prediction, a.prediction[1:], atol=.05)
         with torch.autocast('cpu', torch.bfloat16): half = net(batch)
-    assert half.score.dtype == torch.float32 and (half.score-a.score).abs().max() < 5
+    assert half.prediction.dtype == torch.float32 and (half.prediction-a.prediction).abs().max() < 5
     assert not net(replace(batch, label=None)).losses
     for gone in ('scene', 'boxes'):
         with pytest.raises(ValueError, match=f'TSA-Net needs scene, boxes, but this batch has no {gone}'): net(replace(batch, **{gone: None}))
@@ -151,7 +151,7 @@ def test_weights_carry_everything(tmp_path):
     a, b, batch = whole(seed=1).eval(), whole(seed=2).eval(), random_batch(1, 2, exemplar=False, pixels=32)
     torch.save(a.state_dict(), tmp_path/'w.pt')
     b.load_state_dict(torch.load(tmp_path/'w.pt', weights_only=True))
-    with torch.no_grad(): assert torch.equal(a(batch).score, b(batch).score)
+    with torch.no_grad(): assert torch.equal(a(batch).prediction, b(batch).prediction)
 
 
 def test_frozen_is_refused_and_left_out_of_the_frozen_grid():
@@ -263,9 +263,9 @@ def test_four_dives_can_be_learnt():
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
     for _ in range(40):
         out = net.train()(batch)
-        opt.zero_grad(); out.total.backward(); opt.step()
-        if out.total < 1e-3: break
-    assert spearman(out.score.numpy(), batch.label.numpy()) == 1 and out.total < .1, out
+        opt.zero_grad(); out.total_loss.backward(); opt.step()
+        if out.total_loss < 1e-3: break
+    assert spearman(out.prediction.numpy(), batch.label.numpy()) == 1 and out.total_loss < .1, out
     still = [n for n, p in net.named_parameters() if torch.equal(p, before[n])]
     assert not still, still
     assert net.head.tube.norm.weight.abs().max() > 0

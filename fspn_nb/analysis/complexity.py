@@ -146,7 +146,7 @@ def _costs(name, protocol, n):
     video,vote = (flops_of(*o)/1e6 for o in steps)
     video += sum(flops_of(*o)/1e6 for o in inner)
     size,streams = parameters_of(create_model(name, cfg)),sum(o in model.needs for o in ('scene','actor'))
-    backbone = streams*cfg.clips*backbone_flops(protocol.size)+20*('cells' in model.needs)*backbone_flops(protocol.size, 8)
+    backbone = streams*cfg.clips*backbone_flops(protocol.size)+20*('short_clip_features' in model.needs)*backbone_flops(protocol.size, 8)
     row = dict(method=name, parameters=size['head'], adapter=size['adapter'], mflops=video+vote, mflops_vote=vote if model.uses_exemplar else 0.,
                memory_mb=(4*size['head']+max(peak_of(*o) for o in (*steps, *inner)))/1e6, streams=streams, i3d_gflops=backbone/1e9)
     return row|({'seconds': sum(latency_of(*o, n=n) for o in steps)} if n else {})

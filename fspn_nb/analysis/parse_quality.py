@@ -103,11 +103,11 @@ def parse_floors(
 
 # %% ../../nbs/analysis/04_parse_quality.ipynb #44842ea9
 def training_cuts(
-    data:RunData, # What `prepare` gave; `targets.steps` and the training part are read
+    data:RunData, # What `prepare` gave; `targets.transitions` and the training part are read
 )->np.ndarray: # (m,2), those in order only
     "True cuts of the training dives, first and last"
-    if data.targets.steps is None: raise ValueError('need a release with step times to learn a constant from, got none; pass train=None')
-    steps = data.targets.steps.numpy()[data.parts['train']][:,[0,-1]]
+    if data.targets.transitions is None: raise ValueError('need a release with step times to learn a constant from, got none; pass train=None')
+    steps = data.targets.transitions.numpy()[data.parts['train']][:,[0,-1]]
     return steps[steps[:,0] < steps[:,1]]
 
 # %% ../../nbs/analysis/04_parse_quality.ipynb #991cfbee

@@ -65,7 +65,7 @@ class Labels:
     "What is known about each sample beside its frames, row by row"
     label:Tensor # (n,) in `unit`
     difficulty:Tensor # (n,) NaN where the sport has none
-    steps:Tensor|None # (n,2) first frame of the second and of the last step, on the axis of kept frames
+    transitions:Tensor|None # (n,2) first frame of the second and of the last step, on the axis of kept frames
     uid:tuple[str,...] # (n,) names
     unit:Unit=Unit() # What a label means
     judges:Tensor|None=None # (n,7) single marks, NaN where a panel is smaller; None where a dataset has none
@@ -96,5 +96,5 @@ def read_targets(
     "Labels, difficulties and true steps of `samples`"
     unit = unit_of(samples, cfg)
     score,dd = (torch.tensor([float('nan') if (v := getattr(o, k)) is None else v for o in samples]) for k in ('score','difficulty'))
-    steps = torch.tensor([steps_on_axis(o, frame_indices(o, cfg.clip.frames)) for o in samples]) if all(o.labels for o in samples) else None
-    return Labels(unit.label(score, dd), dd, steps, tuple(o.uid for o in samples), unit, read_judges(samples))
+    transitions = torch.tensor([steps_on_axis(o, frame_indices(o, cfg.clip.frames)) for o in samples]) if all(o.labels for o in samples) else None
+    return Labels(unit.label(score, dd), dd, transitions, tuple(o.uid for o in samples), unit, read_judges(samples))

@@ -64,7 +64,7 @@ def dive_features(
 def _kind_size(kind, clip):
     "Bytes of one video's `kind`"
     side = -(-clip.size//32)
-    return 4*1024*(len(clip.starts)*side**2 if kind == 'maps' else 20)
+    return 4*1024*(len(clip.starts)*side**2 if kind == 'feature_maps' else 20)
 
 def cache_kind(
     samples, # Sequence of n `Sample`
@@ -72,16 +72,16 @@ def cache_kind(
     encode, # As in `cache_features`; `encode(clips, maps=True)` gives (K,C,h,w)
     weights:str, # Hash that names `encode`
     folder:Path, # Where features are filed
-    kind:str, # 'maps' | 'cells'
+    kind:str, # 'feature_maps' | 'short_clip_features'
 )->Tensor: # (n,K,C,h,w) or (n,20,C)
     "What TSA or TPT reads of the scenes of all `samples`, filed or computed"
-    if kind not in ('maps','cells'): raise ValueError(f"need 'maps' or 'cells', got {kind!r}")
+    if kind not in ('feature_maps','short_clip_features'): raise ValueError(f"need 'feature_maps' or 'short_clip_features', got {kind!r}")
     paths = [folder/feature_key(o, cfg, None, weights).replace('.safetensors', f'.{kind}.safetensors') for o in samples]
     todo = [(o, p) for o,p in zip(samples, paths) if not p.exists()]
     if todo: _room(folder, kind, len(todo), _kind_size(kind, cfg.clip))
     for o,p in progress(todo, f'{kind} of {len(todo)} dives') if todo else ():
         scene = dive_clips(o, cfg.clip)[0]
-        f = encode(scene, maps=True) if kind == 'maps' else encode(recut(scene, cfg.clip.starts))
+        f = encode(scene, maps=True) if kind == 'feature_maps' else encode(recut(scene, cfg.clip.starts))
         write_atomic(p, save({kind: f.float().cpu().contiguous()}))
     return torch.stack([load_file(p)[kind] for p in paths])
 
@@ -101,7 +101,7 @@ def cache_features(
     encode, # Clips (K,3,L,H,W) uint8 to features (K,C)
     weights:str, # Hash that names `encode`
     folder:Path|None=None, # Where features are filed; None: `features` in the data cache
-    kinds:tuple[str,...]=(), # Further fields of `Batch`: 'maps', 'cells'
+    kinds:tuple[str,...]=(), # Further fields of `Batch`: 'feature_maps', 'short_clip_features'
 )->FeatureDataset: # Scene and actor, each (n,K,C)
     "Features of all `samples`: read where they are filed, computed and filed where they are not"
     folder = Path(folder or data_cache()/'features')

@@ -121,7 +121,7 @@ class FeatureDataset:
     def __init__(self,
         scene:Tensor, # (n,K,C)
         actor:Tensor, # (n,K,C)
-        **more:Tensor, # Further fields of `Batch`, row by row: 'maps', 'cells'
+        **more:Tensor, # Further fields of `Batch`, row by row: 'feature_maps', 'short_clip_features'
     ): self.scene,self.actor,self.more = scene,actor,more
 
     def fetch(self,
@@ -152,8 +152,8 @@ def make_batch(
     def _part(which, r):
         scene,actor = source.fetch(which, role(r))
         t = torch.as_tensor(which)
-        steps,judges = (None if x is None else x[t] for x in (targets.steps, targets.judges))
-        return Batch(scene, actor, targets.label[t], targets.difficulty[t], steps, judges, uid=tuple(targets.uid[i] for i in which), **source.rest(which, role(r)))
+        transitions,judges = (None if x is None else x[t] for x in (targets.transitions, targets.judges))
+        return Batch(scene, actor, targets.label[t], targets.difficulty[t], transitions, judges, uid=tuple(targets.uid[i] for i in which), **source.rest(which, role(r)))
     batch = _part(ids, 0)
     if exemplars is not None: batch.exemplar = _part(exemplars, 1)
     return batch

@@ -152,7 +152,7 @@ def score_clip(
     unit = 'points per difficulty' if data.targets.unit.kind == 'per_dd' and clip.difficulty is None else 'points'
     points = lambda x: np.asarray(x, float) if unit != 'points' else data.targets.unit.points(np.asarray(x, float), clip.difficulty)
     order = np.arange(0) if votes is None else pick_exemplars(np.arange(len(who)), len(who), cfg.seed, 5, len(who)) # as `voters` seats them
-    steps,cuts = (known.extras[k][-1].numpy() for k in ('steps','transitions')) if 'steps' in known.extras else (None,())
+    steps,cuts = (known.extras[k][-1].numpy() for k in ('step_probs','transitions')) if 'step_probs' in known.extras else (None,())
     return ClipResult(clip, cfg, Path(run).name, data.provenance, ids, boxes, float(points(label[0])), unit, points([] if votes is None else votes[0]), [data.release.samples[who[i]] for i in order],
                    steps, tuple(int(o) for o in cuts), made, shares, [about_frames, about_boxes, about_voters, *_caveats(data, clip, label[0]), *about_heat])
 

@@ -14,7 +14,7 @@ from torch import nn,Tensor
 
 from ..config import ModelCfg
 from ..core import Batch,Output,need
-from .encoder import Encoded,Encoder,parse
+from .encoder import EncoderOutput,Encoder,parse
 from .group_contrast import group_contrast
 from .heads import ScoreBins,ScoreHead,interval_loss
 
@@ -105,11 +105,11 @@ class FSPN(nn.Module):
 
     def encode(self,
         batch:Batch, # Needs `scene`, and `actor` unless `cfg.use_actor` is off
-    )->Encoded: # Feature (B,D); extras 'steps' and 'transitions' where there is a parser
+    )->EncoderOutput: # Feature (B,D); extras 'step_probs' and 'transitions' where there is a parser
         "Encode the dives of `batch`, leaving its exemplars aside"
         need(batch, *self.needs, who='FSPN.encode')
         coded = self.encoder(*(getattr(batch, n) for n in self.needs))
-        return Encoded(coded.feature, parse(coded.extras, len(batch)))
+        return EncoderOutput(coded.feature, parse(coded.extras, len(batch)))
 
     def score(self,
         feature:Tensor, # (B,D), of `encode`
@@ -125,10 +125,10 @@ class FSPN(nn.Module):
         "One pass over dives and exemplars"
         need(batch, *self.needs, *['exemplar']*self.uses_exemplar, *['label']*self.training, who='FSPN')
         if self.uses_exemplar: need(batch.exemplar, *self.needs, 'label', who='FSPN, for the exemplar,')
-        apart = self.uses_exemplar and batch.partners is None # the exemplars are other videos
+        apart = self.uses_exemplar and batch.exemplar_index is None # the exemplars are other videos
         parts = [batch, batch.exemplar] if apart else [batch]
         coded = self.encoder(*(torch.cat([getattr(p, n) for p in parts]) for n in self.needs))
-        query,exemplar = coded.feature.chunk(2) if apart else (coded.feature, None if batch.partners is None else coded.feature[batch.partners])
+        query,exemplar = coded.feature.chunk(2) if apart else (coded.feature, None if batch.exemplar_index is None else coded.feature[batch.exemplar_index])
         other = batch.exemplar.label if self.uses_exemplar else None
         losses = {} if batch.label is None else self.judge.losses(query, exemplar, batch.label, other)
         if losses and self.cfg.use_gc and self.cfg.use_iap:

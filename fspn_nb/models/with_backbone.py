@@ -44,8 +44,8 @@ def lift(
     backbone, # I3D, or whatever has its `features`
     batch:Batch, # Frames (B,K,3,L,H,W) uint8, or features
     streams:tuple[str,...]=('scene','actor'), # Which streams the head reads; the others stay frames
-    kinds:tuple[str,...]=(), # What else it reads of the scene: 'maps', 'cells'
-    starts:tuple[int,...]=(), # First frame of each clip, for 'cells'
+    kinds:tuple[str,...]=(), # What else it reads of the scene: 'feature_maps', 'short_clip_features'
+    starts:tuple[int,...]=(), # First frame of each clip, for 'short_clip_features'
     micro:int=0, # As in `encode_frames`
 )->Batch: # Features (B,K,1024)
     "`batch` and its exemplars as clip features"
@@ -54,11 +54,11 @@ def lift(
     found = [{} for _ in parts]
     if streams:
         clips = torch.cat([getattr(p, s) for p in parts for s in streams]) # (B to 4B,K,3,L,H,W)
-        coded = encode_videos(backbone.features, clips, micro, 'maps' in kinds) # (..,K,1024[,h,w])
-        f = iter(coded.flatten(3).mean(3).chunk(len(streams)*len(parts)) if 'maps' in kinds else coded.chunk(len(streams)*len(parts)))
+        coded = encode_videos(backbone.features, clips, micro, 'feature_maps' in kinds) # (..,K,1024[,h,w])
+        f = iter(coded.flatten(3).mean(3).chunk(len(streams)*len(parts)) if 'feature_maps' in kinds else coded.chunk(len(streams)*len(parts)))
         found = [{s: next(f) for s in streams} for _ in parts]
-        if 'maps' in kinds: [o.update(maps=m[:len(batch)]) for o,m in zip(found, coded.chunk(len(parts)))] # the scene is the first stream
-    if 'cells' in kinds: [o.update(cells=_cells(backbone, p.scene, starts, micro)) for o,p in zip(found, parts)]
+        if 'feature_maps' in kinds: [o.update(feature_maps=m[:len(batch)]) for o,m in zip(found, coded.chunk(len(parts)))] # the scene is the first stream
+    if 'short_clip_features' in kinds: [o.update(short_clip_features=_cells(backbone, p.scene, starts, micro)) for o,p in zip(found, parts)]
     lifted = [Batch(**vars(p)|o) for p,o in zip(parts, found)]
     if batch.exemplar is not None: lifted[0].exemplar = lifted[1]
     return lifted[0]
@@ -75,7 +75,7 @@ class WithBackbone(nn.Module):
         backbone:nn.Module, # I3D
         head:nn.Module, # Any method of the zoo
         freeze_bn:bool=True, # BatchNorm of the backbone keeps its statistics; scale and shift still learn
-        starts:tuple[int,...]=(), # First frame of each clip, for a head that reads 'cells'
+        starts:tuple[int,...]=(), # First frame of each clip, for a head that reads 'short_clip_features'
         micro:int=0, # As in `encode_frames`
         compiled=None, # `backbone.features` after torch.compile; None: as it is
     ):
@@ -84,7 +84,7 @@ class WithBackbone(nn.Module):
         self.backbone,self.head,self.freeze_bn,self.starts,self.micro,self.compiled = backbone,head,freeze_bn,tuple(starts),micro,compiled
         self.uses_exemplar,self.needs = head.uses_exemplar,head.needs
         self.streams = tuple(s for s in ('scene','actor') if s in head.needs)
-        self.kinds = tuple(k for k in ('maps','cells') if k in head.needs)
+        self.kinds = tuple(k for k in ('feature_maps','short_clip_features') if k in head.needs)
 
     def lift(self,
         batch:Batch, # Frames or features

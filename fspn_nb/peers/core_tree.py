@@ -12,7 +12,7 @@ from torch import nn,Tensor
 
 from ..config import ModelCfg
 from ..core import Batch,Output,need
-from ..models.encoder import Encoded
+from ..models.encoder import EncoderOutput
 from ..models.fspn import align
 from ..models.heads import ScoreBins,pick
 from .i3d_mlp import MeanClip
@@ -119,8 +119,8 @@ class PairwiseRegressor(MeanClip):
         return label+decode_difference(*self.ask(reference, other, label), self.bins, self.cfg.decoding)
 
     def losses(self,
-        mine:Encoded, # The dives
-        theirs:Encoded, # Their exemplars
+        mine:EncoderOutput, # The dives
+        theirs:EncoderOutput, # Their exemplars
         a:Tensor, # Labels of the dives, (B,)
         b:Tensor, # Labels of the exemplars, (B,)
     )->dict[str,Tensor]: # Named scalars

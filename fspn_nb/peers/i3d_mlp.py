@@ -13,7 +13,7 @@ from torch import nn,Tensor
 
 from ..config import ModelCfg
 from ..core import Batch,Output,need
-from ..models.encoder import Encoded
+from ..models.encoder import EncoderOutput
 
 # %% ../../nbs/peers/01_i3d_mlp.ipynb #cf1dcebf
 class LabelScale(nn.Module):
@@ -52,10 +52,10 @@ class MeanClip(nn.Module):
 
     def encode(self,
         batch:Batch, # Needs `scene`
-    )->Encoded: # The summary, (B,D); no extras
+    )->EncoderOutput: # The summary, (B,D); no extras
         "All but the answer"
         need(batch, *self.needs, who=f'{type(self).__name__}.encode')
-        return Encoded(self.summarise(batch.scene), {})
+        return EncoderOutput(self.summarise(batch.scene), {})
 
     def score(self,
         feature:Tensor, # Summaries, (...,D)

@@ -12,7 +12,7 @@ from torch import nn,Tensor
 
 from ..config import ModelCfg
 from ..core import Batch,need
-from ..models.encoder import Encoded
+from ..models.encoder import EncoderOutput
 from ..models.heads import ScoreBins
 from .core_tree import PairwiseRegressor,decode_difference,score_range
 
@@ -161,7 +161,7 @@ class PairHead(nn.Module):
 # %% ../../nbs/peers/06_tpt.ipynb #94d7429c
 class TPT(PairwiseRegressor):
     "Parts of a dive beside those of an exemplar"
-    needs = ('cells',)
+    needs = ('short_clip_features',)
 
     def __init__(self,
         cfg:ModelCfg=ModelCfg(name='tpt'), # `intervals` and `decode` are used
@@ -179,13 +179,13 @@ class TPT(PairwiseRegressor):
         self.decoder,self.head = PartDecoder(d, parts, dim, hidden, dropout=dropout),PairHead(d, cfg.num_bins, dropout)
 
     def encode(self,
-        batch:Batch, # Needs `cells`
-    )->Encoded: # Parts side by side, (B,P*d); extras 'attention', (B,N,P,T)
+        batch:Batch, # Needs `short_clip_features`
+    )->EncoderOutput: # Parts side by side, (B,P*d); extras 'attention', (B,N,P,T)
         "The parts of each dive"
         need(batch, *self.needs, who='TPT.encode')
-        if batch.cells.ndim != 3 or batch.cells.shape[-1] != self.dim: raise ValueError(f'TPT needs cells of shape (B,T,{self.dim}), one vector per clip of eight frames, got {tuple(batch.cells.shape)}; take them from a reader that provides them')
-        parts,attention = self.decoder(batch.cells)
-        return Encoded(parts.flatten(1), {'attention': attention})
+        if batch.short_clip_features.ndim != 3 or batch.short_clip_features.shape[-1] != self.dim: raise ValueError(f'TPT needs short_clip_features of shape (B,T,{self.dim}), one vector per clip of eight frames, got {tuple(batch.short_clip_features.shape)}; take them from a reader that provides them')
+        parts,attention = self.decoder(batch.short_clip_features)
+        return EncoderOutput(parts.flatten(1), {'attention': attention})
 
     def compare(self,
         reference:Tensor, # Parts of the dives whose score is known, (...,P*d)
@@ -197,8 +197,8 @@ class TPT(PairwiseRegressor):
         return self.head(reference.unflatten(-1, shape), other.unflatten(-1, shape))
 
     def losses(self,
-        mine:Encoded, # The dives
-        theirs:Encoded, # Their exemplars
+        mine:EncoderOutput, # The dives
+        theirs:EncoderOutput, # Their exemplars
         a:Tensor, # Labels of the dives, (B,)
         b:Tensor, # Labels of the exemplars, (B,)
     )->dict[str,Tensor]: # 'leaf', 'place', 'order' and 'spread', scalars

@@ -13,7 +13,7 @@ from torch import nn,Tensor
 
 from ..config import ModelCfg
 from ..core import Batch,Output,need
-from ..models.encoder import Encoded
+from ..models.encoder import EncoderOutput
 from ..models.fspn import align
 from ..models.smt import CrossBlock
 from .core_tree import score_range
@@ -83,11 +83,11 @@ def transition_loss(
 
 # %% ../../nbs/peers/05_tsa.ipynb #01b46dac
 def check_steps(
-    batch:Batch, # Dives with `steps`
+    batch:Batch, # Dives with `transitions`
     frames:int=96, # T
-)->Tensor: # `steps` as whole numbers, (B,2)
+)->Tensor: # `transitions` as whole numbers, (B,2)
     "Raise a `ValueError` that names the dives whose steps are empty or out of range"
-    s = batch.steps
+    s = batch.transitions
     wrong = [batch.uid[i] if batch.uid else f'number {i}' for i,(a,b) in enumerate(s.tolist()) if not 0 < a < b < frames]
     if wrong: raise ValueError(f'TSA needs steps with 0 < first < last < {frames}, got others in these dives: {", ".join(wrong[:5])}; mend the annotation or leave them out')
     return s.long()
@@ -139,14 +139,14 @@ class StepPooling(nn.Module):
         scene:Tensor, # (B,K,1024)
         maps:Tensor, # (B,K,1024,h,w)
         cuts:Tensor|None=None, # Cuts to use, (B,2); None: what it reads itself
-    )->Encoded: # Feature (B,15*64*(1+h*w)); extras 'transitions' (B,2), 'steps' (B,T,3), 'cut_logits' (B,T,2)
-        if maps.ndim != 5 or maps.shape[:3] != scene.shape: raise ValueError(f'TSA needs maps {(*scene.shape, "h", "w")} beside a scene {tuple(scene.shape)}, got {tuple(maps.shape)}; read both from the same clips')
+    )->EncoderOutput: # Feature (B,15*64*(1+h*w)); extras 'transitions' (B,2), 'step_probs' (B,T,3), 'cut_logits' (B,T,2)
+        if maps.ndim != 5 or maps.shape[:3] != scene.shape: raise ValueError(f'TSA needs feature_maps {(*scene.shape, "h", "w")} beside a scene {tuple(scene.shape)}, got {tuple(maps.shape)}; read both from the same clips')
         vectors,logits = self.net(scene)
         pictures = from_cells(self.net.frames(to_cells(maps, self.peer_reshape)), len(maps), self.peer_reshape)
         cuts = predict_transitions(logits.detach()) if cuts is None else cuts
         w = resample(cuts, vectors.shape[1], self.n).to(vectors.dtype)
         feature = torch.cat([(w@vectors).flatten(1), (w@pictures.flatten(2)).flatten(1)], 1).float()
-        return Encoded(feature, dict(transitions=cuts, steps=bands(cuts, vectors.shape[1]), cut_logits=logits))
+        return EncoderOutput(feature, dict(transitions=cuts, step_probs=bands(cuts, vectors.shape[1]), cut_logits=logits))
 
 # %% ../../nbs/peers/05_tsa.ipynb #8b92ccb2
 class StepDecoder(nn.Module):
@@ -189,7 +189,7 @@ def _both(batch, exemplar, name):
 # %% ../../nbs/peers/05_tsa.ipynb #961643c3
 class TSA(nn.Module):
     "Steps of a dive against the same steps of an exemplar"
-    uses_exemplar,needs,trains_on = True,('scene','maps'),('steps',)
+    uses_exemplar,needs,trains_on = True,('scene','feature_maps'),('transitions',)
 
     def __init__(self,
         cfg:ModelCfg=ModelCfg(name='tsa'), # `clips`, `frames`, `heads` and `dropout` are used
@@ -208,11 +208,11 @@ class TSA(nn.Module):
     )->None: self.teacher_forcing.fill_(passes//4)
 
     def encode(self,
-        batch:Batch, # Needs `scene` and `maps`
-    )->Encoded: # Both roles, (B,D); extras of `StepPooling`
+        batch:Batch, # Needs `scene` and `feature_maps`
+    )->EncoderOutput: # Both roles, (B,D); extras of `StepPooling`
         "The steps of each dive, by the parser's own cuts"
         need(batch, *self.needs, who='TSA.encode')
-        return self.reader(batch.scene, batch.maps)
+        return self.reader(batch.scene, batch.feature_maps)
 
     def score(self,
         feature:Tensor, # (B,D), of `encode`
@@ -241,7 +241,7 @@ class TSA(nn.Module):
         batch:Batch, # Dives, with one exemplar each
     )->Output: # Score, and losses where there is a label
         "One pass over dives and exemplars; in the losses each asks once"
-        need(batch, *self.needs, 'exemplar', *['label','steps']*self.training, who='TSA')
+        need(batch, *self.needs, 'exemplar', *['label','transitions']*self.training, who='TSA')
         need(batch.exemplar, *self.needs, 'label', *['steps']*self.training, who='TSA, for the exemplar,')
         read,b = self._read_pairs(batch),len(batch)
         mine,theirs = read.feature.split(b)
@@ -250,8 +250,8 @@ class TSA(nn.Module):
         if batch.label is None: return Output(score, {}, extras)
         back,target = self._differ(theirs, mine),(batch.label-y)/self.theta
         losses = dict(mse=F.mse_loss(delta, target)+F.mse_loss(back, -target))
-        if batch.steps is not None and batch.exemplar.steps is not None:
-            losses['bce'] = transition_loss(read.extras['cut_logits'], torch.cat([batch.steps, batch.exemplar.steps]))
+        if batch.transitions is not None and batch.exemplar.transitions is not None:
+            losses['bce'] = transition_loss(read.extras['cut_logits'], torch.cat([batch.transitions, batch.exemplar.transitions]))
         return Output(score, losses, extras)
 
 # %% ../../nbs/peers/05_tsa.ipynb #247ba650

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..config import ModelCfg
 from ..core import Batch,Output,need
-from ..models.encoder import Encoded
+from ..models.encoder import EncoderOutput
 from ..models.i3d import normalize_clip
 from .i3d_mlp import I3DMLP
 from .usdl import USDL
@@ -104,7 +104,7 @@ class TSANet(nn.Module):
 
     def encode(self,
         batch:Batch, # Of `lift`
-    )->Encoded: # Mean clip vector, (B,1024); no extras
+    )->EncoderOutput: # Mean clip vector, (B,1024); no extras
         "The mean of the clips"
         need(batch, *self.needs, who='TSA-Net')
         return self.head.encode(batch)

@@ -12,7 +12,7 @@ from torch import nn,Tensor
 
 from ..config import ModelCfg
 from ..core import Batch,Output,need
-from ..models.encoder import Encoded
+from ..models.encoder import EncoderOutput
 from .i3d_mlp import MeanClip,score_mlp
 
 # %% ../../nbs/peers/03_usdl.ipynb #fbb0dab9
@@ -125,13 +125,13 @@ class MUSDL(MeanClip):
 
     def encode(self,
         batch:Batch, # Needs `scene`, and `difficulty` where labels are points
-    )->Encoded: # Mean clip vector, and the difficulty behind it, (B,1024 or 1025); no extras
+    )->EncoderOutput: # Mean clip vector, and the difficulty behind it, (B,1024 or 1025); no extras
         "The mean of the clips, and what the rule needs besides"
         need(batch, *self.needs, who='MUSDL.encode')
         feature = self.summarise(batch.scene)
-        if not self.points: return Encoded(feature, {})
+        if not self.points: return EncoderOutput(feature, {})
         if not batch.difficulty.isfinite().all(): raise ValueError('MUSDL needs the difficulty of every dive to make points of marks, and some have none; choose another method for this sport')
-        return Encoded(torch.cat([feature.float(), batch.difficulty[:,None].float()], -1), {})
+        return EncoderOutput(torch.cat([feature.float(), batch.difficulty[:,None].float()], -1), {})
 
     def ask(self,
         feature:Tensor, # Of `encode`, (...,1024 or 1025)

@@ -131,12 +131,12 @@ def plot_first_parse(
     for o in session.done:
         if o.cfg.protocol != protocol or o.cfg.model.name == 'i3d_mlp' or not o.cfg.model.use_iap: continue
         extras = encode_dives(load_model(o.run, o.data), o.data, o.data.parts['test'][:1]).extras
-        if 'steps' in extras: break
+        if 'step_probs' in extras: break
     else: return None
     _,frames = first_video(o.data)
-    true = [] if o.data.targets.steps is None else o.data.targets.steps[o.data.parts['test'][0]].tolist()
+    true = [] if o.data.targets.transitions is None else o.data.targets.transitions[o.data.parts['test'][0]].tolist()
     names = [f'sub-action {i+1}' for i in range(o.cfg.model.sub_actions)]
-    return plot_parse(frames, extras['steps'][0].numpy(), true, extras['transitions'][0].tolist(), names, o.data.release.kind, note_of(session, protocol))
+    return plot_parse(frames, extras['step_probs'][0].numpy(), true, extras['transitions'][0].tolist(), names, o.data.release.kind, note_of(session, protocol))
 
 # %% ../../nbs/report/06_run_report.ipynb #ab8eb188
 def parse_scores(

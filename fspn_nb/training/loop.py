@@ -72,13 +72,13 @@ def extract_and_gather(
     batch:Batch, # What this process has of the batch
     dist:DistributedContext=DistributedContext(), # The processes that share it
     total:int|None=None, # Dives of all of them; None: those of `batch`
-    partners:np.ndarray|None=None, # Place of each dive's exemplar in the whole batch; None: `batch` brings its own
+    exemplar_index:np.ndarray|None=None, # Place of each dive's exemplar in the whole batch; None: `batch` brings its own
 )->Batch: # Features, the same in all processes
     "The batch as a head sees it"
     whole = gather_batch(dist, model.lift(batch) if hasattr(model, 'lift') else batch, len(batch) if total is None else total)
-    if partners is None: return whole
-    rows = torch.as_tensor(partners, device=whole.scene.device)
-    return Batch(**vars(whole)|dict(partners=rows, exemplar=Batch(**{k: v[rows] for k,v in vars(whole).items() if isinstance(v, Tensor)})))
+    if exemplar_index is None: return whole
+    rows = torch.as_tensor(exemplar_index, device=whole.scene.device)
+    return Batch(**vars(whole)|dict(exemplar_index=rows, exemplar=Batch(**{k: v[rows] for k,v in vars(whole).items() if isinstance(v, Tensor)})))
 
 # %% ../../nbs/training/06_loop.ipynb #db78b05c
 def train_step(
@@ -89,12 +89,12 @@ def train_step(
     precision:str='fp32', # 'bf16': autocast of the forward pass
     dist:DistributedContext=DistributedContext(), # As in `extract_and_gather`
     total:int|None=None, # As in `extract_and_gather`
-    partners:np.ndarray|None=None, # As in `extract_and_gather`
+    exemplar_index:np.ndarray|None=None, # As in `extract_and_gather`
 )->dict[str,Tensor]: # The loss terms, detached
     "Forward, backward, one step of optimiser and schedule (Eq. 16)"
     optimiser.zero_grad(set_to_none=True)
-    with torch.autocast(batch.scene.device.type, torch.bfloat16, enabled=precision == 'bf16'): out = model(extract_and_gather(model, batch, dist, total, partners))
-    out.total.backward()
+    with torch.autocast(batch.scene.device.type, torch.bfloat16, enabled=precision == 'bf16'): out = model(extract_and_gather(model, batch, dist, total, exemplar_index))
+    out.total_loss.backward()
     all_reduce_gradients(dist, model)
     optimiser.step()
     schedule.step()
@@ -105,7 +105,7 @@ def batch_sampler(
     data:RunData, # Split and pools
     paired:bool, # Whether the method asks exemplars
     epoch:int, # Counted from 0
-)->list[tuple]: # Per step: dives (n,), their exemplars or None, and partners within the batch or None
+)->list[tuple]: # Per step: dives (n,), their exemplars or None, and exemplar_index within the batch or None
     "What is fetched for each step of `epoch`, and who is whose exemplar"
     t,ids = data.cfg.train,data.parts['train']
     if paired and t.in_batch: return [(q, None, at) for q,at in sample_pairs_in_batch(ids, data.pools, t.batch, data.cfg.seed, epoch)]
@@ -129,8 +129,8 @@ def train_epoch(
     done,sums,n = at['step'],{k: v.to(data.device) for k,v in at['sums'].items()},at['n']
     if 'random' in at: set_random_state(at['random'])
     fed = batches(data.source, data.targets, [s[:2] for s in steps[done:]], data.device, epoch, data.dist)
-    for k,(batch,(ids,_,partners)) in enumerate(zip(fed, steps[done:]), done+1):
-        terms = train_step(model, batch, optimiser, schedule, cfg.train.precision, data.dist, len(ids), partners)
+    for k,(batch,(ids,_,exemplar_index)) in enumerate(zip(fed, steps[done:]), done+1):
+        terms = train_step(model, batch, optimiser, schedule, cfg.train.precision, data.dist, len(ids), exemplar_index)
         for name,v in terms.items(): sums[name] = sums.get(name, 0)+v*len(ids)
         n += len(ids)
         if after: after(dict(step=k, sums=sums, n=n))
