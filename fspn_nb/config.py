@@ -12,9 +12,7 @@ import json
 from dataclasses import asdict,dataclass,field,fields,is_dataclass,replace
 from pathlib import Path
 from typing import get_type_hints
-from .actor import crop as actor
 from .core import write_json
-from .data import clips
 from .methods import FINETUNE_ONLY,EPOCH_MULTIPLIER
 from .protocols import PROTOCOLS,protocol_variant
 

@@ -64,7 +64,7 @@ class Red(nn.Module):
 
 
 CASES = {'pairs': {}, 'absolute': dict(pairing='absolute'), 'no bce': dict(use_bce=False), 'no parser': dict(use_iap=False, use_gc=False),
-         'no transformer': dict(use_smt=False), 'scene alone': dict(use_actor=False), 'expected': dict(decode='expected')}
+         'no transformer': dict(use_smt=False), 'scene alone': dict(use_actor=False), 'expected': dict(decoding='expected')}
 
 
 @pytest.mark.parametrize('changes', CASES.values(), ids=CASES)
@@ -141,7 +141,7 @@ class Whole(nn.Module):
 
 
 def test_hook_inside_the_whole_network_gives_the_same():
-    net, model = backbone(), head(decode='expected')
+    net, model = backbone(), head(decoding='expected')
     scene, actor = torch.randint(0, 256, (2, 3, 3, 16, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
     whole = captum.attr.LayerGradCam(Whole(net, model, votes(model)), net.Mixed_5c)
     want = whole.attribute((normalize_clip(scene), normalize_clip(actor)))[:, 0].detach().chunk(2)

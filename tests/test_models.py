@@ -22,8 +22,8 @@ from fspn_nb.zoo import create_model,random_batch
 
 LABELS = np.linspace(20, 100, 40)
 FLAGS = [dict(), dict(use_iap=False), dict(use_smt=False), dict(use_mtf=False), dict(use_smt=False, use_mtf=False), dict(use_iap=False, use_smt=False, use_mtf=False),
-         dict(use_actor=False), dict(use_gc=False), dict(use_bce=False), dict(adapter=False), dict(decode='expected'), dict(dropout=.3), dict(pairing='absolute'),
-         dict(pairing='absolute', use_bce=False), dict(sub_actions=5), dict(clips=10), dict(intervals=8), dict(heads=6), dict(heads=10), dict(heads=12), dict(head_dim=4), dict(blocks=1)]
+         dict(use_actor=False), dict(use_gc=False), dict(use_bce=False), dict(adapter=False), dict(decoding='expected'), dict(dropout=.3), dict(pairing='absolute'),
+         dict(pairing='absolute', use_bce=False), dict(sub_actions=5), dict(clips=10), dict(num_bins=8), dict(heads=6), dict(heads=10), dict(heads=12), dict(head_dim=4), dict(blocks=1)]
 name_of = lambda flags: ','.join(f'{k}={v}' for k, v in flags.items()) or 'all'
 
 
@@ -86,7 +86,7 @@ def test_methods_inside_the_backbone_keep_the_contract(name):
     conform(net, random_batch(2, 2, exemplar=False, pixels=32))
 
 
-@pytest.mark.parametrize('choice', [dict(tokens='frames'), dict(tokens_per_step=5), dict(residual='scene'), dict(residual='actor'), dict(order_prior=0.), dict(fusion=64)], ids=name_of)
+@pytest.mark.parametrize('choice', [dict(token_mode='frames'), dict(tokens_per_step=5), dict(residual='scene'), dict(residual='actor'), dict(order_prior=0.), dict(fusion_dim=64)], ids=name_of)
 def test_choices_that_the_paper_leaves_open(choice):
     from types import SimpleNamespace
     cfg = replace(ModelCfg(), stages=1, **choice)
@@ -128,7 +128,7 @@ def test_waiting_is_noticed():
 
 
 def test_many_exemplars_at_once_equal_one_by_one():
-    model, batch = small(decode='expected').eval(), batch_of(4)
+    model, batch = small(decoding='expected').eval(), batch_of(4)
     with torch.no_grad():
         f, ex = model.encode(batch).feature, model.encode(batch_of(6, seed=1)).feature
         y = torch.linspace(30, 90, 6)
@@ -165,7 +165,7 @@ def test_heads_of_table_three_cover_the_width(heads):
 
 def test_an_overfit_is_possible():
     torch.manual_seed(0)
-    model, batch = small(decode='expected').train(), batch_of(4)
+    model, batch = small(decoding='expected').train(), batch_of(4)
     opt = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(60):
         out = model(batch)

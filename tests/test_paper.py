@@ -82,7 +82,7 @@ def test_d02_the_same_baseline_without_dive_number_opens_four_tables(name):
 def test_d03_sentences_disagree_with_tables():
     said = read_rows(paper.CLAIMS)
     size, one = (paper_table(o).set_index('method') for o in ('VIII', 'I'))
-    dd = paper_table('XI').query("setting == 'w_dd'").set_index('method')
+    dd = paper_table('XI').query("protocol == 'w_dd'").set_index('method')
     gain = IX.loc[('w_dn', 'tsa'), 'r_l2_x100']-IX.loc[('w_dn', 'fspn'), 'r_l2_x100']
     table = [gain, size.mflops['fspn']-size.mflops['tsa'], size.mparams['fspn_s'], 100*(one.rho['i3d_smt']-one.rho['i3d_mlp']), dd.r_l2_x100['hgcn']-dd.r_l2_x100['fspn']]
     assert table == pytest.approx([.064, .01, .48, 7.8, .014]) and said[said.id == 'D-03'].text.tolist() == [.530, .1, .4, 7, 1.4]
@@ -103,7 +103,7 @@ def test_d04_the_temperature_cancels_as_printed():
 def test_d05_three_of_six_head_counts_divide_no_width():
     from fspn_nb.config import ModelCfg
     from fspn_nb.models.smt import SMT
-    widths = ModelCfg().widths
+    widths = ModelCfg().stage_channels
     heads = paper_table('III').heads
     assert [h for h in heads if any(w % h for w in widths)] == [6, 10, 12]
     counts = {h: sum(p.numel() for p in SMT(128, widths, 1, h).parameters()) for h in heads}
@@ -167,7 +167,7 @@ def test_d94_counted_sizes_stand_in_the_notes():
 
 
 def test_d95_the_best_average_is_not_fspns():
-    average = paper_table('X').query("setting == 'average'").set_index('method')
+    average = paper_table('X').query("protocol == 'average'").set_index('method')
     assert average.rho.idxmax() == 'pcln' and average.rho['fspn'] == .8724
     claim = read_rows(paper.CLAIMS).set_index('id').text['D-95']
     assert claim == average.r_l2_x100['fspn'] == 1.56 and average.r_l2_x100.drop('fspn').min()-claim == pytest.approx(.12)
@@ -241,14 +241,14 @@ def test_d08_the_mean_error_of_fspn_is_not_what_is_printed():
 def test_d56_one_pair_stands_in_both_blocks_of_table_eleven():
     xi = paper_table('XI').dropna(subset='r_l2_x100')
     assert xi[xi.duplicated(PAIR)].method.tolist() == ['ud_aqa']
-    best = paper_table('XI').query("setting == 'wo_dd'").sort_values('rho').method.tolist()
+    best = paper_table('XI').query("protocol == 'wo_dd'").sort_values('rho').method.tolist()
     assert best.index('fspn') < best.index('hgcn') < best.index('tsa_net') < best.index('tpt')
 
 
 def test_d57_errors_that_are_too_small_for_their_correlations():
     "MSE >= var (1-r^2), with the variance of the test scores over their range squared, x100, counted in the lists"
     var = dict(diving=3.68, gym_vault=4.31, ski_big_air=8.84, snowboard_big_air=7.68, sync_diving_3m=8.20, sync_diving_10m=11.24)
-    fspn = paper_table('X').query("method == 'fspn' and setting != 'average'").set_index('protocol')
+    fspn = paper_table('X').query("method == 'fspn' and protocol != 'average'").set_index('protocol')
     least = {k: np.sqrt(1-fspn.r_l2_x100[k]/v) for k, v in var.items()}
     doubt = [k for k in var if least[k]-fspn.rho[k] > .06]
     assert doubt == ['gym_vault', 'ski_big_air', 'snowboard_big_air'] and least['gym_vault'] == pytest.approx(.900, abs=1e-3)
@@ -256,22 +256,22 @@ def test_d57_errors_that_are_too_small_for_their_correlations():
 
 
 def test_d56_fspn_with_difficulty_is_below_tpt_whose_row_is_missing():
-    w_dd = paper_table('XI').query("setting == 'w_dd'").set_index('method')
+    w_dd = paper_table('XI').query("protocol == 'w_dd'").set_index('method')
     assert 'tpt' not in w_dd.index and w_dd.rho.idxmax() == 'fspn' and w_dd.rho['fspn'] == .9601
     theirs = float(re.search(r'TPT with difficulty \((0\.\d+)/', ledger().set_index('id').evidence['D-56'])[1])
     assert theirs == .9607 > w_dd.rho['fspn'] and '0.9607' in w_dd.note['fspn']
-    wo_dd = paper_table('XI').query("setting == 'wo_dd'").set_index('method')
+    wo_dd = paper_table('XI').query("protocol == 'wo_dd'").set_index('method')
     assert wo_dd.r_l2_x100['core_tree'] < wo_dd.r_l2_x100['fspn'], 'the text says that FSPN outperforms CoRe'
 
 
 def test_d58_fspn_leads_one_class_and_ties_another():
-    x = paper_table('X').query("setting != 'average'").pivot(index='method', columns='protocol', values='rho')
+    x = paper_table('X').query("protocol != 'average'").pivot(index='method', columns='protocol', values='rho')
     best = x.max()
     assert [k for k in x if x[k]['fspn'] == best[k]] == ['snowboard_big_air', 'sync_diving_10m']
     assert x.index[x.sync_diving_10m == best.sync_diving_10m].tolist() == ['fspn', 'tpt']
 
 
-@pytest.mark.parametrize('method, setting, floor', [('fspn', 'diving', .901), ('fspn', 'sync_diving_3m', .985), ('fspn', 'sync_diving_10m', .940), ('i3d_mlp', 'diving', .883)])
+@pytest.mark.parametrize('method, protocol, floor', [('fspn', 'diving', .901), ('fspn', 'sync_diving_3m', .985), ('fspn', 'sync_diving_10m', .940), ('i3d_mlp', 'diving', .883)])
 def test_d57_floors_of_the_other_cells(method, protocol, floor):
     var = dict(diving=3.68, sync_diving_3m=8.20, sync_diving_10m=11.24)
     x = paper_table('X').set_index(['method', 'protocol'])

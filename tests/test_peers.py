@@ -32,11 +32,11 @@ def test_the_zoo_lists_them():
 def test_sizes_of_the_released_heads():
     assert (count(made('usdl')), count(made('musdl')), count(made('core_tree'))) == (308_325, 2_086_035, 2_510_382)
     assert {d: count(Tree(depth=d)) for d in (2, 3, 4, 6)} == {2: 657_412, 3: 922_122, 4: 1_451_542, 6: 4_628_062}
-    assert {i: count(made('core_tree', intervals=i)) for i in (2, 4, 8, 32)} == {2: 657_412, 4: 922_122, 8: 1_451_542, 32: 4_628_062}
+    assert {i: count(made('core_tree', num_bins=i)) for i in (2, 4, 8, 32)} == {2: 657_412, 4: 922_122, 8: 1_451_542, 32: 4_628_062}
     assert count(I3DLSTM(dim=4096)) == 4_458_753 # of the public port, on C3D's vectors
 
 
-@pytest.mark.parametrize('cfg', [dict(), dict(decode='expected', dropout=.3), dict(clips=10)], ids=['plain', 'expected', 'ten clips'])
+@pytest.mark.parametrize('cfg', [dict(), dict(decoding='expected', dropout=.3), dict(clips=10)], ids=['plain', 'expected', 'ten clips'])
 @pytest.mark.parametrize('name', ALL)
 def test_contract(name, cfg):
     torch.manual_seed(0)
@@ -61,7 +61,7 @@ def test_batch_mates_and_batches_of_one(name):
 
 @pytest.mark.parametrize('name', ALL)
 def test_bf16_is_close(name):
-    bf16_is_close(made(name, decode='expected'), random_batch())
+    bf16_is_close(made(name, decoding='expected'), random_batch())
 
 
 def sixteen(seed=0):
@@ -79,7 +79,7 @@ def sixteen(seed=0):
 @pytest.mark.parametrize('name', BASELINES)
 def test_sixteen_dives_can_be_learnt(name):
     batch = sixteen()
-    model = made(name, labels=batch.label, decode='expected').train()
+    model = made(name, labels=batch.label, decoding='expected').train()
     opt, first = torch.optim.Adam(model.parameters(), lr=1e-3), None
     for _ in range(80):
         out = model(batch)

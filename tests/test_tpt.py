@@ -43,7 +43,7 @@ def test_operations_of_the_release():
     assert flops_of(PartDecoder(), torch.zeros(1, 20, 1024)) == pytest.approx(110.6e6, rel=.01)
 
 
-@pytest.mark.parametrize('cfg', [dict(), dict(decode='expected', dropout=.3), dict(intervals=10)], ids=['plain', 'expected', 'ten intervals'])
+@pytest.mark.parametrize('cfg', [dict(), dict(decoding='expected', dropout=.3), dict(num_bins=10)], ids=['plain', 'expected', 'ten intervals'])
 def test_contract(cfg, monkeypatch):
     monkeypatch.setitem(zoo.MODELS, 'tpt', build_tpt)
     torch.manual_seed(0)
@@ -65,7 +65,7 @@ def test_batch_mates_and_batches_of_one():
 
 
 def test_bf16_is_close():
-    bf16_is_close(made(decode='expected'), zoo.random_batch())
+    bf16_is_close(made(decoding='expected'), zoo.random_batch())
 
 
 def test_votes_broadcast_and_the_exemplars_score_is_only_added():
@@ -109,7 +109,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match='at least one part'): TPT(d=16, parts=0)
     with pytest.raises(ValueError, match='got empty ones'): TPT(d=16)(batch)
     with pytest.raises(ValueError, match='widen the groups'): build_tpt(ModelCfg(), [1., 2.], ['a', 'b'])
-    with pytest.raises(ValueError, match="'argmax' or 'expected'"): made(decode='mean').eval()(batch)
+    with pytest.raises(ValueError, match="'argmax' or 'expected'"): made(decoding='mean').eval()(batch)
 
 
 @pytest.mark.parametrize('labels, top', [([0., 29.], 30.), ([0., 30.5], 100.)])
