@@ -10,6 +10,7 @@ parser = ConfigParser(delimiters=['='])
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 extras = {k: shlex.split(cfg[f'{k}_requirements']) for k in ('video', 'onnx', 'gradcam', 'processes')}
+docs = {'docs': shlex.split(cfg['docs_requirements'])} # not part of `dev`: only who builds the site needs it
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], license='Apache-2.0',
@@ -20,6 +21,6 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg['lib_path'], f"{cfg['lib_path']}.*"]), include_package_data=True,
     install_requires=shlex.split(cfg['requirements']),
-    extras_require=extras | {'dev': [o for v in (shlex.split(cfg['dev_requirements']), *extras.values()) for o in v]},
+    extras_require=extras | docs | {'dev': [o for v in (shlex.split(cfg['dev_requirements']), *extras.values()) for o in v]},
     entry_points={'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
                   'console_scripts': shlex.split(cfg['console_scripts'])})
