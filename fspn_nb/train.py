@@ -17,9 +17,9 @@ from torch import nn
 from .config import RunCfg,check,load_cfg,run_id,save_cfg
 from .core import tune_malloc,progress,repo_root,reports_dir,write_atomic,write_json
 from .metrics import spearman
-from .training.checkpoint import CheckpointTimer,Preempted,check_disk_space,newest_ckpt,sigterm_flag,random_state,save_ckpt
+from .training.checkpoint import CheckpointTimer,Preempted,check_disk_space,newest_ckpt,sigterm_flag,rng_state,save_ckpt
 from .training.distributed import DistributedContext,any_rank,init_distributed
-from .training.loop import build,make_optimiser,make_schedule,steps_per_epoch,train_epoch
+from .training.loop import build_model,make_optimiser,make_schedule,steps_per_epoch,train_epoch
 from .training.predict import predict
 from .training.prepare import RunData,prepare
 
@@ -38,9 +38,9 @@ def validate(
     data:RunData, # With a validation part
 )->float: # Spearman's rho of labels; NaN without a validation part
     "How `model` ranks the validation dives"
-    ids = data.parts['val']
+    ids = data.splits['val']
     if len(ids) < 3: return float('nan')
-    return spearman(predict(model, data, ids, min(3, data.cfg.eval.num_exemplars))[0], data.targets.label[torch.as_tensor(ids)].numpy())
+    return spearman(predict(model, data, ids, min(3, data.cfg.eval.num_exemplars))[0], data.labels.label[torch.as_tensor(ids)].numpy())
 
 # %% ../nbs/root/09_train.ipynb #2c592cc9
 def _restore(run, cfg, model, optimiser, schedule):
@@ -57,13 +57,13 @@ def _epochs(model, data, run, bar, each=None, share=.02):
     schedule = make_schedule(optimiser, cfg, cfg.train.epochs*steps_per_epoch(data))
     history,best,start,inside = _restore(run, cfg, model, optimiser, schedule)
     def _save(epoch, inside=None):
-        if not dist.lead: return
+        if not dist.is_main_process: return
         with pace.writing(): save_ckpt(run/'last.pt', keep=True, run_id=run_id(cfg), epoch=epoch, inside=inside, history=history, best=best,
                                        model=model.state_dict(), optimiser=optimiser.state_dict(), schedule=schedule.state_dict())
     with sigterm_flag() as asked:
         def _after(place):
             stop = any_rank(dist, asked())
-            if stop or pace.due(): _save(epoch, dict(place, random=random_state(), seconds=time.perf_counter()-began))
+            if stop or pace.due(): _save(epoch, dict(place, random=rng_state(), seconds=time.perf_counter()-began))
             if stop: raise Preempted(f"epoch {epoch+1}, step {place['step']}")
         for epoch in bar(range(start, cfg.train.epochs), cfg.model.name+' '+cfg.protocol):
             began = time.perf_counter()-(inside['seconds'] if inside else 0)
@@ -73,14 +73,14 @@ def _epochs(model, data, run, bar, each=None, share=.02):
             if each: each(model, data, epoch+1, run)
             if row['val_rho'] > best:
                 best = row['val_rho']
-                if dist.lead: save_ckpt(run/'best_val.pt', run_id=run_id(cfg), epoch=epoch+1, model=model.state_dict())
-            if dist.lead: write_atomic(run/'log.csv', pd.DataFrame(history).to_csv(index=False))
+                if dist.is_main_process: save_ckpt(run/'best_val.pt', run_id=run_id(cfg), epoch=epoch+1, model=model.state_dict())
+            if dist.is_main_process: write_atomic(run/'log.csv', pd.DataFrame(history).to_csv(index=False))
             if epoch+1 == cfg.train.epochs or pace.due(): _save(epoch+1)
 
 # %% ../nbs/root/09_train.ipynb #ebf9746d
 def fit(
     cfg:RunCfg, # The run
-    out:str|Path='', # Folder for all runs; '': `reports`
+    out:str|Path='', # Folder for all runs; '': `reports/runs`
     device:str='auto', # As in `pick_device`
     data:RunData|None=None, # What `prepare(cfg)` gave, where it is at hand
     each=None, # Called with (model, data, epoch, folder) after each epoch and before its checkpoint; a spectator, it must not train
@@ -93,14 +93,14 @@ def fit(
     if (state := newest_ckpt(run, cfg)) and state['epoch'] >= cfg.train.epochs: return run
     data = data or prepare(cfg, device, dist=dist)
     tune_malloc()
-    model = build(data)
+    model = build_model(data)
     check_disk_space(run, model)
-    if data.dist.lead:
+    if data.dist.is_main_process:
         for part in run.glob('.*.part'): part.unlink(missing_ok=True) # left by a kill
         save_cfg(cfg, run/'config.json')
         write_json(run/'provenance.json', dict(data.provenance, run_id=run_id(cfg), preset=cfg.preset, seed=cfg.seed,
                    checkpoint_selection=cfg.eval.checkpoint_selection, environment=environment(), parameters=sum(p.numel() for p in model.parameters())))
-    _epochs(model, data, run, progress if data.dist.lead else lambda items, desc: items, each, share)
+    _epochs(model, data, run, progress if data.dist.is_main_process else lambda items, desc: items, each, share)
     return run
 
 # %% ../nbs/root/09_train.ipynb #ca5a518d
@@ -120,7 +120,7 @@ def main(
     "Train the run that a JSON file describes"
     p = argparse.ArgumentParser('fspn_train', description='Train one run of fspn_nb, or go on with it.')
     p.add_argument('config', help='JSON file written by fspn_nb.config.save_cfg')
-    p.add_argument('--out', default='', help='folder for all runs (default: reports)')
+    p.add_argument('--out', default='', help='folder for all runs (default: reports/runs)')
     p.add_argument('--device', default='auto', help='auto, cpu, cuda, ...')
     p.add_argument('--processes', type=int, default=1, help='processes on this machine, one per GPU; finetune mode only')
     p.add_argument('--nodes', type=int, default=1, help='machines')
@@ -131,7 +131,7 @@ def main(
     except Preempted as e:
         print(e, file=sys.stderr)
         raise
-    if dist.lead: print(run)
+    if dist.is_main_process: print(run)
 
 # %% ../nbs/root/09_train.ipynb #bb8085bb
 def launch(

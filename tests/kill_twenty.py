@@ -26,7 +26,7 @@ CFG = finediving('smoke', train__epochs=16, train__val_fraction=.2, model__dropo
 
 def start(folder):
     "The trainer, in a process of its own"
-    return subprocess.Popen([sys.executable, '-m', 'fspn_nb.train', str(save_cfg(CFG, folder/'config.json')), '--out', str(folder), '--device', 'cpu', '--share', '.3'],
+    return subprocess.Popen([sys.executable, '-m', 'fspn_nb.train', str(save_cfg(CFG, folder/'config.json')), '--out', str(folder), '--device', 'cpu', '--max-overhead', '.3'],
                             env=dict(os.environ, OMP_NUM_THREADS='1'), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 

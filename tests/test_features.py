@@ -36,13 +36,13 @@ def test_maps_and_cells_are_the_same_backbone_looked_at_otherwise(tmp_path):
     from fspn_nb.training.prepare import prepare
     base = dict(synthetic__n_train=6, synthetic__n_test=4, weights='random')
     plain = prepare(finediving('smoke', **base), 'cpu')
-    tsa = prepare(finediving('smoke', **base, model__name='tsa'), 'cpu', like=plain)
-    tpt = prepare(finediving('smoke', **base, model__name='tpt'), 'cpu', like=tsa)
-    assert plain.source.more == {} and set(tsa.source.more) == {'feature_maps'} and set(tpt.source.more) == {'short_clip_features'}
-    assert tsa.source.more['feature_maps'].shape == (10, 9, 1024, 2, 2) and tpt.source.more['short_clip_features'].shape == (10, 20, 1024)
-    assert torch.allclose(tsa.source.more['feature_maps'].mean((3, 4)), plain.source.scene, atol=1e-4)
+    tsa = prepare(finediving('smoke', **base, model__name='tsa'), 'cpu', reuse=plain)
+    tpt = prepare(finediving('smoke', **base, model__name='tpt'), 'cpu', reuse=tsa)
+    assert plain.source.extra == {} and set(tsa.source.extra) == {'feature_maps'} and set(tpt.source.extra) == {'short_clip_features'}
+    assert tsa.source.extra['feature_maps'].shape == (10, 9, 1024, 2, 2) and tpt.source.extra['short_clip_features'].shape == (10, 20, 1024)
+    assert torch.allclose(tsa.source.extra['feature_maps'].mean((3, 4)), plain.source.scene, atol=1e-4)
     again = prepare(finediving('smoke', **base, model__name='tpt'), 'cpu')
-    assert torch.equal(again.source.more['short_clip_features'], tpt.source.more['short_clip_features'])
+    assert torch.equal(again.source.extra['short_clip_features'], tpt.source.extra['short_clip_features'])
 
 
 @pytest.mark.parametrize('name', ['tsa', 'tpt', 'hgcn'])

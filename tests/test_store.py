@@ -67,11 +67,11 @@ def test_same_clips_as_decoding(release, tmp_path, orientation):
     cfg,samples = override(cfg, clip__orientation=orientation),samples[:2]
     plain,stored = ClipDataset(samples, cfg, boxes),CachedDataset(S.build_store(samples, cfg, boxes, tmp_path))
     ids,flips = np.array([1,0]),set()
-    for event in (None, *((e, 3) for e in range(4))):
-        (s,a),(s0,a0) = plain.fetch(ids, event),stored.fetch(ids, event)
+    for rng_key in (None, *((e, 3) for e in range(4))):
+        (s,a),(s0,a0) = plain.get_batch(ids, rng_key),stored.get_batch(ids, rng_key)
         assert torch.equal(s, s0)
         for i,x,y in zip(ids, a, a0):
-            flip = sample_augmentation(cfg, event, int(i))[0]
+            flip = sample_augmentation(cfg, rng_key, int(i))[0]
             flips.add(flip)
             apart = (x.int()-y.int()).abs()
             assert apart.max() <= int(flip) and (apart > 0).float().mean() < 1e-3
@@ -82,8 +82,8 @@ def test_without_boxes_the_scene_plays_the_actor(release, tmp_path):
     cfg,samples,boxes = release
     mixed = boxes | {samples[0].uid: None}
     plain,stored = ClipDataset(samples[:2], cfg, mixed),CachedDataset(S.build_store(samples[:2], cfg, mixed, tmp_path))
-    for x,y in zip(plain.fetch(np.array([0,1])), stored.fetch(np.array([0,1]))): assert torch.equal(x, y)
-    x,y = stored.fetch(np.array([0]), (1, 3))
+    for x,y in zip(plain.get_batch(np.array([0,1])), stored.get_batch(np.array([0,1]))): assert torch.equal(x, y)
+    x,y = stored.get_batch(np.array([0]), (1, 3))
     assert torch.equal(x, y)
 
 
@@ -149,7 +149,7 @@ def test_one_flipped_bit(release, own, monkeypatch, capsys, at):
 def test_too_small_a_disk(release, tmp_path, monkeypatch, capsys):
     cfg,samples,boxes = release
     monkeypatch.setattr(S.shutil, 'disk_usage', lambda p: namedtuple('U', 'total used free')(10, 0, 10))
-    with pytest.raises(OSError, match='need 0.01 GB for the frames of 3 dives, got 0.00 GB free.*ClipSource'): S.build_store(samples, cfg, boxes, tmp_path)
+    with pytest.raises(OSError, match='need 0.01 GB for the frames of 3 dives, got 0.00 GB free.*ClipDataset'): S.build_store(samples, cfg, boxes, tmp_path)
     assert not list(tmp_path.iterdir())
     assert 'MB to be written' in capsys.readouterr().out # said before
     assert type(choose_source(samples, cfg, boxes, tmp_path)) is ClipDataset

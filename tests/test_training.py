@@ -72,7 +72,7 @@ def whole(release, tmp_path_factory):
 @pytest.mark.parametrize('sign,status', [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
 def test_a_run_that_is_stopped_ends_where_the_whole_one_ends(whole, tmp_path, sign, status):
     cfg,run = LONG,tmp_path/'finediving'/run_id(LONG)
-    p = start(cfg, tmp_path, '--share', '.3')
+    p = start(cfg, tmp_path, '--max-overhead', '.3')
     wait_for(run, cfg, 3)
     p.send_signal(sign)
     text = p.communicate(timeout=60)[0]
@@ -87,7 +87,7 @@ def test_a_run_that_is_stopped_ends_where_the_whole_one_ends(whole, tmp_path, si
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, tmp_path, capsys):
     cfg,run = LONG,tmp_path/'finediving'/run_id(LONG)
-    p = start(cfg, tmp_path, '--share', '1')
+    p = start(cfg, tmp_path, '--max-overhead', '1')
     wait_for(run, cfg, 2)
     p.kill()
     p.wait()
@@ -117,9 +117,9 @@ def test_a_full_disk_is_found_before_training(release, tmp_path, monkeypatch):
 def test_a_disk_that_fills_up_costs_no_checkpoint(release, tmp_path, monkeypatch):
     cfg = finediving('smoke', **SMALL, model__name='i3d_mlp', train__epochs=3)
     def full(*a): raise OSError(28, 'No space left on device')
-    def each(model, data, epoch, run):
+    def on_epoch_end(model, data, epoch, run):
         if epoch == 2: monkeypatch.setattr('fspn_nb.core.os.fsync', full)
-    with pytest.raises(OSError, match='No space left'): fit(cfg, tmp_path, 'cpu', each=each, share=1)
+    with pytest.raises(OSError, match='No space left'): fit(cfg, tmp_path, 'cpu', on_epoch_end=on_epoch_end, max_checkpoint_overhead=1)
     monkeypatch.undo()
     run = tmp_path/'finediving'/run_id(cfg)
     assert load_ckpt(run/'last.pt', cfg)['epoch'] == 1 and not list(run.glob('.*.part'))
@@ -133,8 +133,8 @@ TINY = dict(clip__size=32, clip__starts=(0,40), model__clips=2, weights='random'
 
 def test_exemplars_of_the_batch(release, tmp_path):
     data = prepare(finediving('smoke', **SMALL, protocol='wo_dn', model__name='fspn_s', train__in_batch_exemplars=True, **TINY), 'cpu')
-    seen,fetch = [],data.source.fetch
-    data.source.fetch = lambda ids, event=None: (seen.append(len(ids)), fetch(ids, event))[1]
+    seen,get_batch = [],data.source.get_batch
+    data.source.get_batch = lambda ids, rng_key=None: (seen.append(len(ids)), get_batch(ids, rng_key))[1]
     fit(data.cfg, tmp_path, 'cpu', data)
     assert sum(seen) == 6, 'each training dive goes through the backbone once'
     assert run_id(data.cfg) != run_id(override(data.cfg, train__in_batch_exemplars=False))
@@ -204,7 +204,7 @@ def test_finetune_results_do_not_depend_on_workers(release, tmp_path):
     runs = []
     for n in (0,1,4):
         data = prepare(override(base, train__workers=n), 'cpu')
-        assert type(data.source).__name__ == 'ClipSource' and bool(data.source.pool) == (n > 0)
+        assert type(data.source).__name__ == 'ClipDataset' and bool(data.source.pool) == (n > 0)
         runs.append(fit(data.cfg, tmp_path, 'cpu', data))
         evaluate(runs[-1], data)
     assert len(set(runs)) == 3
@@ -216,7 +216,7 @@ def test_the_store_gives_what_decoding_gives(release, tmp_path):
     base = finediving('smoke', **SMALL, model__name='i3d_mlp', train__flip_prob=0., **TINY)
     kept = prepare(base, 'cpu')
     decoded = replace(kept, source=ClipDataset(kept.release.samples, base, kept.boxes[1]), backbone=prepare(base, 'cpu').backbone)
-    assert type(kept.source).__name__ == 'StoreSource'
+    assert type(kept.source).__name__ == 'CachedDataset'
     a,b = (weights(fit(base, tmp_path/n, 'cpu', d)) for n,d in (('kept',kept), ('decoded',decoded)))
     assert same(a, b)
 
@@ -236,7 +236,7 @@ def test_unwritable_out(tmp_path):
 
 
 @pytest.mark.parametrize('change_,error', [
-    (dict(model__name='resnet'), 'model.name must be one of'), (dict(protocol='dn'), 'setting must be one of'), (dict(train__epochs=0), 'at least 1'),
+    (dict(model__name='resnet'), 'model.name must be one of'), (dict(protocol='dn'), 'protocol must be one of'), (dict(train__epochs=0), 'at least 1'),
     (dict(data_root='/nowhere'), 'nowhere'), (dict(weights='nowhere.pth'), 'nowhere.pth')])
 def test_bad_input_before_training(tmp_path, change_, error):
     with pytest.raises((ValueError, FileNotFoundError), match=error): fit(finediving('smoke', **SMALL, **change_), tmp_path, 'cpu')

@@ -149,7 +149,7 @@ def _room(folder, n, size):
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     print(f'frame store: {n} dives, {size/1e6:.1f} MB to be written')
-    if size > free: raise OSError(f'need {size/1e9:.2f} GB for the frames of {n} dives, got {free/1e9:.2f} GB free in the frame store; free some, point FSPN_CACHE to another disk, or decode as you go (ClipSource)')
+    if size > free: raise OSError(f'need {size/1e9:.2f} GB for the frames of {n} dives, got {free/1e9:.2f} GB free in the frame store; free some, point FSPN_CACHE to another disk, or decode as you go (ClipDataset)')
 
 # %% ../../nbs/batches/05_frame_store.ipynb #90390730
 @dataclass(frozen=True)

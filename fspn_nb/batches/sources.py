@@ -63,7 +63,7 @@ def dive_boxes(
     sample:Sample, # As in `dive_clips`
     clip:ClipCfg, # The same
     boxes:np.ndarray|None=None, # (n,4) actor box per frame file; None: the whole square
-    rng:np.random.Generator|None=None, # A fresh one, of the same event as that of `dive_clips`
+    rng:np.random.Generator|None=None, # A fresh one, of the same rng_key as that of `dive_clips`
     flip:float=0., # Chance of a mirrored video
     jitter:int=0, # Largest shift of the window, frames
 )->Tensor: # (K,L,4), as `Batch.boxes`
@@ -87,62 +87,62 @@ class ClipDataset:
         self.samples,self.cfg,self.boxes = samples,cfg,boxes
         self.pool = ThreadPoolExecutor(cfg.train.workers) if cfg.train.workers else None
 
-    def one(self,
+    def get(self,
         i:int, # Position of the dive
-        event:tuple|None, # (epoch, role): random crop and flip; None: centre crop
+        rng_key:tuple|None, # (epoch, role): random crop and flip; None: centre crop
     )->tuple[Tensor,Tensor]: # Scene and actor clips
-        "One dive, augmented by a draw that only (seed, event, i) decides"
+        "One dive, augmented by a draw that only (seed, rng_key, i) decides"
         o,c = self.samples[i],self.cfg
-        rng = None if event is None else rng_for(c.seed, *event, i)
+        rng = None if rng_key is None else rng_for(c.seed, *rng_key, i)
         return dive_clips(o, c.clip, self.boxes[o.uid], c.actor.pad, rng, c.train.flip_prob, c.train.temporal_jitter)
 
-    def fetch(self,
+    def get_batch(self,
         ids:np.ndarray, # Positions of B dives
-        event:tuple|None=None, # As in `one`
+        rng_key:tuple|None=None, # As in `get`
     )->tuple[Tensor,Tensor]: # Scene and actor, each (B,K,3,L,size,size) uint8
         "The clips of several dives"
         run = self.pool.map if self.pool else map
-        scene,actor = zip(*run(lambda i: self.one(int(i), event), ids))
+        scene,actor = zip(*run(lambda i: self.get(int(i), rng_key), ids))
         return torch.stack(scene), torch.stack(actor)
 
-    def rest(self,
+    def extra_fields(self,
         ids:np.ndarray, # Positions of B dives
-        event:tuple|None=None, # As in `one`
+        rng_key:tuple|None=None, # As in `get`
     )->dict[str,Tensor]: # 'boxes' (B,K,L,4) for a method that reads them; maps and cells are made of the clips by the backbone
         "Further fields of `Batch`"
         c = self.cfg
         if 'boxes' not in EXTRA_INPUTS.get(c.model.name, ()): return {}
-        rng = lambda i: None if event is None else rng_for(c.seed, *event, int(i))
+        rng = lambda i: None if rng_key is None else rng_for(c.seed, *rng_key, int(i))
         return {'boxes': torch.stack([dive_boxes(self.samples[i], c.clip, self.boxes[self.samples[i].uid], rng(i), c.train.flip_prob, c.train.temporal_jitter) for i in ids])}
 
 # %% ../../nbs/batches/03_sources.ipynb #4939c3d5
 class FeatureDataset:
-    "Looks clip features up; has no augmentation, so `event` is ignored"
+    "Looks clip features up; has no augmentation, so `rng_key` is ignored"
     def __init__(self,
         scene:Tensor, # (n,K,C)
         actor:Tensor, # (n,K,C)
-        **more:Tensor, # Further fields of `Batch`, row by row: 'feature_maps', 'short_clip_features'
-    ): self.scene,self.actor,self.more = scene,actor,more
+        **extra:Tensor, # Further fields of `Batch`, row by row: 'feature_maps', 'short_clip_features'
+    ): self.scene,self.actor,self.extra = scene,actor,extra
 
-    def fetch(self,
+    def get_batch(self,
         ids:np.ndarray, # Positions of B dives
-        event:tuple|None=None, # Not used
+        rng_key:tuple|None=None, # Not used
     )->tuple[Tensor,Tensor]: # Scene and actor, each (B,K,C)
         "The features of several dives"
         ids = torch.as_tensor(ids)
         return self.scene[ids], self.actor[ids]
 
-    def rest(self,
+    def extra_fields(self,
         ids:np.ndarray, # Positions of B dives
-        event:tuple|None=None, # Not used
-    )->dict[str,Tensor]: # What was given as `more`
+        rng_key:tuple|None=None, # Not used
+    )->dict[str,Tensor]: # What was given as `extra`
         "Further fields of `Batch`"
-        return {k: v[torch.as_tensor(ids)] for k,v in self.more.items()}
+        return {k: v[torch.as_tensor(ids)] for k,v in self.extra.items()}
 
 # %% ../../nbs/batches/03_sources.ipynb #0420fe43
 def make_batch(
     source, # `ClipDataset` or `FeatureDataset`
-    targets:Labels, # Of the same samples
+    labels:Labels, # Of the same samples
     ids:np.ndarray, # Positions of B dives
     exemplars:np.ndarray|None=None, # Positions of their B exemplars
     epoch:int|None=None, # Augment as in this epoch; None: do not
@@ -150,10 +150,10 @@ def make_batch(
     "A batch of the dives `ids`, with one exemplar each when given"
     role = lambda r: None if epoch is None else (epoch, 3+r)
     def _part(which, r):
-        scene,actor = source.fetch(which, role(r))
+        scene,actor = source.get_batch(which, role(r))
         t = torch.as_tensor(which)
-        transitions,judges = (None if x is None else x[t] for x in (targets.transitions, targets.judges))
-        return Batch(scene, actor, targets.label[t], targets.difficulty[t], transitions, judges, uid=tuple(targets.uid[i] for i in which), **source.rest(which, role(r)))
+        transitions,judges = (None if x is None else x[t] for x in (labels.transitions, labels.judges))
+        return Batch(scene, actor, labels.label[t], labels.difficulty[t], transitions, judges, uid=tuple(labels.uid[i] for i in which), **source.extra_fields(which, role(r)))
     batch = _part(ids, 0)
     if exemplars is not None: batch.exemplar = _part(exemplars, 1)
     return batch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['checksum', 'backup_path', 'save_ckpt', 'load_ckpt', 'newest_ckpt', 'check_disk_space', 'CheckpointTimer', 'Preempted',
-           'sigterm_flag', 'random_state', 'set_random_state']
+           'sigterm_flag', 'rng_state', 'set_rng_state']
 
 # %% ../../nbs/training/02_checkpoint.ipynb #75e2bced
 import io,shutil,signal,threading,time,zlib
@@ -138,12 +138,12 @@ def sigterm_flag():
     finally: signal.signal(signal.SIGTERM, before)
 
 # %% ../../nbs/training/02_checkpoint.ipynb #d71ba754
-def random_state()->dict: # 'cpu', and 'cuda' where there is one
+def rng_state()->dict: # 'cpu', and 'cuda' where there is one
     "Where PyTorch's random streams are"
     cuda = {'cuda': torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
     return {'cpu': torch.get_rng_state(), **cuda}
 
-def set_random_state(
+def set_rng_state(
     state:dict, # Of `random_state`
 )->None:
     "Put PyTorch's random streams where they were"

@@ -20,18 +20,18 @@ from ..core import Batch
 class DistributedContext:
     "The processes that train one run together; alone by default"
     rank:int=0 # Number of this process, 0..size-1
-    size:int=1 # How many there are
+    world_size:int=1 # How many there are
     fabric:object=None # `lightning_fabric.Fabric`; None where there is one process
 
     @property
-    def lead(self): return self.rank == 0 # the one that writes
+    def is_main_process(self): return self.rank == 0 # the one that writes
 
-    def share(self,
+    def shard(self,
         ids, # Positions of n dives
     )->np.ndarray: # ceil(n/size) of them
         "The rows of this process; the last share is filled up with the last row"
-        ids,each = np.asarray(ids),-(-len(ids)//self.size)
-        return ids[np.minimum(np.arange(self.rank*each, (self.rank+1)*each), len(ids)-1)] if self.size > 1 else ids
+        ids,each = np.asarray(ids),-(-len(ids)//self.world_size)
+        return ids[np.minimum(np.arange(self.rank*each, (self.rank+1)*each), len(ids)-1)] if self.world_size > 1 else ids
 
 # %% ../../nbs/training/01_distributed.ipynb #9ecadaca
 def all_gather_with_grad(
@@ -50,7 +50,7 @@ def all_gather(
     total:int, # Real rows of all together, at most size*n
 )->Tensor: # (total,...), in the order of the processes
     "The rows of all processes; gradients flow to one's own"
-    if dist.size == 1: return x
+    if dist.world_size == 1: return x
     found = dist.fabric.all_gather(x.detach()).flatten(0, 1)
     return all_gather_with_grad(found, x, dist.rank)[:total]
 
@@ -60,7 +60,7 @@ def gather_batch(
     total:int, # Dives of all together
 )->Batch: # `total` dives, the same in all processes; without names, which no model reads
     "The whole batch, every tensor of it and of its exemplars"
-    if dist.size == 1: return batch
+    if dist.world_size == 1: return batch
     join = lambda v: gather_batch(dist, v, total) if isinstance(v, Batch) else all_gather(dist, v, total) if isinstance(v, Tensor) else v
     return Batch(**{f.name: () if f.name == 'uid' else join(getattr(batch, f.name)) for f in fields(batch)})
 
@@ -70,7 +70,7 @@ def all_reduce_gradients(
     model:nn.Module, # After `backward`; what is shared out lies under `backbone`
 )->None:
     "Give every process the gradients of the whole batch"
-    if dist.size == 1: return
+    if dist.world_size == 1: return
     held = [(n, p.grad) for n,p in model.named_parameters() if p.grad is not None]
     for op,grads in (('sum', [g for n,g in held if n.startswith('backbone.')]), ('mean', [g for n,g in held if not n.startswith('backbone.')])):
         if not grads: continue
@@ -83,9 +83,9 @@ def main_process_first(
     make, # Called without arguments, by the lead first and by the others afterwards; it finds what the lead made
 ):
     "What `make` returns"
-    if not dist.lead: dist.fabric.barrier()
+    if not dist.is_main_process: dist.fabric.barrier()
     made = make()
-    if dist.size > 1 and dist.lead: dist.fabric.barrier()
+    if dist.world_size > 1 and dist.is_main_process: dist.fabric.barrier()
     return made
 
 def any_rank(
@@ -93,7 +93,7 @@ def any_rank(
     mine:bool, # What this process says
 )->bool: # The same in all
     "Whether any process says yes"
-    if dist.size == 1: return mine
+    if dist.world_size == 1: return mine
     return bool(dist.fabric.all_reduce(torch.tensor(float(mine), device=dist.fabric.device), reduce_op='sum') > 0)
 
 # %% ../../nbs/training/01_distributed.ipynb #f79f9498

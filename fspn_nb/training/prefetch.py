@@ -69,7 +69,7 @@ def batches(
     dist:DistributedContext=DistributedContext(), # Each process makes its share
 ):
     "The batches of `plan`, one by one"
-    def _make(step): return make_batch(source, targets, *(None if x is None else dist.share(x) for x in step), epoch)
+    def _make(step): return make_batch(source, targets, *(None if x is None else dist.shard(x) for x in step), epoch)
     if isinstance(source, FeatureDataset): yield from (to_device(_make(s), device) for s in plan)
     elif device.type == 'cuda': yield from _streamed(plan, _make, device)
     else: yield from prefetch(plan, lambda s: to_device(_make(s), device))

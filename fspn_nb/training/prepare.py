@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from ..actor.boxes import load_actor_boxes
-from ..batches.dataset import Labels,load_samples,read_targets,split_indices
-from ..batches.exemplars import CandidateSets,exemplar_pools
+from ..batches.dataset import Labels,load_samples,read_labels,split_indices
+from ..batches.exemplars import CandidateSets,find_candidates
 from ..batches.features import cache_features
 from ..batches.store_source import CachedDataset,choose_source
 from ..config import RunCfg
@@ -81,9 +81,9 @@ class RunData:
     "What training and evaluation work on"
     cfg:RunCfg # The run
     release:Release # Samples and where they came from
-    parts:dict # Positions under 'train', 'val', 'test'
-    targets:Labels # Labels row by row
-    pools:CandidateSets # Who may be whose exemplar
+    splits:dict # Positions under 'train', 'val', 'test'
+    labels:Labels # Labels row by row
+    candidate_sets:CandidateSets # Who may be whose exemplar
     source:object # `CachedDataset`, `ClipDataset` or `FeatureDataset`
     backbone:nn.Module|None # I3D to be trained; None in frozen mode
     device:torch.device # Where the head trains
@@ -109,16 +109,16 @@ def deviations(
     return found
 
 # %% ../../nbs/training/04_prepare.ipynb #f84dc7de
-def _frames(cfg, release, boxes, device, dist, like=None):
+def _frames(cfg, release, boxes, device, dist, reuse=None):
     "Where a backbone that trains gets its frames from: the store of an earlier run, one of its own, or the JPEGs"
-    if isinstance(like, CachedDataset) and not cfg.train.temporal_jitter: return CachedDataset(like.store, cfg, device)
-    return main_process_first(dist, lambda: choose_source(release.samples, cfg, boxes, device=device, processes=dist.size))
+    if isinstance(reuse, CachedDataset) and not cfg.train.temporal_jitter: return CachedDataset(reuse.store, cfg, device)
+    return main_process_first(dist, lambda: choose_source(release.samples, cfg, boxes, device=device, processes=dist.world_size))
 
-def _source(cfg, release, boxes, device, dist, like=None):
+def _source(cfg, release, boxes, device, dist, reuse=None):
     "(source, backbone, provenance of the weights) for the mode of `cfg`"
     if cfg.train.backbone == 'finetune':
         backbone,loaded = load_backbone(cfg.weights)
-        return _frames(cfg, release, boxes, device, dist, like), backbone, loaded
+        return _frames(cfg, release, boxes, device, dist, reuse), backbone, loaded
     encode,key = feature_extractor(cfg.weights, device)
     source = cache_features(release.samples, cfg, boxes, encode, key, kinds=EXTRA_INPUTS.get(cfg.model.name, ()))
     name = cfg.weights if cfg.weights == 'random' else 'file' if cfg.weights else 'rgb_scratch'
@@ -127,27 +127,27 @@ def _source(cfg, release, boxes, device, dist, like=None):
 # %% ../../nbs/training/04_prepare.ipynb #07c7dded
 def _reads(cfg):
     "The settings that decide which frames or features a run sees"
-    return cfg.dataset,protocol_variant(cfg.dataset, cfg.protocol).only,cfg.data_root,cfg.allow_missing,cfg.weights,cfg.clip,cfg.actor,cfg.synthetic,cfg.train.backbone,EXTRA_INPUTS.get(cfg.model.name, ())
+    return cfg.dataset,protocol_variant(cfg.dataset, cfg.protocol).action,cfg.data_root,cfg.allow_missing,cfg.weights,cfg.clip,cfg.actor,cfg.synthetic,cfg.train.backbone,EXTRA_INPUTS.get(cfg.model.name, ())
 
 # %% ../../nbs/training/04_prepare.ipynb #c4d5f94b
 def prepare(
     cfg:RunCfg, # The run
     device:str='auto', # As in `pick_device`
-    like:RunData|None=None, # An earlier run's; its samples, frames and features are taken over where they are the same
+    reuse:RunData|None=None, # An earlier run's; its samples, frames and features are taken over where they are the same
     dist:DistributedContext=DistributedContext(), # The processes that train together; one of them writes what all read
 )->RunData:
     "Read, check, split and encode what `cfg` asks for"
     device = pick_device(device)
-    if dist.size > 1 and cfg.train.backbone == 'frozen': raise ValueError(f"need train.backbone='finetune' for {dist.size} processes, got 'frozen': a head on kept features trains in one; several runs side by side are what run_ablations does")
-    same = like is not None and _reads(cfg) == _reads(like.cfg) and device == like.device
-    release = like.release if same else main_process_first(dist, lambda: load_samples(cfg))
-    actor,boxes,said = like.boxes if same else main_process_first(dist, lambda: load_actor_boxes(release, cfg.actor, device))
+    if dist.world_size > 1 and cfg.train.backbone == 'frozen': raise ValueError(f"need train.backbone='finetune' for {dist.world_size} processes, got 'frozen': a head on kept features trains in one; several runs side by side are what run_ablations does")
+    same = reuse is not None and _reads(cfg) == _reads(reuse.cfg) and device == reuse.device
+    release = reuse.release if same else main_process_first(dist, lambda: load_samples(cfg))
+    actor,boxes,said = reuse.boxes if same else main_process_first(dist, lambda: load_actor_boxes(release, cfg.actor, device))
     parts = split_indices(release.samples, cfg.train.val_fraction, cfg.seed)
-    targets = read_targets(release.samples, cfg)
-    pools = exemplar_pools(release.samples, parts['train'], protocol_variant(cfg.dataset, cfg.protocol))
-    if same and like.backbone is None: source,backbone,loaded = like.source,None,like.provenance['weights']
-    else: source,backbone,loaded = _source(cfg, release, boxes, device, dist, like.source if same else None)
+    targets = read_labels(release.samples, cfg)
+    pools = find_candidates(release.samples, parts['train'], protocol_variant(cfg.dataset, cfg.protocol))
+    if same and reuse.backbone is None: source,backbone,loaded = reuse.source,None,reuse.provenance['weights']
+    else: source,backbone,loaded = _source(cfg, release, boxes, device, dist, reuse.source if same else None)
     provenance = dict(data=release.kind, release=release.root.name, counts={k: len(v) for k,v in parts.items()}, excluded=list(release.excluded),
-                      no_candidate=list(pools.no_candidate), actor=actor, actor_boxes=said, mode=cfg.train.backbone, weights=loaded, device=str(device), processes=dist.size,
+                      no_candidate=list(pools.no_candidate), actor=actor, actor_boxes=said, mode=cfg.train.backbone, weights=loaded, device=str(device), processes=dist.world_size,
                       deviations=deviations(release, actor, pools, loaded['name']))
     return RunData(cfg, release, parts, targets, pools, source, backbone, device, provenance, (actor,boxes,said), dist)
