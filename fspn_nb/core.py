@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['seed_all', 'rng_for', 'repo_root', 'data_cache', 'reports_dir', 'write_atomic', 'write_json', 'file_hash', 'Batch',
-           'need', 'to_device', 'Output', 'tune_malloc', 'progress', 'show_strip']
+           'require_fields', 'to_device', 'Output', 'tune_malloc', 'progress', 'show_strip']
 
 # %% ../nbs/root/01_core.ipynb #6334daf4
 import ctypes,hashlib,json,os,random,sys,tempfile
@@ -28,16 +28,16 @@ def seed_all(
 
 # %% ../nbs/root/01_core.ipynb #48dec7ba
 def rng_for(
-    *event:int, # Whole numbers >= 0 that name the draw: (seed, epoch, index)
+    *key:int, # Whole numbers >= 0 that name the draw: (seed, epoch, index)
 )->np.random.Generator: # A generator of its own, independent of all others
-    "A random generator that depends on `event` alone"
-    return np.random.default_rng([int(e) for e in event])
+    "A random generator that depends on `key` alone"
+    return np.random.default_rng([int(e) for e in key])
 
 # %% ../nbs/root/01_core.ipynb #f182bc5f
 def repo_root(
     start:Path|None=None, # Where to begin; None: the working directory
 )->Path: # The checkout, or `start` itself where the library is installed without one
-    "The nearest folder at or above `start` that holds this project's `variants.ini`"
+    "The nearest folder at or above `start` that holds this project's `settings.ini`"
     start = Path(start or Path.cwd()).resolve()
     for folder in (start, *start.parents):
         ini = folder/'settings.ini'
@@ -53,11 +53,11 @@ def data_cache()->Path: # Made if it is not there
 
 # %% ../nbs/root/01_core.ipynb #dbb5b5f2
 def reports_dir(
-    out:str='', # A folder of the user's; '': `reports` in the checkout, or a fresh temporary folder under nbdev_test
+    out:str='', # A folder of the user's; '': `reports/runs` in the checkout, or a fresh temporary folder under nbdev_test
 )->Path: # Made, and proven writable
     "Where runs write; a `PermissionError` names a folder that cannot be written"
     if not out and os.environ.get('IN_TEST'): out = tempfile.mkdtemp(prefix='fspn_reports_')
-    path = Path(out).expanduser() if out else repo_root()/'reports'
+    path = Path(out).expanduser() if out else repo_root()/'reports'/'runs'
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path): pass
@@ -123,14 +123,14 @@ class Batch:
     def __len__(self): return len(self.scene)
 
 # %% ../nbs/root/01_core.ipynb #0fe1a79e
-def need(
+def require_fields(
     batch:Batch, # What a model was given
     *names:str, # Fields that it cannot do without
-    who:str, # The method that asks, for the message
+    caller:str, # The method that asks, for the message
 )->None:
-    "Raise a `ValueError` that names the fields of `batch` that `who` lacks"
+    "Raise a `ValueError` that names the fields of `batch` that `caller` lacks"
     lacking = [n for n in names if getattr(batch, n) is None]
-    if lacking: raise ValueError(f'{who} needs {", ".join(names)}, but this batch has no {", ".join(lacking)}; '
+    if lacking: raise ValueError(f'{caller} needs {", ".join(names)}, but this batch has no {", ".join(lacking)}; '
                                  'choose a method that does without, or a reader that provides it')
 
 # %% ../nbs/root/01_core.ipynb #4968e86d

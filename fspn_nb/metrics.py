@@ -197,7 +197,7 @@ def summarise(
 
 # %% ../nbs/root/07_metrics.ipynb #11af269b
 def _sheet(df, name):
-    "Raise a `ValueError` unless the score sheet `df` has rows and what a floor reads"
+    "Raise a `ValueError` unless the score sheet `df` has rows and what the baselines read"
     lost = {'action', 'score', 'difficulty'}-set(df.columns)
     if lost or not len(df): raise ValueError(f"need rows with action, score and difficulty in {name}, got {len(df)} rows that lack: {', '.join(sorted(lost)) or 'nothing'}")
 def baseline_predictions(
@@ -218,8 +218,8 @@ def score_baselines(
     train:pd.DataFrame, # Training dives: columns action, score (points), difficulty
     test:pd.DataFrame, # Test dives: the same columns
     n:int=2000, # Resamples of the intervals
-    sees:dict=PROTOCOLS['finediving'].floors, # Predictor -> the setting whose knowledge it uses; others are left out
-)->pd.DataFrame: # One row per predictor: floor, setting, then the columns of `summarise`
+    protocols:dict=PROTOCOLS['finediving'].no_video_baselines, # Predictor -> the protocol whose knowledge it uses; others are left out
+)->pd.DataFrame: # One row per predictor: baseline, protocol, then the columns of `summarise`
     "Both metrics of the predictors that see no frame"
     rows = baseline_predictions(train, test).items()
-    return pd.DataFrame([dict(floor=k, protocol=sees[k], **summarise(v, test.score, n=n)) for k,v in rows if k in sees])
+    return pd.DataFrame([dict(baseline=k, protocol=protocols[k], **summarise(v, test.score, n=n)) for k,v in rows if k in protocols])

@@ -98,7 +98,7 @@ FIGURE_8 = """exemplars,rho,r_l2_x100,note
 """
 
 # %% ../nbs/root/06_paper.ipynb #845170fa
-TABLE_IX = """setting,method,label,year,rho,r_l2_x100,note
+TABLE_IX = """protocol,method,label,year,rho,r_l2_x100,note
 wo_dn,usdl,USDL [5],2020,0.8302,0.592,cut from 0.5927 in FineDiving's own paper
 wo_dn,musdl,MUSDL [5],2020,0.8427,0.573,reported as printed twice in this block; the text layer has it once
 wo_dn,core_tree,CoRe [38],2021,0.8631,0.556,cut from 0.5565 in FineDiving's own paper
@@ -155,7 +155,7 @@ def _long(rho, r, notes):
     return df[['protocol','method','label','year','rho','r_l2_x100','note']]
 
 # %% ../nbs/root/06_paper.ipynb #5c5fa461
-TABLE_XI = """setting,method,label,year,rho,r_l2_x100,note
+TABLE_XI = """protocol,method,label,year,rho,r_l2_x100,note
 wo_dd,pose_dct,Pose+DCT [34],2014,0.2682,,
 wo_dd,c3d_svr,C3D-SVR [2],2017,0.7716,,
 wo_dd,c3d_lstm,C3D-LSTM [2],2017,0.8489,,

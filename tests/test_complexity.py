@@ -80,7 +80,7 @@ def test_fspn_has_the_printed_sizes(name, head):
 def test_a_vote_costs_what_its_linear_maps_cost(table):
     rows = table.set_index('method')
     for name in ('fspn', 'fspn_s'):
-        weights = sum(m.weight.numel() for m in create_model(name).judge.modules() if isinstance(m, nn.Linear))
+        weights = sum(m.weight.numel() for m in create_model(name).regressor.modules() if isinstance(m, nn.Linear))
         assert rows.mflops_vote[name] == pytest.approx(2*weights/1e6)
     assert rows.mflops['i3d_mlp'] == pytest.approx(2*(1024*256+256*128+128)/1e6) and rows.mflops_vote['i3d_mlp'] == 0
 

@@ -80,15 +80,15 @@ def sheet(shared):
     return *frames, np.array(cuts)
 
 
-def test_floors_on_the_real_score_sheet(sheet):
+def test_baselines_on_the_real_score_sheet(sheet):
     train, test, _ = sheet
-    floors = score_baselines(train, test, n=100).set_index('floor')
-    assert floors.n.tolist() == [749]*3
-    assert floors.loc['action-type mean', 'spearman'] == pytest.approx(.588, abs=5e-4)
-    assert 100*floors.loc['action-type mean', 'relative_l2'] == pytest.approx(1.335, abs=5e-4)
-    dd = floors.loc['mean(score/difficulty) x difficulty']
+    baselines = score_baselines(train, test, n=100).set_index('baseline')
+    assert baselines.n.tolist() == [749]*3
+    assert baselines.loc['action-type mean', 'spearman'] == pytest.approx(.588, abs=5e-4)
+    assert 100*baselines.loc['action-type mean', 'relative_l2'] == pytest.approx(1.335, abs=5e-4)
+    dd = baselines.loc['mean(score/difficulty) x difficulty']
     assert (dd.spearman, 100*dd.relative_l2) == (pytest.approx(.560, abs=5e-4), pytest.approx(1.392, abs=5e-4))
-    assert np.isnan(floors.loc['constant mean', 'spearman'])
+    assert np.isnan(baselines.loc['constant mean', 'spearman'])
 
 
 def test_constant_cuts_are_a_strong_baseline_on_real_steps(sheet):
@@ -187,7 +187,7 @@ def test_interval_keeps_the_range_of_the_split():
     assert summarise(pred, true, n=200)['relative_l2_hi'] < .7*bootstrap_ci(relative_l2, pred, true, n=200)[1]
 
 
-def test_floors_name_what_is_missing():
+def test_baselines_name_what_is_missing():
     ok = pd.DataFrame(dict(action=['a', 'b'], score=[1., 2.], difficulty=[1., 2.]))
     for train, test, word in ((ok[:0], ok, 'train, got 0 rows'), (ok, ok.drop(columns='action'), 'test, got 2 rows that lack: action')):
         with pytest.raises(ValueError, match=word): baseline_predictions(train, test)

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
-from fspn_nb.analysis.parse_quality import (MEAN_TRANSITIONS,random_transitions,constant_cuts,constant_iou_grid,parse_floors,parse_quality,
+from fspn_nb.analysis.parse_quality import (MEAN_TRANSITIONS,random_transitions,constant_cuts,constant_iou_grid,parse_baselines,parse_quality,
     parse_table,runs_frame,seed_means,valid_transitions)
 from fspn_nb.config import finediving,run_id,save_cfg
 from fspn_nb.data.clips import frame_indices
@@ -82,8 +82,8 @@ def test_chance_is_the_mean_of_the_landscape(true):
     assert (random_transitions(true, 3).pred_1 < random_transitions(true, 3).pred_2).all()
 
 
-def test_floors_without_training_dives_learn_nothing(true):
-    rows = parse_floors(frame(true, true), n=0)
+def test_baselines_without_training_dives_learn_nothing(true):
+    rows = parse_baselines(frame(true, true), n=0)
     assert rows.label.tolist() == [f'constant {MEAN_TRANSITIONS}', 'chance'] and (rows.n == len(true)).all()
 
 
@@ -134,7 +134,7 @@ def test_real_constant_is_hard_to_beat(real):
 
 def test_real_learnt_constant_and_chance(real):
     cuts, test, _ = real
-    rows = parse_floors(frame(MEAN_TRANSITIONS, cuts[test]), cuts[~test], n=0).set_index('label')
+    rows = parse_baselines(frame(MEAN_TRANSITIONS, cuts[test]), cuts[~test], n=0).set_index('label')
     assert rows.loc['best constant (26, 63)', ['tiou', 'hit_50', 'hit_75']].tolist() == pytest.approx([.6546, 80.77, 32.18], abs=.01)
     assert rows.tiou['chance'] == pytest.approx(.302, abs=.003)
     assert tuple(cuts[~test].mean(0).round()) == (29, 62)

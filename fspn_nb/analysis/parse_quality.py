@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEAN_TRANSITIONS', 'valid_transitions', 'parse_quality', 'constant_iou_grid', 'constant_cuts', 'random_transitions',
-           'parse_floors', 'training_cuts', 'folder_label', 'runs_frame', 'parse_table', 'seed_means']
+           'parse_baselines', 'training_cuts', 'folder_label', 'runs_frame', 'parse_table', 'seed_means']
 
 # %% ../../nbs/analysis/04_parse_quality.ipynb #217cdb06
 import warnings
@@ -88,7 +88,7 @@ def random_transitions(
     return pd.DataFrame(np.column_stack([a[i], b[i], np.tile(true, (draws, 1))]), columns=['pred_1','pred_2','true_1','true_2'])
 
 # %% ../../nbs/analysis/04_parse_quality.ipynb #c7fbf7ef
-def parse_floors(
+def parse_baselines(
     steps:pd.DataFrame, # `parsing.csv` of any run on these test dives
     train:np.ndarray|None=None, # True cuts of the training dives, (m,2); None: no learnt constant
     n:int=2000, # Resamples of the intervals
@@ -106,8 +106,8 @@ def training_cuts(
     data:RunData, # What `prepare` gave; `targets.transitions` and the training part are read
 )->np.ndarray: # (m,2), those in order only
     "True cuts of the training dives, first and last"
-    if data.targets.transitions is None: raise ValueError('need a release with step times to learn a constant from, got none; pass train=None')
-    steps = data.targets.transitions.numpy()[data.parts['train']][:,[0,-1]]
+    if data.labels.transitions is None: raise ValueError('need a release with step times to learn a constant from, got none; pass train=None')
+    steps = data.labels.transitions.numpy()[data.splits['train']][:,[0,-1]]
     return steps[steps[:,0] < steps[:,1]]
 
 # %% ../../nbs/analysis/04_parse_quality.ipynb #991cfbee
@@ -136,9 +136,9 @@ def runs_frame(
 def parse_table(
     runs, # As in `runs_frame`
     root:str|Path='', # What the runs' folders are relative to
-    train:np.ndarray|None=None, # As in `parse_floors`
+    train:np.ndarray|None=None, # As in `parse_baselines`
     n:int=2000, # Resamples of the intervals
-)->pd.DataFrame: # Columns label, seed, and those of `parse_quality`; floors below
+)->pd.DataFrame: # Columns label, seed, and those of `parse_quality`; baselines below
     "Parsing quality of all `runs`, one row each, and of what sees no frame"
     rows,first = [],None
     for o in runs_frame(runs, root).itertuples():
@@ -149,7 +149,7 @@ def parse_table(
         if not ours.equals(first): raise ValueError(f'{o.run.name}: need the same test dives and true cuts in all runs of a table, got {len(ours)} dives that differ; make a table of each release')
         rows.append(dict(label=o.label, seed=o.seed, **parse_quality(steps, n)))
     if not rows: raise ValueError('need at least one finished run, got none; train one with fspn_nb.train.fit')
-    return pd.concat([pd.DataFrame(rows).astype({'seed': 'Int64'}), parse_floors(said, train, n).astype({'seed': 'Int64'})], ignore_index=True)
+    return pd.concat([pd.DataFrame(rows).astype({'seed': 'Int64'}), parse_baselines(said, train, n).astype({'seed': 'Int64'})], ignore_index=True)
 
 # %% ../../nbs/analysis/04_parse_quality.ipynb #e26d9abc
 def seed_means(
