@@ -140,9 +140,9 @@ def _check_missing(name, model, batch):
 
 # %% ../nbs/root/08_zoo.ipynb #ffce16bc
 class _Inside(nn.Module):
-    "A method with `lift`, and a random backbone around it"
+    "A method with `extract_features`, and a random backbone around it"
     def __init__(self,
-        head:nn.Module, # With `lift`
+        head:nn.Module, # With `extract_features`
     ):
         super().__init__()
         self.head,self.backbone,self.uses_exemplar,self.needs = head,I3D(),head.uses_exemplar,head.needs
@@ -151,11 +151,11 @@ class _Inside(nn.Module):
 
     def encode(self,
         batch:Batch, # Frames and what else it needs
-    ): return self.head.encode(self.head.lift(self.backbone, batch))
+    ): return self.head.encode(self.head.extract_features(self.backbone, batch))
 
     def forward(self,
         batch:Batch, # The same
-    ): return self.head(self.head.lift(self.backbone, batch))
+    ): return self.head(self.head.extract_features(self.backbone, batch))
 
 # %% ../nbs/root/08_zoo.ipynb #bc3320d8
 def check_model(
@@ -165,7 +165,7 @@ def check_model(
     "Raise an `AssertionError` where the method `name` breaks the contract"
     cfg = cfg or ModelCfg(name=name)
     model = create_model(name, cfg)
-    own = hasattr(model, 'lift')
+    own = hasattr(model, 'extract_features')
     whole = _Inside(model) if own else model
     batch = random_batch(2, 2, model.uses_exemplar, pixels=32) if own else random_batch(clips=cfg.clips, exemplar=model.uses_exemplar)
     losses = _check_training(name, whole, batch)

@@ -86,7 +86,7 @@ def test_question_leaves_the_model_alone():
     m = maps()
     kept = {s: o.clone() for s, o in m.items()}
     grad_cam(HeadOnMaps(model.train(), exemplar=votes(model)), m)
-    assert model.training and model.judge.how == 'argmax' and all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert model.training and model.regressor.decoding == 'argmax' and all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and all(torch.equal(m[s], kept[s]) for s in m)
 
 

@@ -13,7 +13,7 @@ from fspn_nb.methods import FINETUNE_ONLY
 from fspn_nb.models.fspn import FSPN,build_fspn,fspn,fspn_m,fspn_s,part_sizes
 from fspn_nb.models.heads import ScoreBins
 from fspn_nb.models.i3d import I3D
-from fspn_nb.models.iap import transitions
+from fspn_nb.models.iap import decode_transitions
 from fspn_nb.models.smt import head_width
 from fspn_nb.models.with_backbone import WithBackbone
 from fspn_nb.peers.i3d_mlp import build_i3d_mlp
@@ -177,7 +177,7 @@ def test_an_overfit_is_possible():
 def test_transitions_are_ordered_and_inside():
     A = torch.randn(50, 96, 4, generator=torch.Generator().manual_seed(0)).softmax(-1)
     for rule in ('cut', 'printed'):
-        peak, first = transitions(A, rule)
+        peak, first = decode_transitions(A, rule)
         assert (peak[:, :-1] < first).all() and (first <= peak[:, 1:]).all()
 
 

@@ -64,7 +64,7 @@ def test_size_of_the_block():
 def test_a_fresh_block_leaves_i3d_as_it_was(kw):
     batch, net = random_batch(2, 2, exemplar=False, pixels=32), whole(awake=False, **kw).eval()
     with torch.no_grad():
-        got = net.lift(batch).scene
+        got = net.extract_features(batch).scene
         want = net.backbone.features(normalize_clip(batch.scene.flatten(0, 1))).mean((2, 3, 4)).unflatten(0, (2, 2))
     assert torch.equal(got, want) or torch.allclose(got, want, atol=1e-6)
 
@@ -205,13 +205,13 @@ def test_boxes_go_with_the_frames(tmp_path, orientation, jitter):
     source, ids = ClipDataset(samples, cfg, boxes), np.array([1, 0])
     sources = [source] if jitter else [source, CachedDataset(build_store(samples, cfg, boxes, tmp_path/'store'), cfg)]
     seen, flips = 0, set()
-    for event in (None, *((e, 3) for e in range(5))):
-        first = source.rest(ids, event)['boxes']
+    for rng_key in (None, *((e, 3) for e in range(5))):
+        first = source.extra_fields(ids, rng_key)['boxes']
         for s in sources:
-            found = s.rest(ids, event)['boxes']
+            found = s.extra_fields(ids, rng_key)['boxes']
             assert found.shape == (2, 2, 16, 4) and torch.equal(found, first)
-            seen += check_places(s.fetch(ids, event)[0], found, 64)
-        if not jitter: flips |= {sample_augmentation(cfg, event, int(i))[0] for i in ids}
+            seen += check_places(s.get_batch(ids, rng_key)[0], found, 64)
+        if not jitter: flips |= {sample_augmentation(cfg, rng_key, int(i))[0] for i in ids}
     assert seen > 200 and (jitter or flips == {True, False})
 
 
@@ -238,7 +238,7 @@ def test_without_boxes_the_whole_square_is_the_tube(tmp_path):
     cfg, samples, boxes = films(tmp_path)
     none = dict.fromkeys(boxes)
     for source in (ClipDataset(samples, cfg, none), CachedDataset(build_store(samples, cfg, none, tmp_path/'store'), cfg)):
-        found = source.rest(np.array([0, 1]), (2, 3))['boxes']
+        found = source.extra_fields(np.array([0, 1]), (2, 3))['boxes']
         assert found.shape == (2, 2, 16, 4) and tube_cells(found.flatten(0, 1), (4, 4, 4)).all()
 
 
@@ -280,6 +280,6 @@ def test_a_run_from_frames_to_metrics(tmp_path):
     w = torch.load(run/'last.pt', weights_only=True)['model']
     assert w['head.tube.norm.weight'].any() and w['head.tube.norm.num_batches_tracked'] == 3
     data = prepare(cfg, 'cpu')
-    assert data.source.rest([0])['boxes'].shape == (1, 2, 16, 4)
+    assert data.source.extra_fields([0])['boxes'].shape == (1, 2, 16, 4)
     done = SimpleNamespace(done=[RunResult(cfg, run, found, 0., data)])
     assert plot_first_parse(done, 'w_dn') is None, 'no picture of steps that nobody found'

@@ -13,7 +13,7 @@ from torch import Tensor,nn
 from ..core import Batch
 from ..metrics import spearman
 from ..models.i3d import normalize_clip
-from ..training.predict import encode_dives,voters
+from ..training.predict import encode_dives,sample_exemplars
 
 # %% ../../nbs/inspect/01_gradcam.ipynb #817cd818
 @torch.no_grad()
@@ -51,7 +51,7 @@ def _frozen(head, decode):
     "A copy of `head` for evaluation, decoding as `decode` says"
     if decode not in ('expected','own'): raise ValueError(f"decode is 'expected' or 'own', got {decode!r}")
     head = deepcopy(head).eval().requires_grad_(False)
-    if decode == 'expected' and hasattr(getattr(head, 'judge', None), 'how'): head.judge.how = 'expected'
+    if decode == 'expected' and hasattr(getattr(head, 'regressor', None), 'decoding'): head.regressor.decoding = 'expected'
     return head
 
 # %% ../../nbs/inspect/01_gradcam.ipynb #ce525132
@@ -129,9 +129,9 @@ def exemplars_of(
 )->tuple[Tensor,Tensor]|None: # Features (M,D) and labels (M,); None for a method without exemplars
     "The exemplars that vote on dive `i`, as `predict` picks them"
     if not model.uses_exemplar: return None
-    who,real = (o[0] for o in voters(data, np.array([i]), m))
+    who,real = (o[0] for o in sample_exemplars(data, np.array([i]), m))
     known = encode_dives(model, data, who[real])
-    return known.feature[[known.row[int(j)] for j in who[real]]],data.targets.label[torch.as_tensor(who[real])]
+    return known.feature[[known.row[int(j)] for j in who[real]]],data.labels.label[torch.as_tensor(who[real])]
 
 # %% ../../nbs/inspect/01_gradcam.ipynb #a1a3dab9
 @torch.no_grad()

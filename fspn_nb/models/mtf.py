@@ -13,12 +13,12 @@ from torch import nn,Tensor
 class MTF(nn.Module):
     "Project every stage to one width, add each to the next, concatenate"
     def __init__(self,
-        widths:tuple[int,...]=(64,128,256), # Channels of the stages
+        stage_channels:tuple[int,...]=(64,128,256), # Channels of the stages
         dim:int=256, # Common width (D-33)
     ):
         super().__init__()
-        self.project = nn.ModuleList(nn.Linear(w, dim) for w in widths) # the W^n of Eq. 11-12
-        self.dim = dim*len(widths)
+        self.project = nn.ModuleList(nn.Linear(w, dim) for w in stage_channels) # the W^n of Eq. 11-12
+        self.dim = dim*len(stage_channels)
 
     def forward(self,
         maps:list[Tensor], # Per stage, (B,T',width)

@@ -118,16 +118,16 @@ class SMT(nn.Module):
     "N stages of growing width; one map per stage"
     def __init__(self,
         dim:int=128, # Channels of the parser's tokens
-        widths:tuple[int,...]=(64,128,256), # Channels of the stages; one, two, three of them are FSPN-S, -M and FSPN (D-12)
+        stage_channels:tuple[int,...]=(64,128,256), # Channels of the stages; one, two, three of them are FSPN-S, -M and FSPN (D-12)
         blocks:int=3, # L: transformer blocks per stage (Table II)
         heads:int=8, # Attention heads (Table III)
         head_dim:int=0, # Channels per head; 0: ceil(width/heads) (D-05)
         residual:str='actor', # Which stream continues: 'actor', or 'scene' (Eq. 9 as printed) (D-30)
     ):
         super().__init__()
-        if not widths: raise ValueError('need at least one stage, got widths=(); use use_smt=False to leave the transformer out')
+        if not stage_channels: raise ValueError('need at least one stage, got stage_channels=(); use use_smt=False to leave the transformer out')
         self.residual = residual
-        self.stages = nn.ModuleList(Stage(i, o, blocks, heads, head_dim, residual) for i,o in zip((dim, *widths), widths))
+        self.stages = nn.ModuleList(Stage(i, o, blocks, heads, head_dim, residual) for i,o in zip((dim, *stage_channels), stage_channels))
 
     def forward(self,
         fa:Tensor, # Actor tokens f-bar_a, (B,T',dim)
