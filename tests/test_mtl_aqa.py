@@ -74,11 +74,11 @@ def test_real_counts(real):
     got = describe(real)
     assert {k: got[k] for k in REAL} == REAL and got['with_frames'] == 0
     assert len({o.uid.split('/')[0] for o in real}) == 15
-    assert all(o.n_frames == 103 and o.end_frame == o.stats[1] and len(o.judges) == 7 and o.folder is None and o.files == () for o in real)
-    n = np.array([o.stats[1]-o.stats[0] for o in real])
+    assert all(o.n_frames == 103 and o.end_frame == o.annotated_span[1] and len(o.judges) == 7 and o.folder is None and o.files == () for o in real)
+    n = np.array([o.annotated_span[1]-o.annotated_span[0] for o in real])
     assert (n.min(), n.max(), round(n.mean())) == (54, 273, 106)
     by = {o.uid: o for o in real}
-    assert [by[o].stats[1]-by[o].stats[0] for o in ('26/108', '05/42')] == [54, 273]
+    assert [by[o].annotated_span[1]-by[o].annotated_span[0] for o in ('26/108', '05/42')] == [54, 273]
     assert min(o.start_frame for o in real) > 1000 # no real window begins before the broadcast
 
 
@@ -99,7 +99,7 @@ def test_real_figures_of_the_notebook(real):
     score, dd = np.array([(o.score, o.difficulty) for o in real]).T
     assert np.histogram(score, np.arange(0, 106, 5))[0].tolist() == [2, 1, 0, 2, 7, 10, 33, 51, 80, 71, 84, 94, 125, 163, 191, 162, 131, 111, 61, 25, 8]
     assert np.histogram(np.round(score/dd, 6), np.arange(0, 31, 1.5))[0].tolist() == [2, 0, 1, 1, 3, 5, 9, 25, 37, 29, 54, 71, 88, 145, 223, 249, 234, 141, 78, 17]
-    spans = [o.stats[1]-o.stats[0]+1 for o in real]
+    spans = [o.annotated_span[1]-o.annotated_span[0]+1 for o in real]
     assert np.histogram(spans, np.arange(50, 281, 10))[0].tolist() == [2, 9, 72, 285, 296, 236, 156, 106, 86, 73, 48, 21, 10, 5, 3, 1, 1, 0, 1, 0, 0, 0, 1]
 
 
@@ -115,15 +115,15 @@ def test_real_judges_are_reported_and_not_repaired(real):
     assert spearman([sum(sorted(o.judges)[2:5])*o.difficulty for o in test], [o.score for o in test]) == pytest.approx(.9998, abs=5e-5)
 
 
-def test_real_floors_without_a_frame(sheets):
+def test_real_baselines_without_a_frame(sheets):
     train, test = sheets
-    floors = {k: (spearman(v, test.score), 100*relative_l2(v, test.score)) for k, v in baseline_predictions(train, test).items() if k != 'constant mean'}
-    assert floors['mean(score/difficulty) x difficulty'] == (pytest.approx(.5595, abs=5e-5), pytest.approx(2.067, abs=5e-4))
-    assert floors['action-type mean'] == (pytest.approx(.5963, abs=5e-5), pytest.approx(2.004, abs=5e-4))
+    baselines = {k: (spearman(v, test.score), 100*relative_l2(v, test.score)) for k, v in baseline_predictions(train, test).items() if k != 'constant mean'}
+    assert baselines['mean(score/difficulty) x difficulty'] == (pytest.approx(.5595, abs=5e-5), pytest.approx(2.067, abs=5e-4))
+    assert baselines['action-type mean'] == (pytest.approx(.5963, abs=5e-5), pytest.approx(2.004, abs=5e-4))
     assert 100*relative_l2(np.full(len(test), train.score.mean()), test.score) == pytest.approx(3.02, abs=5e-3)
 
 
-@pytest.mark.parametrize('setting, n, top, edges', [
+@pytest.mark.parametrize('protocol, n, top, edges', [
     ('w/ DD', 67_562, 30, [0, .912, 1.5, 2.5, 3, 4.5, 6, 8.5, 30]), ('w/o DD', 560_211, 100, [0, 3.6, 7.35, 11.2, 15.7, 20.8, 27.2, 36.3, 100])])
 def test_real_intervals_are_those_of_the_literature(sheets, protocol, n, top, edges):
     from fspn_nb.models.heads import ScoreBins,pair_differences
@@ -208,7 +208,7 @@ def test_round_trip(tmp_path):
     for s, (key, end, d) in zip(samples, dives):
         assert (s.uid, s.split) == (f'{key[0]:02d}/{key[1]}', 'test' if key == KEYS[-1] else 'train')
         assert (s.action, s.score, s.difficulty, s.judges) == (d.action.upper(), d.score, d.difficulty, d.judges)
-        assert (s.start_frame, s.end_frame, s.stats) == (end-102, end, (end-len(d.labels)+1, end))
+        assert (s.start_frame, s.end_frame, s.annotated_span) == (end-102, end, (end-len(d.labels)+1, end))
         assert [int(o[:-4]) for o in s.files] == list(range(end-102, end+1))
         assert [int(o[:-4]) for o in s.before] == [end-105, end-104, end-103]
         assert [int(o[:-4]) for o in s.after] == [n for n in (end+1, end+2, end+3) if n <= 401]

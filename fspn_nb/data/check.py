@@ -149,7 +149,7 @@ def shared_dives(
     others, # `Sample`s of the other one
 )->pd.DataFrame: # One row per shared dive: uid, split, other, other_split, span, other_span
     "Samples that show the same dive in two datasets: same video, overlapping frames"
-    span,video,rows = lambda s: s.stats or (s.start_frame,s.end_frame),{},[]
+    span,video,rows = lambda s: s.annotated_span or (s.start_frame,s.end_frame),{},[]
     for o in others: video.setdefault(o.uid.partition('/')[0], []).append(o)
     for s in samples:
         near = max(video.get(s.uid.partition('/')[0], ()), key=lambda o: _overlap(span(s), span(o)), default=None)

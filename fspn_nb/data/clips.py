@@ -13,7 +13,6 @@ from pathlib import Path
 from torch import Tensor
 from torchvision.io import ImageReadMode,decode_jpeg
 from torchvision.transforms.v2 import functional as V
-from . import clips
 from .records import Sample
 from ..protocols import PROTOCOLS
 
@@ -44,17 +43,22 @@ def to_clips(
     "Cut `frames` into K windows of `length`"
     starts = np.asarray(starts)
     if starts.min() < 0 or starts.max()+length > len(frames):
-        raise ValueError(f'need clips inside {len(frames)} frames, got starts {starts.min()}..{starts.max()} with length {length}; change ClipCfg.starts or .frames')
+        raise ValueError(f'need clips inside {len(frames)} frames, got starts {starts.min()}..{starts.max()} with length {length}; '
+                         'change ClipCfg.starts or .frames')
     return frames[starts[:, None]+np.arange(length)]
 
 # %% ../../nbs/data/05_clips.ipynb #41d7a94e
 def _decode(path, uid):
     "One JPEG as (H,W,3) uint8, or a `ValueError` that names file and dive"
     try: data = path.read_bytes()
-    except OSError as e: raise ValueError(f'dive {uid}: need the frame {path}, got {type(e).__name__} ({e.strerror}); restore it, or read the release again') from e
-    try: return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB).permute(1, 2, 0)
+    except OSError as e:
+        raise ValueError(f'dive {uid}: need the frame {path}, got {type(e).__name__} ({e.strerror}); '
+                         'restore it, or read the release again') from e
+    try: image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
     except (RuntimeError, ValueError) as e:
-        raise ValueError(f'dive {uid}: need a JPEG, got {len(data)} bytes that are none in {path} ({str(e).splitlines()[0][:80]}); download it again') from e
+        reason = str(e).splitlines()[0][:80]
+        raise ValueError(f'dive {uid}: need a JPEG, got {len(data)} bytes that are none in {path} ({reason}); download it again') from e
+    return image.permute(1, 2, 0)
 
 # %% ../../nbs/data/05_clips.ipynb #9dc1f81d
 def load_frames(
@@ -63,14 +67,17 @@ def load_frames(
 )->Tensor: # (T,H,W,3) uint8
     "The frames `ids` of a dive, each file decoded once"
     ids = np.asarray(ids)
-    if not sample.files: raise ValueError(f'dive {sample.uid} has no frames on disk; give the folder that holds them, or leave the dive out (check_samples)')
+    if not sample.files:
+        raise ValueError(f'dive {sample.uid} has no frames on disk; give the folder that holds them, or leave the dive out (check_samples)')
     if ids.min() < 0 or ids.max() >= len(sample.files):
         raise ValueError(f'dive {sample.uid}: need positions 0..{len(sample.files)-1}, got {ids.min()}..{ids.max()}; see frame_ids')
-    once,back = np.unique(ids, return_inverse=True)
-    files = [Path(sample.folder)/sample.files[i] for i in once]
-    frames = [_decode(f, sample.uid) for f in files]
-    odd = [f for f,o in zip(files, frames) if o.shape != frames[0].shape]
-    if odd: raise ValueError(f'dive {sample.uid}: need frames of one size, got {tuple(frames[0].shape)} in {files[0].name} and another in {odd[0]}')
+    unique,back = np.unique(ids, return_inverse=True)
+    files = [Path(sample.folder)/sample.files[i] for i in unique]
+    frames = [_decode(file, sample.uid) for file in files]
+    odd = [file for file,frame in zip(files, frames) if frame.shape != frames[0].shape]
+    if odd:
+        shape = tuple(frames[0].shape)
+        raise ValueError(f'dive {sample.uid}: need frames of one size, got {shape} in {files[0].name} and another in {odd[0]}')
     return torch.stack([frames[i] for i in back])
 
 # %% ../../nbs/data/05_clips.ipynb #aec07543
@@ -78,16 +85,16 @@ def resize_crop(
     frames:Tensor, # (T,H,W,3) uint8
     size:int=112, # Side of the square, pixels (TSA)
     orientation:str='correct', # 'correct', or 'peer' for the swapped sides of the released code (D-43)
-    where:float=.5, # Place of the window on the free axis, 0..1; .5 is the centre (test), random in training
+    crop_position:float=.5, # Place of the window on the free axis, 0..1; .5 is the centre (test), random in training
     flip:bool=False, # Mirror left and right
 )->Tensor: # (T,3,size,size) uint8
     "One square window of all `frames`, resized first"
     h,w = frames.shape[1:3]
-    if orientation == 'correct': hw = [round(size*max(1, h/w)), round(size*max(1, w/h))]
-    elif orientation == 'peer': hw = [round(size*200/112), size]
+    if orientation == 'correct': height,width = round(size*max(1, h/w)),round(size*max(1, w/h))
+    elif orientation == 'peer': height,width = round(size*200/112),size
     else: raise ValueError(f"orientation is 'correct' or 'peer', got {orientation!r}")
-    x = V.resize(frames.permute(0, 3, 1, 2), hw, antialias=True)
-    top,left = (round(where*(o-size)) for o in hw)
+    x = V.resize(frames.permute(0, 3, 1, 2), [height, width], antialias=True)
+    top,left = round(crop_position*(height-size)),round(crop_position*(width-size))
     x = x[:, :, top:top+size, left:left+size]
     return x.flip(3) if flip else x
 
@@ -102,25 +109,27 @@ def frame_indices(
 # %% ../../nbs/data/05_clips.ipynb #8215b878
 def shift_window(
     sample:Sample, # With `before` and `after`
-    by:int, # Frames, positive: later
+    offset:int, # Frames, positive: later
 )->tuple[Sample,int]: # The sample with other `files`, and how far it really moved
-    "`sample` seen `by` frames later"
-    by = min(max(by, -len(sample.before)), len(sample.after))
-    names,start = (*sample.before, *sample.files, *sample.after),len(sample.before)+by
-    return replace(sample, files=names[start:start+len(sample.files)]),by
+    "`sample` with a window that starts `offset` frames later"
+    offset = min(max(offset, -len(sample.before)), len(sample.after))
+    names = (*sample.before, *sample.files, *sample.after)
+    start = len(sample.before)+offset
+    return replace(sample, files=names[start:start+len(sample.files)]),offset
 
 # %% ../../nbs/data/05_clips.ipynb #29278589
 def recut(
     clips:Tensor, # (K,3,L,H,W), overlapping
     starts, # First frame of each, ascending
-    n:int=20, # Short clips wanted (TPT)
+    n:int=20, # Number of short clips (TPT)
     length:int=8, # Their frames (TPT)
 )->Tensor: # (n,3,length,H,W), evenly spread over all frames (D-132)
     "Short clips out of long ones"
     starts,L = torch.as_tensor(starts),clips.shape[2]
     t = torch.arange(int(starts[-1])+L)
     k = torch.searchsorted(starts, t, right=True)-1 # the last clip that has begun
-    if ((at := t-starts[k]) >= L).any(): raise ValueError(f'need clips that leave no frame out, got {L} frames from each of {starts.tolist()}')
-    frames = clips[k,:,at] # (T,3,H,W)
+    position = t-starts[k] # of each frame in its clip
+    if (position >= L).any(): raise ValueError(f'need clips that leave no frame out, got {L} frames from each of {starts.tolist()}')
+    frames = clips[k,:,position] # (T,3,H,W)
     first = torch.linspace(0, len(t)-length, n).round().long()
     return torch.stack([frames[f:f+length] for f in first]).transpose(1, 2)

@@ -13,7 +13,7 @@ from PIL import Image
 from ..core import write_atomic
 from .grammar import SUB_ACTIONS
 from .records import Sample,frame_problem
-from .safe_pickle import checked,load_part,collect_errors,try_or_note,wrong_value
+from .safe_pickle import checked,load_annotation_file,collect_errors,try_or_collect,wrong_value
 
 # %% ../../nbs/data/07_finediving.ipynb #660cfc38
 FRAMES = 'FINADiving_MTL_256s' # Folder of the frames, below the release's root
@@ -49,7 +49,7 @@ def _entry(value, fields, where):
 def _records(folder, name, bad=None):
     "All dives of one annotation file: {(video, index): {field: value}}"
     where = f'{Path(folder)/name}.pkl'
-    return {(k:=_key(key, where)):try_or_note(bad, k, _entry, value, _FIELDS[name], f'{where}, {k}') for key,value in load_part(folder, name, dict).items()}
+    return {(k:=_key(key, where)):try_or_collect(bad, k, _entry, value, _FIELDS[name], f'{where}, {k}') for key,value in load_annotation_file(folder, name, dict).items()}
 
 # %% ../../nbs/data/07_finediving.ipynb #5feb3b90
 def _differ(key, what, values):
@@ -79,7 +79,7 @@ def _splits(folder, known, bad=None):
     "{key: 'train' or 'test'} in the order of the split files; every dive exactly once"
     out = {}
     for name in _SPLITS:
-        for key in (_key(o, f'{Path(folder)/name}.pkl') for o in load_part(folder, name, list)):
+        for key in (_key(o, f'{Path(folder)/name}.pkl') for o in load_annotation_file(folder, name, list)):
             with collect_errors(bad, key):
                 if key in out: raise ValueError(f"{name}: need every dive once in train and test together, got {key} again; take both split files from one release")
                 if key not in known: raise ValueError(f"{name}: need annotated dives, got {key}, which is in no annotation file; take split and annotations from one release")
@@ -98,9 +98,9 @@ def _annotations(folder, bad=None):
         odd = sorted(files[first].keys() ^ files[name].keys())
         for o in odd:
             with collect_errors(bad, o): raise ValueError(f"{first} and {name}: need the same dives, got {len(odd)} that only one has ({o}, ...); take all files from one release")
-    table = checked(load_part(folder, _TABLE, dict), 'names', f'{Path(folder)/_TABLE}.pkl')
+    table = checked(load_annotation_file(folder, _TABLE, dict), 'names', f'{Path(folder)/_TABLE}.pkl')
     splits = _splits(folder, files[first], bad)
-    merged = lambda k: None if k in (bad or ()) else try_or_note(bad, k, _merge, k, {name:o[k] for name,o in files.items()}, table)
+    merged = lambda k: None if k in (bad or ()) else try_or_collect(bad, k, _merge, k, {name:o[k] for name,o in files.items()}, table)
     return {k:(split,merged(k)) for k,split in splits.items()}
 
 # %% ../../nbs/data/07_finediving.ipynb #3d824e3c

@@ -16,7 +16,7 @@ from PIL import Image
 from ..core import write_atomic
 from .grammar import final_score,parse_code
 from .records import Sample,frame_problem
-from .safe_pickle import checked,load_part,try_or_note,wrong_value
+from .safe_pickle import checked,load_annotation_file,try_or_collect,wrong_value
 from ..protocols import PROTOCOLS
 
 # %% ../../nbs/data/08_mtl_aqa.ipynb #f0dd0706
@@ -85,12 +85,12 @@ def _dive(folder, files, key):
 def _annotations(folder, problems=None):
     "{key: fields} of a folder with one or both annotation files; None for a dive with a line in `problems`"
     folder = Path(folder)
-    files = {name:load_part(folder, name, dict) for name in (_CORE,_MUSDL) if (folder/f'{name}.pkl').exists()}
+    files = {name:load_annotation_file(folder, name, dict) for name in (_CORE,_MUSDL) if (folder/f'{name}.pkl').exists()}
     if not files: raise FileNotFoundError(f"need {_CORE}.pkl or {_MUSDL}.pkl in {folder}, found neither; download one with the release's annotations")
     out = {}
     for i,raw in enumerate(dict.fromkeys(k for o in files.values() for k in o)):
-        key = try_or_note(problems, f'annotated dive {i}', _key, raw, f'{folder/next(iter(files))}.pkl')
-        if key: out[key] = try_or_note(problems, _uid(key), _dive, folder, files, key)
+        key = try_or_collect(problems, f'annotated dive {i}', _key, raw, f'{folder/next(iter(files))}.pkl')
+        if key: out[key] = try_or_collect(problems, _uid(key), _dive, folder, files, key)
     return out
 
 # %% ../../nbs/data/08_mtl_aqa.ipynb #c991a59a
@@ -98,8 +98,8 @@ def _listed(folder, problems=None):
     "(split, key) of every entry of the two split files, in order"
     for name in _SPLITS:
         where = f'{Path(folder)/name}.pkl'
-        for i,raw in enumerate(load_part(folder, name, list)):
-            if key:=try_or_note(problems, f'{name}, entry {i}', _key, raw, where): yield name.split('_')[0],key
+        for i,raw in enumerate(load_annotation_file(folder, name, list)):
+            if key:=try_or_collect(problems, f'{name}, entry {i}', _key, raw, where): yield name.split('_')[0],key
 
 # %% ../../nbs/data/08_mtl_aqa.ipynb #2092f661
 def _splits(folder, known, problems=None):
@@ -155,7 +155,7 @@ def _sample(folder, key, split, o, found):
     try: files,before,after = _window(o['end_frame'], found)
     except ValueError as e: raise ValueError(f'{folder}: {e}') from None
     return Sample(_uid(key), split, o['dive_number'], o['final_score'], o['difficulty'], folder, files, judges=o['judge_scores'], start_frame=o['end_frame']-_WINDOW+1,
-                  end_frame=o['end_frame'], stats=(o['start_frame'],o['end_frame']), before=before, after=after)
+                  end_frame=o['end_frame'], annotated_span=(o['start_frame'],o['end_frame']), before=before, after=after)
 
 # %% ../../nbs/data/08_mtl_aqa.ipynb #40bb2d19
 def _samples(root, notes, splits, problems=None):
@@ -166,7 +166,7 @@ def _samples(root, notes, splits, problems=None):
     for video,keys in videos.items():
         folder = root and root/f'{video:02d}'
         found = _find(folder, {0}.union(*(_reach(notes[k]['end_frame']) for k in keys))) if folder else {}
-        for k in keys: out[k] = try_or_note(problems, _uid(k), _sample, folder, k, splits[k], notes[k], found)
+        for k in keys: out[k] = try_or_collect(problems, _uid(k), _sample, folder, k, splits[k], notes[k], found)
     return out
 
 # %% ../../nbs/data/08_mtl_aqa.ipynb #3cdc41b7
@@ -267,7 +267,7 @@ def describe(
     "Counts by which an MTL-AQA release is recognised"
     samples = list(samples)
     count = lambda rule: sum(map(rule, samples))
-    span = lambda s: s.stats[1]-s.stats[0]+1
+    span = lambda s: s.annotated_span[1]-s.annotated_span[0]+1
     whole = [s.split for s in samples if frame_problem(s) is None]
     groups = Counter(s.difficulty for s in samples if s.split == 'train')
     return dict(samples=len(samples), train=count(lambda s: s.split == 'train'), test=count(lambda s: s.split == 'test'), action_types=len({s.action for s in samples}),

@@ -29,69 +29,78 @@ class Sample:
     judges:tuple[float,...]|None=None # One mark per judge, 0-10
     start_frame:int|None=None # Number in the broadcast of the first frame that belongs to the sample
     end_frame:int|None=None # Number of the last one, inclusive
-    stats:tuple[int,int]|None=None # First and last annotated frame where the protocol reads others (MTL-AQA: 103 back from the end)
+    annotated_span:tuple[int,int]|None=None # First and last annotated frame where others are read (MTL-AQA: 103 back from the end)
     before:tuple[str,...]=() # Frames just before `files`, for temporal jitter in training
     after:tuple[str,...]=() # Frames just after `files`
 
     @property
     def n_frames(self)->int: # Frames
-        "Annotated length: the labels' count, else start to end, else the files' count"
+        "Annotated length: the number of labels, else start to end, else the number of files"
         if self.labels: return len(self.labels)
         if self.start_frame is None or self.end_frame is None: return len(self.files)
         return self.end_frame-self.start_frame+1
 
 # %% ../../nbs/data/01_records.ipynb #696a9ea4
+def _sample_row(s):
+    "The row of sample `s` in the table"
+    return dict(uid=s.uid, split=s.split, action=s.action, score=s.score, difficulty=s.difficulty, n_frames=s.n_frames,
+                files=len(s.files), steps=len(set(s.labels)), transitions=len(s.transitions), judges=len(s.judges or ()))
+
 def samples_frame(
     samples, # `Sample`s of any dataset
 )->pd.DataFrame: # One row per sample, in the order given
     "`samples` as a table: identity, score, length, steps and how many frames are on disk"
-    row = lambda s: dict(uid=s.uid, split=s.split, action=s.action, score=s.score, difficulty=s.difficulty, n_frames=s.n_frames, files=len(s.files),
-        steps=len(set(s.labels)), transitions=len(s.transitions), judges=len(s.judges or ()))
-    return pd.DataFrame([row(s) for s in samples], columns=list(row(Sample('', '', '', 0.))))
+    columns = list(_sample_row(Sample('', '', '', 0.)))
+    return pd.DataFrame([_sample_row(s) for s in samples], columns=columns)
 
 # %% ../../nbs/data/01_records.ipynb #d6732219
-def _numbers(files):
-    "Last run of digits in each frame name"
-    return [int(m[-1]) if (m:=re.findall(r'\d+', o.rpartition('.')[0])) else None for o in files]
+def _frame_number(name):
+    "Last run of digits in the name of a frame; None where there is none"
+    digits = re.findall(r'\d+', name.rpartition('.')[0])
+    return int(digits[-1]) if digits else None
 
 # %% ../../nbs/data/01_records.ipynb #54c05929
 def frame_problem(
     sample:Sample, # One sample; only names are looked at, no file is opened
 )->str|None: # Kind and detail, separated by ': '; None when all frames are there
     "What is wrong with the frames of `sample`"
-    n,have,lo,hi = sample.n_frames,len(sample.files),sample.start_frame,sample.end_frame
-    if not have: return 'no frames'
-    if have < n: return f'fewer frames than labels: {have} of {n}'
-    nums = _numbers(sample.files) if lo is not None else []
-    if nums and nums != list(range(lo, hi+1)): return f'other frame numbers than annotated: {nums[0]}..{nums[-1]} ({have}), not {lo}..{hi} ({n})'
-    return f'more frames than labels: {have} of {n}' if have > n else None
+    n,n_files,first,last = sample.n_frames,len(sample.files),sample.start_frame,sample.end_frame
+    if not n_files: return 'no frames'
+    if n_files < n: return f'fewer frames than labels: {n_files} of {n}'
+    numbers = [_frame_number(name) for name in sample.files] if first is not None else []
+    if numbers and numbers != list(range(first, last+1)):
+        return f'other frame numbers than annotated: {numbers[0]}..{numbers[-1]} ({n_files}), not {first}..{last} ({n})'
+    return f'more frames than labels: {n_files} of {n}' if n_files > n else None
 
 # %% ../../nbs/data/01_records.ipynb #35a86fd5
 def _check_values(samples):
     "Raises where a score is no number or a split has another name"
     for s in samples:
-        if not np.isfinite(s.score): raise ValueError(f"{s.uid}: need a finite score, got {s.score}; correct or remove this sample in the annotations")
-        if s.split not in ('train','test'): raise ValueError(f"{s.uid}: need split 'train' or 'test', got {s.split!r}; correct the split file")
+        if not np.isfinite(s.score):
+            raise ValueError(f"{s.uid}: need a finite score, got {s.score}; correct or remove this sample in the annotations")
+        if s.split not in ('train','test'):
+            raise ValueError(f"{s.uid}: need split 'train' or 'test', got {s.split!r}; correct the split file")
 
 # %% ../../nbs/data/01_records.ipynb #73839342
 def _check_names(samples):
     "Raises where a name is not unique"
-    seen = {}
+    split_of = {}
     for s in samples:
-        if s.uid in seen:
-            what = f'occurs twice in the {s.split} split' if seen[s.uid] == s.split else 'is in the train and in the test split'
-            raise ValueError(f"{s.uid} {what}: need every video once; correct the split files")
-        seen[s.uid] = s.split
+        if s.uid in split_of:
+            same = split_of[s.uid] == s.split
+            where = f'occurs twice in the {s.split} split' if same else 'is in the train and in the test split'
+            raise ValueError(f"{s.uid} {where}: need every video once; correct the split files")
+        split_of[s.uid] = s.split
 
 # %% ../../nbs/data/01_records.ipynb #57032e54
-def _tally(problems, total):
+def _count_problems(problems, total):
     "How many samples have which problem, with the first few names of each kind"
     kinds = {}
-    for uid,o in problems.items():
-        kind,_,detail = o.partition(': ')
+    for uid,problem in problems.items():
+        kind,_,detail = problem.partition(': ')
         kinds.setdefault(kind, []).append(uid + (f' ({detail})' if detail else ''))
-    part = lambda kind,o: f"{len(o)} with {kind}: {', '.join(o[:3])}{', ...' if len(o)>3 else ''}"
-    return f"{len(problems)} of {total} samples cannot be used; " + '; '.join(part(*o) for o in kinds.items())
+    parts = [f"{len(names)} with {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" for kind,names in kinds.items()]
+    return f"{len(problems)} of {total} samples cannot be used; " + '; '.join(parts)
 
 # %% ../../nbs/data/01_records.ipynb #0889f861
 def check_samples(
@@ -101,14 +110,19 @@ def check_samples(
     "`samples` whose frames are complete; raises on wrong annotations, and on missing frames unless `allow_missing`"
     samples = list(samples)
     if not samples: raise ValueError('need at least one sample, got none; check the folder that was read')
-    _check_values(samples); _check_names(samples)
-    bad = {s.uid:o for s in samples if (o:=frame_problem(s))}
-    if not bad: return samples
-    line,first = _tally(bad, len(samples)),next(s.folder for s in samples if s.uid in bad)
-    if len(bad) == len(samples): raise FileNotFoundError(f"{line}. No sample is left; check where the frames are (looked first in {first})")
-    if not allow_missing: raise FileNotFoundError(f"{line}. Add the frames (looked first in {first}), or pass allow_missing=True to go on without these samples")
+    _check_values(samples)
+    _check_names(samples)
+    problems = {s.uid:problem for s in samples if (problem := frame_problem(s))}
+    if not problems: return samples
+    line = _count_problems(problems, len(samples))
+    folder = next(s.folder for s in samples if s.uid in problems)
+    if len(problems) == len(samples):
+        raise FileNotFoundError(f"{line}. No sample is left; check where the frames are (looked first in {folder})")
+    if not allow_missing:
+        raise FileNotFoundError(f"{line}. Add the frames (looked first in {folder}), or pass allow_missing=True "
+                                "to go on without these samples")
     print(line)
-    return [s for s in samples if s.uid not in bad]
+    return [s for s in samples if s.uid not in problems]
 
 # %% ../../nbs/data/01_records.ipynb #8ac49ed7
 def steps_on_axis(
@@ -118,10 +132,12 @@ def steps_on_axis(
     "First frames of the second and of the last label of `sample` on the axis that `ids` makes (TSA's definition)"
     ids = np.asarray(ids)
     if ids.min() < 0 or ids.max() >= len(sample.labels):
-        raise ValueError(f"{sample.uid}: need frame ids in 0..{len(sample.labels)-1} (its labels), got {ids.min()}..{ids.max()}; make the ids for this sample")
+        raise ValueError(f"{sample.uid}: need frame ids in 0..{len(sample.labels)-1} (its labels), got {ids.min()}..{ids.max()}; "
+                         "make the ids for this sample")
     labels = [sample.labels[i] for i in ids]
     order = list(dict.fromkeys(labels)) # distinct labels by first appearance
-    if len(order) < 2: raise ValueError(f"{sample.uid}: need two steps or more on the axis, got labels {order}; this sample has no step times")
+    if len(order) < 2:
+        raise ValueError(f"{sample.uid}: need two steps or more on the axis, got labels {order}; this sample has no step times")
     return labels.index(order[1]),labels.index(order[-1])
 
 # %% ../../nbs/data/01_records.ipynb #7c5649f5
@@ -129,7 +145,7 @@ def steps_on_axis(
 class Release:
     "The samples that a run may use"
     samples:tuple[Sample,...] # Usable ones, train and test
-    kind:str # 'real' | 'synthetic'
+    source:str # 'real' | 'synthetic'
     root:Path # The folder that they were read from
-    excluded:tuple[str,...]=() # Names of samples left out because their frames are missing
-    stats:dict=field(default_factory=dict) # Counts over all annotations, with or without frames (`describe`)
+    missing:tuple[str,...]=() # Names of samples left out because their frames are missing
+    stats:dict=field(default_factory=dict) # Counts over all annotations, with or without frames (`release_stats`)
