@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'PRESETS', 'ClipCfg', 'ActorCfg', 'SyntheticCfg', 'ModelCfg', 'TrainCfg', 'EvalCfg', 'RunCfg', 'flatten',
-           'check', 'override', 'diff', 'make_config', 'finediving', 'method_epochs', 'run_id', 'save_cfg', 'load_cfg']
+           'validate', 'override', 'diff', 'make_config', 'finediving', 'method_epochs', 'run_id', 'save_cfg',
+           'load_cfg']
 
 # %% ../nbs/root/05_config.ipynb #c2fc2466
 import hashlib
@@ -13,7 +14,7 @@ from dataclasses import asdict,dataclass,field,fields,is_dataclass,replace
 from pathlib import Path
 from typing import get_type_hints
 from .core import write_json
-from .methods import FINETUNE_ONLY,EPOCH_MULTIPLIER
+from .methods import METHODS
 from .protocols import PROTOCOLS,protocol_variant
 
 # %% ../nbs/root/05_config.ipynb #2af256b8
@@ -47,7 +48,7 @@ class SyntheticCfg:
 @dataclass(frozen=True)
 class ModelCfg:
     "One method and its parts"
-    name:str='fspn' # 'fspn' | 'fspn_m' | 'fspn_s' | 'i3d_mlp'
+    name:str='fspn' # A key of `METHODS`
     stages:int=3 # N: 1, 2, 3 are FSPN-S, -M and FSPN (D-12)
     blocks:int=3 # Transformer blocks per stage (Table II)
     heads:int=8 # Attention heads (Table III)
@@ -126,7 +127,8 @@ class RunCfg:
 CHOICES = {
     'dataset': tuple(PROTOCOLS), 'preset': ('smoke','demo','paper'), 'score_ranges': ('literature','train'),
     'clip.orientation': ('correct','peer'), 'actor.source': ('auto','truth','boxes','motion','ssd300','onnx','none'),
-    'model.name': ('fspn','fspn_m','fspn_s','i3d_mlp','i3d_clip_mlp','i3d_lstm','i3d_avg','i3d_svr','usdl','musdl','core_tree','tsa','tsa_net','tpt','hgcn'), 'model.pairing': ('exemplar','absolute'), 'model.token_mode': ('bands','frames'), 'model.residual': ('scene','actor'), 'model.decoding': ('argmax','expected'),
+    'model.name': METHODS, 'model.pairing': ('exemplar','absolute'), 'model.token_mode': ('bands','frames'),
+    'model.residual': ('scene','actor'), 'model.decoding': ('argmax','expected'),
     'train.optimiser': ('adam','adamw'), 'train.schedule': ('constant','one_cycle'), 'train.backbone': ('frozen','finetune'),
     'train.precision': ('fp32','bf16'), 'eval.checkpoint_selection': ('last','best_val')}
 
@@ -137,12 +139,28 @@ def flatten(
     "All fields of `cfg` under dotted names"
     flat = {}
     for f in fields(cfg):
-        v = getattr(cfg, f.name)
-        flat.update({f'{f.name}.{k}': o for k,o in flatten(v).items()} if is_dataclass(v) else {f.name: v})
+        value = getattr(cfg, f.name)
+        flat.update({f'{f.name}.{k}': v for k,v in flatten(value).items()} if is_dataclass(value) else {f.name: value})
     return flat
 
+# %% ../nbs/root/05_config.ipynb #77a23aa8
+def _check_pairs(cfg):
+    "Raise a `ValueError` for fields of `cfg` that do not go together"
+    name,selection = cfg.model.name,cfg.eval.checkpoint_selection
+    if METHODS[name].finetune_only and cfg.train.backbone != 'finetune':
+        raise ValueError(f"{name} works inside the backbone: need train.backbone='finetune', got {cfg.train.backbone!r}; "
+                         'ask for backbone finetune, or for a method that reads clip features')
+    if cfg.model.clips != len(cfg.clip.starts):
+        raise ValueError(f'model.clips must be the number of clip.starts, got {cfg.model.clips} and {len(cfg.clip.starts)}')
+    if selection == 'best_val' and cfg.train.val_fraction == 0:
+        raise ValueError('eval.checkpoint_selection=best_val needs train.val_fraction above 0')
+    if cfg.actor.source == 'boxes' and not cfg.actor.boxes: raise ValueError('actor.source=boxes needs a CSV file in actor.boxes')
+    if cfg.actor.source == 'onnx' and not cfg.actor.weights: raise ValueError("actor.source=onnx needs the detector's file in actor.weights")
+    if cfg.preset == 'paper' and not cfg.data_root:
+        raise ValueError('the paper preset needs a real release: pass its folder as data_root, or use preset demo')
+
 # %% ../nbs/root/05_config.ipynb #7835b443
-def check(
+def validate(
     cfg:RunCfg, # Any run
 )->RunCfg: # `cfg`, unchanged
     "Raise a `ValueError` for a value that no run can have"
@@ -152,14 +170,8 @@ def check(
     protocol_variant(cfg.dataset, cfg.protocol)
     for name in ('train.epochs','train.batch_size','eval.num_exemplars','model.sub_actions','clip.frames'):
         if flat[name] < 1: raise ValueError(f'{name} must be at least 1, got {flat[name]}')
-    if cfg.model.name in FINETUNE_ONLY and cfg.train.backbone != 'finetune':
-        raise ValueError(f"{cfg.model.name} works inside the backbone: need train.backbone='finetune', got {cfg.train.backbone!r}; ask for backbone finetune, or for a method that reads clip features")
-    if cfg.model.clips != len(cfg.clip.starts): raise ValueError(f'model.clips must be the number of clip.starts, got {cfg.model.clips} and {len(cfg.clip.starts)}')
     if not 0 <= cfg.train.val_fraction < 1: raise ValueError(f'train.val_fraction must be in [0, 1), got {cfg.train.val_fraction}')
-    if cfg.eval.checkpoint_selection == 'best_val' and cfg.train.val_fraction == 0: raise ValueError('eval.checkpoint_selection=best_val needs train.val_fraction above 0')
-    if cfg.actor.source == 'boxes' and not cfg.actor.boxes: raise ValueError('actor.source=boxes needs a CSV file in actor.boxes')
-    if cfg.actor.source == 'onnx' and not cfg.actor.weights: raise ValueError('actor.source=onnx needs the detector\'s file in actor.weights')
-    if cfg.preset == 'paper' and not cfg.data_root: raise ValueError('the paper preset needs a real release: pass its folder as data_root, or use preset demo')
+    _check_pairs(cfg)
     return cfg
 
 # %% ../nbs/root/05_config.ipynb #5c6ef08a
@@ -190,23 +202,31 @@ _FROZEN = dict(train__backbone='frozen', train__optimiser='adamw', train__schedu
 PRESETS = {
     'paper': dict(model__adapter=False, model__residual='scene', train__workers=8),
     'demo': dict(_FROZEN, train__epochs=20, train__val_fraction=.1),
-    'smoke': dict(_FROZEN, train__epochs=2, train__batch_size=4, synthetic__n_train=10, synthetic__n_test=6, eval__num_exemplars=3, clip__size=64)}
+    'smoke': dict(_FROZEN, train__epochs=2, train__batch_size=4, synthetic__n_train=10, synthetic__n_test=6,
+                  eval__num_exemplars=3, clip__size=64)}
 
 # %% ../nbs/root/05_config.ipynb #ac619a6e
-_SYNTH = {('demo','mtl_aqa'): (115,45), ('demo','aqa7'): (18,10), ('smoke','aqa7'): (4,4)} # training and test samples, where not the preset's
+_SYNTHETIC = {('demo','mtl_aqa'): (115,45), ('demo','aqa7'): (18,10), ('smoke','aqa7'): (4,4)} # training and test samples, where not the preset's
 
+def _of_dataset(dataset, preset):
+    "The fields that follow from the dataset"
+    protocol,paper = PROTOCOLS[dataset],preset == 'paper'
+    size = protocol.size if paper else PRESETS[preset].get('clip__size', 112)
+    own = dict(protocol=protocol.main, clip__frames=protocol.frames, clip__starts=protocol.starts, clip__size=size,
+               model__clips=len(protocol.starts), train__temporal_jitter=protocol.jitter if paper else 0)
+    if (preset,dataset) in _SYNTHETIC: own['synthetic__n_train'],own['synthetic__n_test'] = _SYNTHETIC[preset,dataset]
+    return own
+
+# %% ../nbs/root/05_config.ipynb #9215bd90
 def make_config(
     dataset:str='finediving', # 'finediving' | 'mtl_aqa' | 'aqa7'
     preset:str='paper', # 'paper' | 'demo' | 'smoke'
     **changes, # As in `override`
-)->RunCfg: # Not yet checked: `check` needs the data folder
+)->RunCfg: # Not yet checked: `validate` needs the data folder
     "The run that `preset` describes on `dataset`, with `changes`"
     if preset not in PRESETS: raise ValueError(f'preset must be one of {", ".join(PRESETS)}, got {preset!r}')
     if dataset not in PROTOCOLS: raise ValueError(f'dataset must be one of {", ".join(PROTOCOLS)}, got {dataset!r}')
-    o,paper = PROTOCOLS[dataset],preset == 'paper'
-    own = dict(clip__frames=o.frames, clip__starts=o.starts, model__clips=len(o.starts), clip__size=o.size if paper else PRESETS[preset].get('clip__size', 112), train__temporal_jitter=o.jitter if paper else 0)
-    if (preset,dataset) in _SYNTH: own |= dict(zip(('synthetic__n_train','synthetic__n_test'), _SYNTH[preset,dataset]))
-    return override(RunCfg(dataset, preset, protocol=o.main), **{**PRESETS[preset], **own, **changes})
+    return override(RunCfg(dataset, preset), **{**PRESETS[preset], **_of_dataset(dataset, preset), **changes})
 
 # %% ../nbs/root/05_config.ipynb #7bc5069f
 def finediving(
@@ -221,15 +241,15 @@ def method_epochs(
     cfg:RunCfg, # A run of any method
 )->RunCfg: # The same run with as many epochs as its method gets
     "Give the method of `cfg` the epochs that its preset has for it"
-    return override(cfg, train__epochs=cfg.train.epochs*EPOCH_MULTIPLIER.get((cfg.preset, cfg.model.name), 1))
+    return override(cfg, train__epochs=cfg.train.epochs*METHODS[cfg.model.name].epoch_multiplier.get(cfg.preset, 1))
 
 # %% ../nbs/root/05_config.ipynb #9aa72930
 def run_id(
     cfg:RunCfg, # A run
 )->str: # 'fspn-w_dn-frozen-s0-1a2b3c4d'
     "A name for `cfg` that another configuration cannot have"
-    later = {f'train.{k}' for k in ('in_batch_exemplars','micro_batch','compile') if not getattr(cfg.train, k)} # younger than the first reports: named only where they are used
-    flat = {**{k: v for k,v in flatten(cfg).items() if k not in later}, 'data_root': bool(cfg.data_root), 'weights': Path(cfg.weights).name, 'actor.boxes': Path(cfg.actor.boxes).name, 'actor.weights': Path(cfg.actor.weights).name}
+    paths = {k: Path(v).name for k,v in (('weights',cfg.weights), ('actor.boxes',cfg.actor.boxes), ('actor.weights',cfg.actor.weights))}
+    flat = {**flatten(cfg), 'data_root': bool(cfg.data_root), **paths}
     key = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
     return f'{cfg.model.name}-{cfg.protocol}-{cfg.train.backbone}-s{cfg.seed}-{key}'
 
@@ -245,7 +265,8 @@ def save_cfg(
 def _build(cls, values, where):
     "A `cls` from the dict `values`; `where` names it in errors"
     hints,known = get_type_hints(cls),{f.name for f in fields(cls)}
-    if unknown := set(values)-known: raise ValueError(f'{where}: unknown setting {", ".join(sorted(unknown))}; this version knows {", ".join(sorted(known))}')
+    if unknown := set(values)-known:
+        raise ValueError(f'{where}: unknown setting {", ".join(sorted(unknown))}; this version knows {", ".join(sorted(known))}')
     cast = lambda k,v: _build(hints[k], v, where) if is_dataclass(hints[k]) else tuple(v) if isinstance(v, list) else v
     return cls(**{k: cast(k, v) for k,v in values.items()})
 
@@ -256,4 +277,4 @@ def load_cfg(
     "The run that the JSON file `path` describes"
     try: values = json.loads(Path(path).read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f'{path}: need the JSON of a run, got something else ({e})') from e
-    return check(_build(RunCfg, values, path))
+    return validate(_build(RunCfg, values, path))

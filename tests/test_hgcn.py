@@ -9,7 +9,7 @@ from conftest import bf16_is_close, trains_on_one, weights_carry_everything
 from fspn_nb.config import ModelCfg
 from fspn_nb.core import Batch
 from fspn_nb.peers.hgcn import GraphConv,HGCN,Hierarchy,GaussianHead,build_hgcn,draw,neighbour_edges,points_error
-from fspn_nb.zoo import MODELS,check_model,random_batch
+from fspn_nb.zoo import BUILDERS,check_model,random_batch
 
 PRINTED = {1: 1.218, 2: .677, 4: .407, 8: .272} # million, counted in the released program
 count = lambda m: sum(p.numel() for p in m.parameters())
@@ -39,7 +39,7 @@ def test_only_the_three_convolutions_are_grouped():
 def test_contract(cfg, labels, monkeypatch):
     "What the zoo asks of every method, for both units of the label"
     build = build_hgcn if labels is None else lambda c, _, g: build_hgcn(c, labels, g)
-    monkeypatch.setitem(MODELS, 'hgcn_tried', build)
+    monkeypatch.setitem(BUILDERS, 'hgcn_tried', build)
     torch.manual_seed(0)
     row = check_model('hgcn_tried', ModelCfg(name='hgcn', **cfg))
     assert (row['parameters'], row['losses'], row['exemplar']) == (count(HGCN()), 'mse', False)

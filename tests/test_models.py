@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fspn_nb.config import ModelCfg
 from fspn_nb.core import Batch
-from fspn_nb.methods import FINETUNE_ONLY
+from fspn_nb.methods import METHODS
 from fspn_nb.models.fspn import FSPN,build_fspn,fspn,fspn_m,fspn_s,part_sizes
 from fspn_nb.models.heads import ScoreBins
 from fspn_nb.models.i3d import I3D
@@ -20,6 +20,7 @@ from fspn_nb.peers.i3d_mlp import build_i3d_mlp
 from fspn_nb.training.loop import train_step
 from fspn_nb.zoo import create_model,random_batch
 
+FINETUNE_ONLY = [m.name for m in METHODS.values() if m.finetune_only]
 LABELS = np.linspace(20, 100, 40)
 FLAGS = [dict(), dict(use_iap=False), dict(use_smt=False), dict(use_mtf=False), dict(use_smt=False, use_mtf=False), dict(use_iap=False, use_smt=False, use_mtf=False),
          dict(use_actor=False), dict(use_gc=False), dict(use_bce=False), dict(adapter=False), dict(decoding='expected'), dict(dropout=.3), dict(pairing='absolute'),

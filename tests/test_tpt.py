@@ -45,7 +45,7 @@ def test_operations_of_the_release():
 
 @pytest.mark.parametrize('cfg', [dict(), dict(decoding='expected', dropout=.3), dict(num_bins=10)], ids=['plain', 'expected', 'ten intervals'])
 def test_contract(cfg, monkeypatch):
-    monkeypatch.setitem(zoo.MODELS, 'tpt', build_tpt)
+    monkeypatch.setitem(zoo.BUILDERS, 'tpt', build_tpt)
     torch.manual_seed(0)
     found = zoo.check_model('tpt', ModelCfg(name='tpt', **cfg))
     assert found['parameters'] == count(made(**cfg)) and found['losses'] == 'leaf, place, order, spread' and found['needs'] == 'short_clip_features' and found['exemplar']

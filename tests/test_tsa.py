@@ -12,13 +12,13 @@ from fspn_nb.core import Batch
 from fspn_nb.metrics import spearman,temporal_iou
 from fspn_nb.peers.tsa import (PSNet,StepDecoder,StepPooling,TSA,bands,build_tsa,check_steps,conv_pair,transition_loss,
     from_cells,predict_transitions,resample,swap_pairs,to_cells)
-from fspn_nb.zoo import MODELS,check_model,random_batch
+from fspn_nb.zoo import BUILDERS,check_model,random_batch
 
 count = lambda m: sum(p.numel() for p in m.parameters())
 
 
 @pytest.fixture(autouse=True)
-def in_the_zoo(monkeypatch): monkeypatch.setitem(MODELS, 'tsa', build_tsa)
+def in_the_zoo(monkeypatch): monkeypatch.setitem(BUILDERS, 'tsa', build_tsa)
 
 
 def made(seed=0, labels=(0., 50., 100.), **cfg):

@@ -12,14 +12,14 @@ from fspn_nb.batches.dataset import Labels
 from fspn_nb.batches.frame_store import build_store,scene_size
 from fspn_nb.batches.sources import ClipDataset,dive_boxes,make_batch,normalized_boxes
 from fspn_nb.batches.store_source import CachedDataset,sample_augmentation
-from fspn_nb.config import CHOICES,ModelCfg,override,check,finediving
+from fspn_nb.config import CHOICES,ModelCfg,finediving,override,validate
 from fspn_nb.core import Batch,rng_for
 from fspn_nb.data.clips import resize_crop
 from fspn_nb.data.records import Sample
 from fspn_nb.evaluate import evaluate
 from fspn_nb.experiments.session import RunResult
 from fspn_nb.experiments.variants import EXPERIMENTS,BASELINES
-from fspn_nb.methods import FINETUNE_ONLY
+from fspn_nb.methods import METHODS
 from fspn_nb.metrics import spearman
 from fspn_nb.models.i3d import I3D,normalize_clip
 from fspn_nb.models.with_backbone import WithBackbone
@@ -29,6 +29,7 @@ from fspn_nb.train import fit
 from fspn_nb.training.prepare import prepare
 from fspn_nb.zoo import list_models,random_batch
 
+FINETUNE_ONLY = [m.name for m in METHODS.values() if m.finetune_only]
 LABELS = [20., 50., 80., 95.]
 count = lambda m: sum(p.numel() for p in m.parameters())
 
@@ -155,8 +156,8 @@ def test_weights_carry_everything(tmp_path):
 
 
 def test_frozen_is_refused_and_left_out_of_the_frozen_grid():
-    with pytest.raises(ValueError, match="tsa_net works inside the backbone: need train.backbone='finetune', got 'frozen'"): check(finediving('smoke', model__name='tsa_net'))
-    check(finediving('smoke', model__name='tsa_net', train__backbone='finetune'))
+    with pytest.raises(ValueError, match="tsa_net works inside the backbone: need train.backbone='finetune', got 'frozen'"): validate(finediving('smoke', model__name='tsa_net'))
+    validate(finediving('smoke', model__name='tsa_net', train__backbone='finetune'))
     assert set(FINETUNE_ONLY) <= set(CHOICES['model.name']) and not set(FINETUNE_ONLY) & (set(BASELINES)|set(EXPERIMENTS))
 
 

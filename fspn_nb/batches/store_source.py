@@ -20,7 +20,7 @@ from .sources import ClipDataset,normalized_boxes
 from ..config import ClipCfg,RunCfg
 from ..core import rng_for,data_cache
 from ..data.clips import frame_indices,load_frames,to_clips
-from ..methods import EXTRA_INPUTS
+from ..methods import METHODS
 
 # %% ../../nbs/batches/06_store_source.ipynb #129c42d4
 def sample_augmentation(
@@ -88,7 +88,7 @@ class CachedDataset:
         rng_key:tuple|None=None, # As in `get_batch`
     )->dict[str,Tensor]: # 'boxes' (B,K,L,4) for a method that reads them
         "Further fields of `Batch`"
-        if 'boxes' not in EXTRA_INPUTS.get(self.cfg.model.name, ()): return {}
+        if 'boxes' not in METHODS[self.cfg.model.name].extra_inputs: return {}
         return {'boxes': torch.stack([self._boxes(int(i), *sample_augmentation(self.cfg, rng_key, int(i))) for i in ids]).to(self.device)}
 
     def _boxes(self, i, flip, where):

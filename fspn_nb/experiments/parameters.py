@@ -6,7 +6,7 @@
 __all__ = ['check_parameters', 'split_list', 'pick_settings', 'plan_runs']
 
 # %% ../../nbs/experiments/01_parameters.ipynb #ea74a024
-from ..config import RunCfg,override,check,method_epochs
+from ..config import RunCfg,method_epochs,override,validate
 from ..protocols import PROTOCOLS
 
 # %% ../../nbs/experiments/01_parameters.ipynb #ef70bf2a
@@ -35,7 +35,7 @@ def pick_settings(
     text:str='all', # 'both' or 'all': the paper's; else names with commas
     per_difficulty:bool=False, # With the paper's: also FineDiving's `w_dd`
 )->list[str]:
-    "The settings that `text` asks for; `check` refuses those that the dataset has not"
+    "The settings that `text` asks for; `validate` refuses those that the dataset has not"
     if text not in ('both','all'): return split_list(text, 'classes' if dataset == 'aqa7' else 'protocol')
     return [*PROTOCOLS[dataset].paper]+['w_dd']*bool(per_difficulty and dataset == 'finediving')
 
@@ -53,4 +53,4 @@ def plan_runs(
     except ValueError as e: raise ValueError(f'seeds must be whole numbers separated by commas, got {seeds!r}') from e
     variants,names = pick_settings(base.dataset, protocol, per_difficulty),split_list(methods, 'methods')
     runs = [override(base, protocol=s, model__name=m, seed=n) for s in variants for m in names for n in numbers]
-    return [check(override(o, train__epochs=epochs) if epochs else method_epochs(o)) for o in runs]
+    return [validate(override(o, train__epochs=epochs) if epochs else method_epochs(o)) for o in runs]

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass,field
 from pathlib import Path
 from types import ModuleType
-from ..batches.dataset import describe
+from ..batches.dataset import release_stats
 from ..config import RunCfg,diff,make_config,run_id
 from ..core import reports_dir
 from ..evaluate import evaluate
@@ -77,7 +77,7 @@ def start(
 # %% ../../nbs/experiments/03_session.ipynb #1f905992
 def _say(said, data):
     "Prints what in `data` is not what the paper used, unless it was `said`"
-    new = [o for o in data.provenance['substitutes'] if o not in said]
+    new = [o for o in data.provenance['deviations'] if o not in said]
     if new: print(*new, sep='\n')
     said.extend(new)
 
@@ -88,12 +88,12 @@ def read_data(
     "Read, check and, in frozen mode, encode what the runs of `session` need"
     found,said = {},[]
     for cfg in session.runs:
-        only = protocol_variant(cfg.dataset, cfg.protocol).only
+        only = protocol_variant(cfg.dataset, cfg.protocol).action
         if only in found: continue
         began = time.perf_counter()
         data = found[only] = prepare(cfg, session.device)
-        counts = ', '.join(f'{len(v)} {k}' for k,v in data.parts.items())
-        print(f"{only or session.protocol.title} ({data.release.kind}): {counts} {session.protocol.noun}s; ready after {time.perf_counter()-began:.0f} s")
+        counts = ', '.join(f'{len(v)} {k}' for k,v in data.splits.items())
+        print(f"{only or session.protocol.title} ({data.release.source}): {counts} {session.protocol.noun}s; ready after {time.perf_counter()-began:.0f} s")
         print(*data.provenance['actor_boxes'], sep='\n', end='\n'*bool(data.provenance['actor_boxes']))
         _say(said, data)
     return found
@@ -106,7 +106,7 @@ def overview(
     "What the release holds, and what of it is used"
     cols = {}
     for only,data in datas.items():
-        cols |= {(only or session.protocol.title, 'annotated'): data.release.stats, (only or session.protocol.title, 'used here'): describe(session.dataset, data.release.samples)}
+        cols |= {(only or session.protocol.title, 'annotated'): data.release.stats, (only or session.protocol.title, 'used here'): release_stats(session.dataset, data.release.samples)}
     return pd.DataFrame(cols)
 
 # %% ../../nbs/experiments/03_session.ipynb #b5e169b7
@@ -125,11 +125,11 @@ def train_all(
     datas:dict, # From `read_data`
 )->RunContext: # The same, with `done`
     "Train and measure every run of `session`"
-    said = [o for d in datas.values() for o in d.provenance['substitutes']]
+    said = [o for d in datas.values() for o in d.provenance['deviations']]
     session.done = []
     for cfg in session.runs:
         began = time.perf_counter()
-        data = prepare(cfg, session.device, like=datas[protocol_variant(cfg.dataset, cfg.protocol).only])
+        data = prepare(cfg, session.device, reuse=datas[protocol_variant(cfg.dataset, cfg.protocol).action])
         _say(said, data)
         run = launch(cfg, session.reports, session.device, session.processes, data)
         m = evaluate(run, data)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..config import RunCfg,override,check,method_epochs,make_config,run_id
-from ..methods import FINETUNE_ONLY
+from ..config import RunCfg,make_config,method_epochs,override,run_id,validate
+from ..methods import METHODS
 from ..paper import paper_table
-from ..zoo import list_models
+
 
 # %% ../../nbs/experiments/02_variants.ipynb #70c18a51
 PARTS = {
@@ -48,7 +48,7 @@ EXTRA_ABLATIONS = {
     'scene_residual': dict(model__residual='scene'), # D-30, Eq. 9 as printed
     'no_adapter': dict(model__adapter=False), # D-21
     'peer_frames': dict(clip__orientation='peer')} # height and width swapped, as in the released code
-BASELINES = {m: dict(model__name=m) for m in list_models() if not m.startswith('fspn') and m not in ('i3d_mlp',*FINETUNE_ONLY)} # the grid's backbone is frozen
+BASELINES = {m: dict(model__name=m) for m in sorted(METHODS) if METHODS[m].baseline and not METHODS[m].finetune_only and m not in PARTS} # the grid's backbone is frozen
 EXPERIMENTS = {**PARTS, **SIZES, **EXTRA_ABLATIONS, **BASELINES}
 
 # %% ../../nbs/experiments/02_variants.ipynb #daac585c
@@ -140,7 +140,7 @@ def config_of(
     "The run of one variant"
     if experiment not in EXPERIMENTS: raise ValueError(f"unknown experiment {experiment!r}; there are {', '.join(EXPERIMENTS)}")
     cfg = override(base, seed=seed, protocol=protocol or base.protocol, **EXPERIMENTS[experiment])
-    return check(method_epochs(cfg) if patience else cfg)
+    return validate(method_epochs(cfg) if patience else cfg)
 
 # %% ../../nbs/experiments/02_variants.ipynb #5e2563dc
 def grid_base(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TITLES', 'PAIRED', 'COSTS', 'RunIndex', 'open_shelf', 'key_of', 'order_lines', 'ablation_chapter', 'note_of',
-           'floors_on_disk', 'beside_fspn', 'rank_lines', 'methods_chapter', 'cost_chapter']
+           'baselines_on_disk', 'beside_fspn', 'rank_lines', 'methods_chapter', 'cost_chapter']
 
 # %% ../../nbs/report/05_chapters.ipynb #3fda4591
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from ..analysis.runs import add_averages,collect
 from ..analysis.significance import holm
 from ..config import override,load_cfg
 from ..experiments.variants import find_runs,grid_base
-from ..methods import FINETUNE_ONLY
+from ..methods import METHODS
 from ..protocols import PROTOCOLS
 from .tables import _NAMES,_cell,ours_vs_paper,readable,wide
 from .writers import ReportSection,HOW,_p,_text,provenance_line,readable_ablation
@@ -129,19 +129,19 @@ def note_of(
 _NOTEBOOK = dict(finediving=_GRID.format('IX'), mtl_aqa='papermill nbs/run_mtl_aqa.ipynb out.ipynb -p methods {}', aqa7='papermill nbs/run_aqa7.ipynb out.ipynb -p methods {}')
 
 # %% ../../nbs/report/05_chapters.ipynb #c08761a0
-def floors_on_disk(
+def baselines_on_disk(
     root:str|Path, # The reports folder
     dataset:str, # 'finediving' | 'mtl_aqa' | 'aqa7'
     n, # Test videos of each setting: {setting: n}
 )->pd.DataFrame|None: # As `score_baselines`; None where no run notebook left any for the same number of test videos
     "Predictors that see no frame, as the grid or the run notebook of `dataset` wrote them"
-    filed = [pd.read_csv(f) for c in sorted(set(n.values())) if (f := Path(root)/dataset/f'floors_{int(c)}.csv').is_file()]
+    filed = [pd.read_csv(f) for c in sorted(set(n.values())) if (f := Path(root)/dataset/f'baselines_{int(c)}.csv').is_file()]
     if filed: return (df := pd.concat(filed))[df.n == df.protocol.map(n)]
     path = Path(root)/dataset/f'{key_of(PROTOCOLS[dataset].table)}.csv'
     if not path.is_file(): return None
     df = pd.read_csv(path)
-    df = df[df.method.str.startswith('floor: ') & (df.n == df.protocol.map(n))]
-    out = df[['protocol','n']].assign(floor=df.method.str.removeprefix('floor: '))
+    df = df[df.method.str.startswith('no video: ') & (df.n == df.protocol.map(n))]
+    out = df[['protocol','n']].assign(baseline=df.method.str.removeprefix('no video: '))
     for o,src,k in (('rho','spearman',1), ('r_l2_x100','relative_l2',100)):
         for e in ('','_lo','_hi'): out[src+e] = df[o+e]/k
     return out if len(out) else None
@@ -149,8 +149,8 @@ def floors_on_disk(
 # %% ../../nbs/report/05_chapters.ipynb #dd47035a
 def _why(table, dataset):
     "Columns missing and command: why a printed row has no run"
-    usual = ['' if r.seeds == r.seeds or r.method.startswith('floor') else 'not run yet' if r.method in list_models() else 'no such method here' for r in table.itertuples()]
-    tuned = {m: ' -p backbone finetune' for m in FINETUNE_ONLY}
+    usual = ['' if r.seeds == r.seeds or r.method.startswith('no video') else 'not run yet' if r.method in list_models() else 'no such method here' for r in table.itertuples()]
+    tuned = {m: ' -p backbone finetune' for m in METHODS if METHODS[m].finetune_only}
     return table.assign(missing=usual, command=[_NOTEBOOK[dataset].format(m)+tuned.get(m, '') if w == 'not run yet' else '' for m,w in zip(table.method, usual)])
 
 # %% ../../nbs/report/05_chapters.ipynb #ee86f23f
@@ -203,7 +203,7 @@ def methods_chapter(
     "The table of methods of one dataset"
     name,mine = PROTOCOLS[dataset].table,shelf.main[shelf.main.dataset == dataset]
     runs = add_averages(mine, shelf.root, 2) if dataset == 'aqa7' else mine # `seed_intervals` replaces its intervals
-    table = ours_vs_paper(name, runs, floors_on_disk(shelf.root, dataset, dict(zip(mine.protocol, mine.n))))
+    table = ours_vs_paper(name, runs, baselines_on_disk(shelf.root, dataset, dict(zip(mine.protocol, mine.n))))
     table = _why(seed_intervals(table, mine, shelf.scorer), dataset)
     said = provenance_line(mine)+(f' All runs are of one family, {mine.family.iloc[0]}: equal but for method, setting, seed and epochs; other families of this dataset on disk, not used here: {mine.others.iloc[0]}.' if len(mine) else '')
     if dataset == 'aqa7': said += ' The interval of an average draws videos within each class (percentile).'

@@ -22,7 +22,7 @@ from ..batches.store_source import CachedDataset,choose_source
 from ..config import RunCfg
 from ..core import file_hash
 from ..data.records import Release
-from ..methods import EXTRA_INPUTS
+from ..methods import METHODS
 from ..models.i3d import I3D,encode_clips,fast_dtype,fuse_conv_bn,load_kinetics
 from ..models.weights import kinetics_weights
 from ..protocols import protocol_variant
@@ -99,8 +99,8 @@ def deviations(
     weights:str, # Name of what was loaded
 )->list[str]: # One sentence each, empty for a run on the real thing
     "What in a run is not what the paper used"
-    found = ['data: a synthetic release, not comparable with the paper'] if release.kind == 'synthetic' else []
-    if release.excluded: found.append(f'data: {len(release.excluded)} samples left out, their frames are missing')
+    found = ['data: a synthetic release, not comparable with the paper'] if release.source == 'synthetic' else []
+    if release.missing: found.append(f'data: {len(release.missing)} samples left out, their frames are missing')
     if actor == 'none': found.append('actor: the whole frame, no boxes were given')
     if actor == 'truth': found.append('actor: true boxes of the synthetic release')
     if actor in ('motion','onnx'): found.append({'motion':'actor: boxes from camera-compensated motion, no person detector', 'onnx':'actor: boxes by an ONNX detector, not SSD'}[actor])
@@ -120,14 +120,14 @@ def _source(cfg, release, boxes, device, dist, reuse=None):
         backbone,loaded = load_backbone(cfg.weights)
         return _frames(cfg, release, boxes, device, dist, reuse), backbone, loaded
     encode,key = feature_extractor(cfg.weights, device)
-    source = cache_features(release.samples, cfg, boxes, encode, key, kinds=EXTRA_INPUTS.get(cfg.model.name, ()))
+    source = cache_features(release.samples, cfg, boxes, encode, key, kinds=METHODS[cfg.model.name].extra_inputs)
     name = cfg.weights if cfg.weights == 'random' else 'file' if cfg.weights else 'rgb_scratch'
     return source, None, dict(name=name, sha256=key.split('-')[0], precision=key.split('-')[-1], file='' if name != 'file' else cfg.weights.split('/')[-1])
 
 # %% ../../nbs/training/04_prepare.ipynb #07c7dded
 def _reads(cfg):
     "The settings that decide which frames or features a run sees"
-    return cfg.dataset,protocol_variant(cfg.dataset, cfg.protocol).action,cfg.data_root,cfg.allow_missing,cfg.weights,cfg.clip,cfg.actor,cfg.synthetic,cfg.train.backbone,EXTRA_INPUTS.get(cfg.model.name, ())
+    return cfg.dataset,protocol_variant(cfg.dataset, cfg.protocol).action,cfg.data_root,cfg.allow_missing,cfg.weights,cfg.clip,cfg.actor,cfg.synthetic,cfg.train.backbone,METHODS[cfg.model.name].extra_inputs
 
 # %% ../../nbs/training/04_prepare.ipynb #c4d5f94b
 def prepare(
@@ -147,7 +147,7 @@ def prepare(
     pools = find_candidates(release.samples, parts['train'], protocol_variant(cfg.dataset, cfg.protocol))
     if same and reuse.backbone is None: source,backbone,loaded = reuse.source,None,reuse.provenance['weights']
     else: source,backbone,loaded = _source(cfg, release, boxes, device, dist, reuse.source if same else None)
-    provenance = dict(data=release.kind, release=release.root.name, counts={k: len(v) for k,v in parts.items()}, excluded=list(release.excluded),
+    provenance = dict(data=release.source, release=release.root.name, counts={k: len(v) for k,v in parts.items()}, excluded=list(release.missing),
                       no_candidate=list(pools.no_candidate), actor=actor, actor_boxes=said, mode=cfg.train.backbone, weights=loaded, device=str(device), processes=dist.world_size,
                       deviations=deviations(release, actor, pools, loaded['name']))
     return RunData(cfg, release, parts, targets, pools, source, backbone, device, provenance, (actor,boxes,said), dist)
