@@ -30,22 +30,28 @@ def snow(
     "Height of the snow at `x`"
     x = np.asarray(x, float)
     arc = _R*(np.cos(_LIP)-np.cos(_angle(np.clip(x, _ARC, 0))))
-    return np.where(x > 0, _DECK-np.tan(_SLOPE)*np.maximum(0, x-_KNUCKLE), arc+np.tan(_RUN)*np.maximum(0, _ARC-x))
+    before = arc+np.tan(_RUN)*np.maximum(0, _ARC-x)
+    after = _DECK-np.tan(_SLOPE)*np.maximum(0, x-_KNUCKLE)
+    return np.where(x > 0, after, before)
 
 # %% ../../nbs/synthetic/09_big_air_motion.ipynb #178f57c7
+_TAN = float(np.tan(_SLOPE))
+
 def _landing(x):
     "Height of the landing slope, continued to both sides, at the number `x`"
     return _DECK-_TAN*(x-_KNUCKLE)
 
-_TAN = float(np.tan(_SLOPE))
-
 # %% ../../nbs/synthetic/09_big_air_motion.ipynb #5b243ad5
 _X = np.linspace(-60, 0, 6001)
-_WAY = np.concatenate([[0], np.cumsum(np.hypot(np.diff(_X), np.diff(snow(_X))))])
+_LENGTHS = np.concatenate([[0], np.cumsum(np.hypot(np.diff(_X), np.diff(snow(_X))))])
 
-def _before(way):
-    "x at which `way` metres are left to the lip"
-    return np.interp(_WAY[-1]-way, _WAY, _X)
+def _before(length):
+    "x at which `length` metres along the snow are left to the lip"
+    return np.interp(_LENGTHS[-1]-length, _LENGTHS, _X)
+
+def _before_lip(t, lift, speed):
+    "x at frames `t`, at `speed` m/s to the lip at frame `lift`"
+    return _before(speed*np.maximum(0, lift-t)/FPS)
 
 def _normal(angle):
     "(n, 2) direction away from the snow"
@@ -56,90 +62,125 @@ def _unit(v):
     "`v` scaled to length 1"
     return v/np.maximum(np.linalg.norm(v, axis=-1, keepdims=True), 1e-9)
 
-def _grab(j, hold):
-    "(n, 16, 3) joints with the left hand moved by the share `load_to_memory` (n,) to the left foot, and the right arm out"
-    out,h = j.copy(),hold[:,None]
-    goal = j[:,12]+.6*(j[:,14]-j[:,12])
-    reach = goal-j[:,2]
-    goal = j[:,2]+reach*np.minimum(1, .74/np.linalg.norm(reach, axis=1, keepdims=True)) # no arm is longer
+def _grab(j, amount):
+    "(n, 16, 3) joints with the left hand moved towards the left foot by the share `amount` (n,), the right arm out"
+    out,share = j.copy(),amount[:,None]
+    reach = j[:,12]+.6*(j[:,14]-j[:,12])-j[:,2]
+    foot = j[:,2]+reach*np.minimum(1, .74/np.linalg.norm(reach, axis=1, keepdims=True)) # no arm is longer
     free = j[:,3]+.68*_unit(_unit(j[:,3]-j[:,2])+.9*_unit(j[:,1]-j[:,8:10].mean(1)))
-    for k,to in ((0,goal),(1,free)):
-        out[:,6+k] = (1-h)*j[:,6+k]+h*to
-        out[:,4+k] = (1-h)*j[:,4+k]+h*(.55*j[:,2+k]+.45*to)
+    for k,goal in ((0,foot),(1,free)):
+        out[:,6+k] = (1-share)*j[:,6+k]+share*goal
+        out[:,4+k] = (1-share)*j[:,4+k]+share*(.55*j[:,2+k]+.45*goal)
     return out
 
 # %% ../../nbs/synthetic/09_big_air_motion.ipynb #57eb74c3
-def _gear(j, board):
-    "(n, G, 2, 3) ends of the board, or of two skis and two poles"
-    if board:
-        way,mid = _unit(j[:,12]-j[:,13]),j[:,12:16].mean(1)
-        return np.stack([mid-.8*way, mid+.8*way], 1)[:,None]
-    feet = [np.stack([j[:,12+k]-.72*w, j[:,12+k]+.98*w], 1) for k in (0,1) for w in [_unit(j[:,14+k]-j[:,12+k])]]
+def _board(j):
+    "(n, 1, 2, 3) ends of a snowboard under both feet"
+    direction,middle = _unit(j[:,12]-j[:,13]),j[:,12:16].mean(1)
+    return np.stack([middle-.8*direction, middle+.8*direction], 1)[:,None]
+
+def _skis(j):
+    "(n, 4, 2, 3) ends of two skis along the feet and of two poles behind the hands"
+    feet = [_unit(j[:,14+k]-j[:,12+k]) for k in (0,1)]
+    skis = [np.stack([j[:,12+k]-.72*foot, j[:,12+k]+.98*foot], 1) for k,foot in enumerate(feet)]
     trail = _unit(j[:,8:10].mean(1)-j[:,1]-.7*_unit(j[:,14]-j[:,12]))
-    return np.stack(feet+[np.stack([j[:,6+k], j[:,6+k]+.95*trail], 1) for k in (0,1)], 1)
+    poles = [np.stack([j[:,6+k], j[:,6+k]+.95*trail], 1) for k in (0,1)]
+    return np.stack(skis+poles, 1)
 
 # %% ../../nbs/synthetic/09_big_air_motion.ipynb #3a6dc272
-def _air_keys(lift, land, f, board):
-    "(frame, pose) keys of a run in the snow"
-    bad,ball = f['landing'],POSES['ball']+.85*f['open']*(POSES['flat_out']-POSES['ball'])
+def _air_keys(lift, land, faults, board):
+    "Frames (m,) and poses (m, 10) of the keys of a run in the snow"
+    bad = faults['landing']
+    ball = POSES['ball']+.85*faults['open']*(POSES['flat_out']-POSES['ball'])
     soft = POSES['soft']+.7*bad*(POSES['down']-POSES['soft'])
     end = POSES['ride']+_fallen(bad)*(POSES['down']-POSES['ride'])
-    keys = [(0,POSES['ride']), (lift-6,POSES['ride']), (lift,POSES['pop']), (lift+9,ball), (land-9,ball), (land,POSES['reach']), (land+4,soft), (land+10,soft), (land+20,end), (N+30.,end)]
-    wide = np.zeros(10); wide[6] = 13*board
-    return np.array([k for k,_ in keys]),np.stack([p+wide for _,p in keys])
+    keys = [(0, POSES['ride']), (lift-6, POSES['ride']), (lift, POSES['pop']), (lift+9, ball), (land-9, ball),
+            (land, POSES['reach']), (land+4, soft), (land+10, soft), (land+20, end), (N+30., end)]
+    wide = np.zeros(10)
+    wide[6] = 13*board
+    return np.array([frame for frame,_ in keys]),np.stack([pose+wide for _,pose in keys])
 
 # %% ../../nbs/synthetic/09_big_air_motion.ipynb #bec34a14
-def _air_body(t, trick, lift, land, v, f, board, yaw):
+def _air_tilt(t, trick, lift, land, speed, bad, flight_poses):
+    "(n,) tilt at frames `t`; `flight_poses` is a fine grid of poses from lip to landing"
+    ride = -np.degrees(_angle(_before_lip(t, lift, speed)))
+    start,end = -np.degrees(_LIP),np.degrees(_SLOPE)+360*trick.flips
+    return np.where(t < lift, ride, _turn(t, lift, land, start, end, flight_poses))-_lean(t, land, bad)
+
+def _air_twist(t, trick, lift, land, board):
+    "(n,) twist at frames `t`; a snowboarder stands sideways"
+    return 90.*board+_eased(t, np.array([lift+1, land-5]), np.array([0., 180.*trick.twists]))
+
+def _grab_share(t, lift, land, missed):
+    "(n,) how far the hand is on its way to the foot at frames `t`"
+    return _eased(t, np.array([lift+6, lift+16, land-16, land-6]), np.array([0., 1., 1., 0.]))*(1-missed)
+
+# %% ../../nbs/synthetic/09_big_air_motion.ipynb #bc1425c8
+def _turned(points, yaw):
+    "(n, k, 3) points in the picture plane and depth"
+    plane,depth = _project(points, yaw)
+    return np.concatenate([plane, depth[...,None]], -1)
+
+def _air_body(t, trick, lift, land, speed, faults, board, yaw):
     "(n, 16, 3) joints and (n, G, 2, 3) gear around the centre of mass, in the picture plane and depth"
-    at,values = _air_keys(lift, land, f, board)
-    fine = _eased(np.linspace(lift, land, 120), at, values)
-    a,b = -np.degrees(_LIP),np.degrees(_SLOPE)+360*trick.flips
-    ride = -np.degrees(_angle(_before(v*np.maximum(0, lift-t)/FPS)))
-    tilt = np.where(t < lift, ride, _turn(t, lift, land, a, b, fine))-_lean(t, land, f['landing'])
-    twist = 90.*board+_eased(t, np.array([lift+1,land-5]), np.array([0.,180.*trick.twists]))
-    hold = _eased(t, np.array([lift+6,lift+16,land-16,land-6]), np.array([0.,1.,1.,0.]))*(1-f['grab'])
-    j = _grab(skeleton(_eased(t, at, values), tilt, twist), hold)
-    turn = lambda p: np.concatenate([o if o.shape[-1] == 2 and o.ndim > 2 else o[...,None] for o in _project(p, yaw)], -1)
-    gear = _gear(j, board)
-    return turn(j),turn(gear.reshape(len(t), -1, 3)).reshape(gear.shape)
+    at,values = _air_keys(lift, land, faults, board)
+    flight_poses = _eased(np.linspace(lift, land, 120), at, values)
+    tilt = _air_tilt(t, trick, lift, land, speed, faults['landing'], flight_poses)
+    body = skeleton(_eased(t, at, values), tilt, _air_twist(t, trick, lift, land, board))
+    j = _grab(body, _grab_share(t, lift, land, faults['grab']))
+    gear = _board(j) if board else _skis(j)
+    return _turned(j, yaw),_turned(gear.reshape(len(t), -1, 3), yaw).reshape(gear.shape)
 
 # %% ../../nbs/synthetic/09_big_air_motion.ipynb #fe34f363
-def _touch_down(start, speed, h):
-    "Seconds from the lip to the slope for a body whose centre is `h` metres above its soles"
+def _touch_down(start, speed, height):
+    "Seconds from the lip to the slope for a body whose centre is `height` metres above its soles"
     n = _normal(-_SLOPE)
-    a,b,c = -_G/2*n[1],n @ speed,n @ (start-np.array([_KNUCKLE,_DECK]))-h
+    a,b,c = -_G/2*n[1],n @ speed,n @ (start-np.array([_KNUCKLE,_DECK]))-height
     return float((-b-np.sqrt(b*b-4*a*c))/(2*a))
 
 # %% ../../nbs/synthetic/09_big_air_motion.ipynb #6743b490
-def _air_path(t, low, lift, land, start, speed, f):
-    "(n, 2) centre of mass; `low` (n,) is how far it is above the soles"
-    s,angle = (t-lift)/FPS,_angle(x := _before(np.hypot(*speed)*np.maximum(0, lift-t)/FPS))
-    ride = np.stack([x, snow(x)], -1)+_normal(angle)*low[:,None]
-    fly = lambda s: start+speed*s[:,None]-np.array([0,_G/2])*s[:,None]**2
-    dur,n = (land-lift)/FPS,_normal(-_SLOPE)
+def _fly(seconds, start, speed):
+    "(n, 2) centre of mass `seconds` after the lip"
+    return start+speed*seconds[:,None]-np.array([0,_G/2])*seconds[:,None]**2
+
+def _glide(seconds, duration, speed, bad):
+    "(n,) metres along the slope after the landing of severity `bad`, `duration` seconds after the lip"
     down = np.array([np.cos(_SLOPE),-np.sin(_SLOPE)])
-    at,brake = fly(np.array([dur]))[0],3.5-2.9*f['landing']
-    glide = down @ (speed-np.array([0,_G*dur]))*.94*brake*(1-np.exp(-np.maximum(0, s-dur)/brake))
-    foot = at-n*(n @ (at-np.array([_KNUCKLE,_DECK])))
-    slide = foot+down*glide[:,None]+n*low[:,None]
-    return np.where(t[:,None] < lift, ride, np.where(t[:,None] < land, fly(s), slide))
+    brake = 3.5-2.9*bad
+    return down @ (speed-np.array([0,_G*duration]))*.94*brake*(1-np.exp(-np.maximum(0, seconds-duration)/brake))
+
+def _air_path(t, height, lift, land, start, speed, bad):
+    "(n, 2) centre of mass; `height` (n,) is how far it is above the soles"
+    seconds,x,n = (t-lift)/FPS,_before_lip(t, lift, np.hypot(*speed)),_normal(-_SLOPE)
+    ride = np.stack([x, snow(x)], -1)+_normal(_angle(x))*height[:,None]
+    duration,down = (land-lift)/FPS,np.array([np.cos(_SLOPE),-np.sin(_SLOPE)])
+    end = _fly(np.array([duration]), start, speed)[0]
+    foot = end-n*(n @ (end-np.array([_KNUCKLE,_DECK])))
+    slide = foot+down*_glide(seconds, duration, speed, bad)[:,None]+n*height[:,None]
+    return np.where(t[:,None] < lift, ride, np.where(t[:,None] < land, _fly(seconds, start, speed), slide))
 
 # %% ../../nbs/synthetic/09_big_air_motion.ipynb #cdea3749
+def _above(j, angle):
+    "Height of the centre of mass above the lowest joint, measured square to a slope of `angle`"
+    return -(j[...,:2] @ _normal(angle)).min(-1)
+
 def air_flight(
     plan:Plan, # What is tried and what goes wrong
 )->Flight: # Lip of the kicker at (0, 0)
     "The run of `plan` over the kicker as motion"
-    if plan.sport not in ('ski_big_air','snowboard_big_air'): raise ValueError(f"need a plan of a big air, got one of {plan.sport!r}; use vault_flight or synth_act")
-    rng,f,board,t = np.random.default_rng([plan.seed, SPORTS[plan.sport].id, 33]),plan.faults,plan.sport.startswith('snow'),np.arange(N, dtype=float)
-    way,yaw,v = rng.uniform(5., 6.6),rng.uniform(12, 20),rng.uniform(11.4, 11.8)-2.3*f['amplitude']
-    lift = FPS*way/v # everybody starts at the same place, faults or not
-    above = lambda j,a: -(j[...,:2] @ _normal(a)).min(-1)
-    body = lambda t,land: _air_body(t, TRICKS[plan.name], lift, land, v, f, board, yaw)
-    start,speed = _normal(_LIP)*above(body(np.array([lift]), 80.)[0], _LIP)[0],v*np.array([np.cos(_LIP),np.sin(_LIP)])
-    h = above(body(np.array([80.]), 80.)[0], -_SLOPE)[0]
-    land = lift+FPS*_touch_down(start, speed, h)
+    if plan.sport not in ('ski_big_air','snowboard_big_air'):
+        raise ValueError(f"need a plan of a big air, got one of {plan.sport!r}; use vault_flight or synth_act")
+    rng = np.random.default_rng([plan.seed, SPORTS[plan.sport].id, 33])
+    faults,board,t = plan.faults,plan.sport.startswith('snow'),np.arange(N, dtype=float)
+    length,yaw,v = rng.uniform(5., 6.6),rng.uniform(12, 20),rng.uniform(11.4, 11.8)-2.3*faults['amplitude']
+    lift = FPS*length/v
+    body = lambda t,land: _air_body(t, TRICKS[plan.name], lift, land, v, faults, board, yaw)
+    start = _normal(_LIP)*_above(body(np.array([lift]), 80.)[0], _LIP)[0]
+    speed = v*np.array([np.cos(_LIP),np.sin(_LIP)])
+    land = lift+FPS*_touch_down(start, speed, _above(body(np.array([80.]), 80.)[0], -_SLOPE)[0])
     j,gear = body(t, land)
-    slope = np.where(t < lift, _angle(_before(v*np.maximum(0, lift-t)/FPS)), -_SLOPE)
-    low = -np.einsum('njk,nk->nj', j[...,:2], _normal(slope)).min(1)
-    path = _air_path(t, low, lift, land, start, speed, f)
-    return Flight(j[...,:2]+path[:,None], j[...,2], path, gear[...,:2]+path[:,None,None], lift, land, dict(fast=float(v)))
+    slope = np.where(t < lift, _angle(_before_lip(t, lift, v)), -_SLOPE)
+    height = -np.einsum('njk,nk->nj', j[...,:2], _normal(slope)).min(1)
+    path = _air_path(t, height, lift, land, start, speed, faults['landing'])
+    joints,gear = j[...,:2]+path[:,None],gear[...,:2]+path[:,None,None]
+    return Flight(joints, j[...,2], path, gear, lift, land, dict(fast=float(v)))

@@ -11,7 +11,7 @@ import numpy as np
 from ..data.grammar import SUB_ACTIONS,final_score,parse_code
 from .catalogue import Timeline,draw_timeline,pick_action
 from .judging import draw_faults,draw_judges,fault_costs
-from .skeleton import SHAPES,SLANT,faulty,skeleton
+from .skeleton import SHAPES,SLANT,faulty_pose,skeleton
 
 # %% ../../nbs/synthetic/05_dive_motion.ipynb #461c363e
 def _eased(t, keys, values):
@@ -59,7 +59,7 @@ def _air_keys(code, time, m):
 def _poses(code, time, m, faults):
     "(n, 10) poses of one dive, the run-up's strides included"
     ground,air,t = _ground_keys(code, m),_air_keys(code, time, m),np.arange(time.n, dtype=float)
-    values = np.array([*(SHAPES[s] for _,s in ground), *(faulty(s, faults) for _,s in air)])
+    values = np.array([*(SHAPES[s] for _,s in ground), *(faulty_pose(s, faults) for _,s in air)])
     pose = _eased(t, np.array([k for k,_ in ground+air], float), values)
     if code.takeoff in ('Forward','Reverse'):
         go = np.clip(1-t/(.6*m.lift), 0, 1)**.5*(t < .6*m.lift) # strides fade out before the jump

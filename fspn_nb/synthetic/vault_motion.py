@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from ..protocols import SPORTS
 from .dive_motion import _eased,_project
-from .skeleton import SHAPES,faulty,skeleton
+from .skeleton import SHAPES,faulty_pose,skeleton
 from .sport_plans import Plan,VAULTS
 
 # %% ../../nbs/synthetic/08_vault_motion.ipynb #bf03d07b
@@ -21,7 +21,7 @@ _G = 9.81 # m/s²
 @dataclass(frozen=True)
 class Flight:
     "One athlete from run-up to landing"
-    joints:np.ndarray # (103, 16, 2) metres in the picture plane, order of `data.body.JOINTS`
+    joints:np.ndarray # (103, 16, 2) metres in the picture plane, order of `skeleton.JOINTS`
     depth:np.ndarray # (103, 16) metres towards the camera
     center:np.ndarray # (103, 2) centre of mass, metres
     gear:np.ndarray # (103, G, 2, 2) both ends of skis, poles or board, metres; G = 0 in the gym
@@ -34,28 +34,32 @@ def _flat(fold, knee, arm, elbow, nod=0, spread=0):
     "(10,) pose with soles square to the body's axis"
     return np.array([fold, knee, arm, elbow, fold/2-knee, nod, spread, 0, 0, 0], float)
 
-POSES = dict(run=_flat(22, 14, 20, 85), hop=_flat(46, 60, 70, 20), press=_flat(30, 36, 120, 10), open=_flat(24, 14, 95, 20), cushion=_flat(62, 64, 70, 0),
-              salute=_flat(4, 4, 172, 0), down=_flat(128, 96, 84, 0, 10), ride=_flat(84, 74, 44, 50, -22, 5), pop=_flat(30, 26, 100, 40, 0, 5),
-              ball=_flat(118, 122, 92, 30, 8, 5), flat_out=_flat(14, 10, 118, 6, 0, 17), reach=_flat(46, 42, 70, 30, 0, 5), soft=_flat(92, 96, 62, 30, -10, 7))
+# fold, knee, arm, elbow, nod, spread in degrees
+POSES = {name:_flat(*angles) for name,angles in dict(
+    run=(22, 14, 20, 85), hop=(46, 60, 70, 20), press=(30, 36, 120, 10), open=(24, 14, 95, 20), cushion=(62, 64, 70, 0),
+    salute=(4, 4, 172, 0), down=(128, 96, 84, 0, 10), ride=(84, 74, 44, 50, -22, 5), pop=(30, 26, 100, 40, 0, 5),
+    ball=(118, 122, 92, 30, 8, 5), flat_out=(14, 10, 118, 6, 0, 17), reach=(46, 42, 70, 30, 0, 5),
+    soft=(92, 96, 62, 30, -10, 7)).items()}
 
 # %% ../../nbs/synthetic/08_vault_motion.ipynb #6311c75a
 def _turn(t, t0, t1, a, b, pose):
-    "Tilt at frames `t`: `a` until `t0`, `b` from `t1`, faster where the poses (n, 10) of a fine grid from `t0` to `t1` are folded"
+    "Tilt at frames `t`: `a` until `t0`, `b` from `t1`; fast where `pose` (n, 10), a fine grid from `t0` to `t1`, is folded"
     speed = 1+1.6*np.clip((pose[:,0]+.5*pose[:,1])/170, 0, 1)
     turned = np.concatenate([[0], np.cumsum(.5*(speed[1:]+speed[:-1]))])
     return a+(b-a)*np.interp(t, np.linspace(t0, t1, len(pose)), turned/turned[-1])
 
 # %% ../../nbs/synthetic/08_vault_motion.ipynb #957c769d
 def _parabola(t, t0, t1, p0, p1):
-    "(n, 2) ballistic way from `p0` at frame `t0` to `p1` at `t1`, metres"
-    s,dur = (np.asarray(t)[:,None]-t0)/FPS,(t1-t0)/FPS
-    g = np.array([0, _G/2])
-    v = (np.subtract(p1, p0)+g*dur**2)/dur
-    return p0+v*s-g*s*s
+    "(n, 2) ballistic path from `p0` at frame `t0` to `p1` at `t1`, metres"
+    seconds,duration = (np.asarray(t)[:,None]-t0)/FPS,(t1-t0)/FPS
+    half_g = np.array([0, _G/2])
+    speed = (np.subtract(p1, p0)+half_g*duration**2)/duration
+    return p0+speed*seconds-half_g*seconds*seconds
 
 # %% ../../nbs/synthetic/08_vault_motion.ipynb #2f1a185e
 @dataclass(frozen=True)
 class _Times:
+    "Frames between the phases of a vault"
     hurdle:float # Last step of the run
     board:float # Feet on the springboard
     leave:float # Feet leave it
@@ -68,12 +72,12 @@ class _Times:
     ): return cls(push-22.3, push-13.3, push-10., push-4.8, push)
 
 # %% ../../nbs/synthetic/08_vault_motion.ipynb #7ec27441
-def _vault_shape(name, f):
-    "The pose `name` with the faults `f` of a vault"
-    pose = faulty(name, dict(shape=f['shape'], legs=f['legs'], feet=f['knees']))
-    pose[0] += 62*f['shape']*(name in ('straight','wrap'))
-    pose[1] += (62 if name == 'handstand' else 22)*f['knees']*(name != 'tuck')
-    pose[6] += 9*f['legs']
+def _vault_shape(name, faults):
+    "The pose `name` with the `faults` of a vault"
+    pose = faulty_pose(name, dict(shape=faults['shape'], legs=faults['legs'], feet=faults['knees']))
+    pose[0] += 62*faults['shape']*(name in ('straight','wrap'))
+    pose[1] += (62 if name == 'handstand' else 22)*faults['knees']*(name != 'tuck')
+    pose[6] += 9*faults['legs']
     return pose
 
 # %% ../../nbs/synthetic/08_vault_motion.ipynb #3b88c252
@@ -87,36 +91,56 @@ def _lean(t, land, bad, most=66.):
     return most*bad*up*up*(3-2*up)*(1-(1-_fallen(bad))*back*back*(3-2*back))
 
 # %% ../../nbs/synthetic/08_vault_motion.ipynb #1b34f275
-def _vault_keys(trick, m, land, f):
-    "(frame, pose) keys of a whole vault"
-    bad,shape = f['landing'],_vault_shape(trick.shape, f)
-    hold = _vault_shape('handstand', f)
+def _landing_keys(land, bad):
+    "(frame, pose) keys from just before the landing, of severity `bad`, to the end of the video"
     deep = POSES['cushion']+bad*(POSES['down']-POSES['cushion'])*.7
     end = (1-_fallen(bad))*POSES['salute']+_fallen(bad)*POSES['down']
-    return [(0,POSES['run']), (m.hurdle-4,POSES['run']), (m.hurdle+3,POSES['hop']), (m.board,POSES['press']), (m.leave,_vault_shape('launch', f)), (m.hands,hold), (m.push,hold),
-            (m.push+.3*(land-m.push),shape), (land-.3*(land-m.push),shape), (land-.8,POSES['open']), (land+3.5,deep), (land+9,deep), (land+20,end), (N+20.,end)]
+    return [(land-.8, POSES['open']), (land+3.5, deep), (land+9, deep), (land+20, end), (N+20., end)]
+
+def _vault_keys(trick, times, land, faults):
+    "(frame, pose) keys of a whole vault"
+    shape,support = _vault_shape(trick.shape, faults),_vault_shape('handstand', faults)
+    air = .3*(land-times.push)
+    run_up = [(0, POSES['run']), (times.hurdle-4, POSES['run']), (times.hurdle+3, POSES['hop']), (times.board, POSES['press'])]
+    table = [(times.leave, _vault_shape('launch', faults)), (times.hands, support), (times.push, support)]
+    flight = [(times.push+air, shape), (land-air, shape)]
+    return run_up+table+flight+_landing_keys(land, faults['landing'])
 
 # %% ../../nbs/synthetic/08_vault_motion.ipynb #d5d03ae7
 def _stride(pose, t, until, rate):
     "`pose` (n, 10) with running legs up to frame `until`; `rate` in steps a frame"
-    go = np.clip((until-t)/5, 0, 1)
+    fade = np.clip((until-t)/5, 0, 1)
     phase = np.pi*rate*(t-until)
-    pose[:,7] += 36*go*np.sin(phase)
-    pose[:,8] += 68*go*np.maximum(0, np.cos(phase)); pose[:,9] += 68*go*np.maximum(0, -np.cos(phase))
+    pose[:,7] += 36*fade*np.sin(phase)
+    pose[:,8] += 68*fade*np.maximum(0, np.cos(phase))
+    pose[:,9] += 68*fade*np.maximum(0, -np.cos(phase))
     return pose
 
 # %% ../../nbs/synthetic/08_vault_motion.ipynb #8a1d1322
-def _vault_body(trick, m, land, f, sign, yaw):
+def _vault_tilt(t, trick, times, land, bad, sign, flight_poses):
+    "(n,) tilt at frames `t`; `flight_poses` is a fine grid of poses from push-off to landing"
+    at = [times.hurdle-6, times.hurdle, times.board, times.leave, times.hands, times.push]
+    ground = np.interp(t, at, [10, 2, -10, 24, 118, 176])
+    flight = _turn(t, times.push, land, 0, 360*trick.flips-176, flight_poses)*(t > times.push)
+    return ground+flight+sign*_lean(t, land, bad)
+
+def _vault_twist(t, trick, times, land):
+    "(n,) twist at frames `t`: some before the table, some after it"
+    before = _eased(t, np.array([times.leave, times.hands]), np.array([0., 180.*trick.entry]))
+    after = _eased(t, np.array([times.push+2, land-4]), np.array([0., 180.*trick.twists]))
+    return before+after
+
+# %% ../../nbs/synthetic/08_vault_motion.ipynb #f59ed4c0
+def _vault_body(trick, times, land, faults, sign, yaw):
     "A function from frames (n,) to joints (n, 16, 3) around the centre of mass, in the picture plane and depth"
-    keys = _vault_keys(trick, m, land, f)
-    at,values = np.array([k for k,_ in keys]),np.stack([p for _,p in keys])
-    fine = _eased(np.linspace(m.push, land, 90), at, values)
+    keys = _vault_keys(trick, times, land, faults)
+    at,values = np.array([frame for frame,_ in keys]),np.stack([pose for _,pose in keys])
+    flight_poses = _eased(np.linspace(times.push, land, 90), at, values)
     def _body(t):
-        pose = _stride(_eased(t, at, values), t, m.hurdle, .13)
-        tilt = np.interp(t, [m.hurdle-6,m.hurdle,m.board,m.leave,m.hands,m.push], [10,2,-10,24,118,176])
-        tilt = tilt+_turn(t, m.push, land, 0, 360*trick.flips-176, fine)*(t > m.push)+sign*_lean(t, land, f['landing'])
-        twist = _eased(t, np.array([m.leave,m.hands]), np.array([0.,180.*trick.entry]))+_eased(t, np.array([m.push+2,land-4]), np.array([0.,180.*trick.twists]))
-        return np.concatenate([o if o.ndim == 3 else o[...,None] for o in _project(skeleton(pose, tilt, twist), yaw)], -1)
+        pose = _stride(_eased(t, at, values), t, times.hurdle, .13)
+        tilt = _vault_tilt(t, trick, times, land, faults['landing'], sign, flight_poses)
+        plane,depth = _project(skeleton(pose, tilt, _vault_twist(t, trick, times, land)), yaw)
+        return np.concatenate([plane, depth[...,None]], -1)
     return _body
 
 # %% ../../nbs/synthetic/08_vault_motion.ipynb #388143b1
@@ -124,32 +148,67 @@ def _airtime(drop, up):
     "Seconds until `drop` metres below a start with `up` m/s"
     return (up+np.sqrt(up*up+2*_G*drop))/_G
 
-def _land_frame(trick, m, f, sign, yaw, table, up):
+def _land_frame(trick, times, faults, sign, yaw, table, up):
     "Frame of the landing after a push-off with `up` m/s"
-    land = m.push+26.
+    land = times.push+26.
     for _ in range(3):
-        a,b = _vault_body(trick, m, land, f, sign, yaw)(np.array([m.push,land]))
-        land = float(m.push+FPS*_airtime(table-a[6:8,1].mean()+b[:,1].min(), up))
+        start,end = _vault_body(trick, times, land, faults, sign, yaw)(np.array([times.push, land]))
+        land = float(times.push+FPS*_airtime(table-start[6:8,1].mean()+end[:,1].min(), up))
     return land
 
 # %% ../../nbs/synthetic/08_vault_motion.ipynb #819fec2c
-def _vault_path(t, body, ideal, m, land, table, speed, f, sign):
-    "(n, 2) centre of mass and where things stand, hands on the table at x = .45"
-    foot,hand,low = (lambda t: body(t)[:,12:16,0].mean(1)),(lambda t: body(t)[:,6:8,:2].mean(1)),(lambda t: -body(t)[:,:,1].min(1))
-    one = lambda fn,x: fn(np.array([x]))[0]
-    on_table = lambda t: np.array([.45,table])-hand(t)
-    before,hands = ideal(np.array([m.leave,m.hands])) # the board stands where a clean vault needs it
-    board_x = .45-hands[6:8,0].mean()-4.7*(m.hands-m.leave)/FPS+before[12:16,0].mean()
-    on_board = lambda t: np.stack([board_x-foot(t), .22+low(t)], -1)
-    start = np.array([one(on_board, m.board)[0]-6.2*(m.board-m.hurdle)/FPS, one(low, m.hurdle)])
-    run = lambda t: np.stack([start[0]-6.6*(m.hurdle-t)/FPS, low(t)+.05*np.abs(np.sin(np.pi*.13*(t-m.hurdle)))], -1)
-    top = one(on_table, m.push)
-    fly = lambda t: top+np.stack([speed[0]*(t-m.push)/FPS, speed[1]*(t-m.push)/FPS-_G/2*((t-m.push)/FPS)**2], -1)
-    spot = fly(np.array([land]))[0,0]+one(foot, land)
+def _foot_x(body, t):
+    "(n,) where the feet are along the picture, relative to the centre of mass"
+    return body(t)[:,12:16,0].mean(1)
+
+def _hands_at(body, t):
+    "(n, 2) where the hands are, relative to the centre of mass"
+    return body(t)[:,6:8,:2].mean(1)
+
+def _height(body, t):
+    "(n,) height of the centre of mass above the lowest joint"
+    return -body(t)[:,:,1].min(1)
+
+# %% ../../nbs/synthetic/08_vault_motion.ipynb #d1d0f8ab
+_HANDS_X = .45 # where the hands touch the table, metres
+
+def _board_x(ideal, times):
+    "Where the springboard stands: where the clean vault `ideal` needs it"
+    before,hands = ideal(np.array([times.leave, times.hands]))
+    return _HANDS_X-hands[6:8,0].mean()-4.7*(times.hands-times.leave)/FPS+before[12:16,0].mean()
+
+def _run_path(t, body, times, start_x):
+    "(n, 2) centre of mass while running, at `start_x` on the last step"
+    bounce = .05*np.abs(np.sin(np.pi*.13*(t-times.hurdle)))
+    return np.stack([start_x-6.6*(times.hurdle-t)/FPS, _height(body, t)+bounce], -1)
+
+def _second_flight(t, times, top, speed):
+    "(n, 2) centre of mass after the push-off at `top` with `speed` m/s"
+    seconds = (t-times.push)/FPS
+    return top+np.stack([speed[0]*(t-times.push)/FPS, speed[1]*(t-times.push)/FPS-_G/2*seconds**2], -1)
+
+# %% ../../nbs/synthetic/08_vault_motion.ipynb #85e071f8
+def _stand_path(t, body, land, spot, bad, sign):
+    "(n, 2) centre of mass after a landing of severity `bad` with the feet at `spot`"
     u = np.clip((t-land-2)/12, 0, 1)
-    stand = lambda t: np.stack([spot+sign*.85*f['landing']*u*u*(3-2*u)-foot(t), low(t)+.1*f['landing']*np.abs(np.sin(2*np.pi*u))*(1-_fallen(f['landing']))], -1)
-    parts = [run(t), _parabola(t, m.hurdle, m.board, start, one(on_board, m.board)), on_board(t), _parabola(t, m.leave, m.hands, one(on_board, m.leave), one(on_table, m.hands)), on_table(t), fly(t), stand(t)]
-    phase = np.searchsorted([m.hurdle,m.board,m.leave,m.hands,m.push,land], t)
+    step = sign*.85*bad*u*u*(3-2*u)
+    hop = .1*bad*np.abs(np.sin(2*np.pi*u))*(1-_fallen(bad))
+    return np.stack([spot+step-_foot_x(body, t), _height(body, t)+hop], -1)
+
+def _vault_path(t, body, ideal, times, land, table, speed, bad, sign):
+    "(n, 2) centre of mass, and where springboard, table and landing are"
+    board_x = _board_x(ideal, times)
+    on_board = lambda t: np.stack([board_x-_foot_x(body, t), .22+_height(body, t)], -1)
+    on_table = lambda t: np.array([_HANDS_X, table])-_hands_at(body, t)
+    once = lambda fn,frame: fn(np.array([frame]))[0]
+    hurdle,board,leave = _height(body, np.array([times.hurdle]))[0],once(on_board, times.board),once(on_board, times.leave)
+    start = np.array([board[0]-6.2*(times.board-times.hurdle)/FPS, hurdle])
+    hands,top = once(on_table, times.hands),once(on_table, times.push)
+    spot = _second_flight(np.array([land]), times, top, speed)[0,0]+_foot_x(body, np.array([land]))[0]
+    parts = [_run_path(t, body, times, start[0]), _parabola(t, times.hurdle, times.board, start, board), on_board(t),
+             _parabola(t, times.leave, times.hands, leave, hands), on_table(t), _second_flight(t, times, top, speed),
+             _stand_path(t, body, land, spot, bad, sign)]
+    phase = np.searchsorted([times.hurdle, times.board, times.leave, times.hands, times.push, land], t)
     return np.stack(parts)[phase, np.arange(len(t))],dict(board=float(board_x), table=table, spot=float(spot))
 
 # %% ../../nbs/synthetic/08_vault_motion.ipynb #de0da960
@@ -157,13 +216,19 @@ def vault_flight(
     plan:Plan, # What is tried and what goes wrong
 )->Flight: # Table at x = 0..1.2, floor at y = 0
     "The vault of `plan` as motion"
-    if plan.sport != 'gym_vault': raise ValueError(f"need a plan of gym_vault, got one of {plan.sport!r}; use air_flight or synth_act")
+    if plan.sport != 'gym_vault':
+        raise ValueError(f"need a plan of gym_vault, got one of {plan.sport!r}; use air_flight or synth_act")
     rng = np.random.default_rng([plan.seed, SPORTS[plan.sport].id, 33])
-    f,trick,m,yaw,table = plan.faults,VAULTS[plan.name],_Times.of(rng.uniform(44, 50)),rng.uniform(16, 24),rng.uniform(1.25, 1.35)
-    sign,speed = 1 if rng.random() < .6 else -1,(3.5-.9*f['height'],rng.uniform(3.3, 3.6)-1.9*f['height'])
-    land = _land_frame(trick, m, f, sign, yaw, table, speed[1])
-    (body,ideal),t = (_vault_body(trick, m, land, o, sign, yaw) for o in (f, dict.fromkeys(f, 0.))),np.arange(N, dtype=float)
-    path,place = _vault_path(t, body, ideal, m, land, table, speed, f, sign)
-    path = path+2.*f['line']*np.clip((t-m.push)/(land-m.push), 0, 1)[:,None]*[.34,-.25] # towards the camera is also down
+    faults,trick,t = plan.faults,VAULTS[plan.name],np.arange(N, dtype=float)
+    times,yaw,table = _Times.of(rng.uniform(44, 50)),rng.uniform(16, 24),rng.uniform(1.25, 1.35)
+    sign = 1 if rng.random() < .6 else -1
+    speed = 3.5-.9*faults['height'],rng.uniform(3.3, 3.6)-1.9*faults['height']
+    land = _land_frame(trick, times, faults, sign, yaw, table, speed[1])
+    body = _vault_body(trick, times, land, faults, sign, yaw)
+    ideal = _vault_body(trick, times, land, dict.fromkeys(faults, 0.), sign, yaw)
+    path,place = _vault_path(t, body, ideal, times, land, table, speed, faults['landing'], sign)
+    flown = np.clip((t-times.push)/(land-times.push), 0, 1)[:,None]
+    path = path+2.*faults['line']*flown*[.34,-.25] # towards the camera is also down
+    place |= dict(hands=times.hands, leave=times.leave, aside=-.5*faults['line'])
     j = body(t)
-    return Flight(j[...,:2]+path[:,None], j[...,2], path, np.zeros((N,0,2,2)), m.push, land, place | dict(hands=m.hands, leave=m.leave, aside=-.5*f['line']))
+    return Flight(j[...,:2]+path[:,None], j[...,2], path, np.zeros((N,0,2,2)), times.push, land, place)
