@@ -15,7 +15,7 @@ def test_changed_code_is_another_key(dive, monkeypatch):
     cfg = finediving('smoke')
     before = features.feature_key(dive, cfg, None, 'w')
     assert features.feature_key(dive, cfg, None, 'w') == before
-    monkeypatch.setattr(features, '_transform', lambda: 'mended')
+    monkeypatch.setattr(features, '_transform_hash', lambda: 'mended')
     assert features.feature_key(dive, cfg, None, 'w') != before
 
 

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from safetensors.torch import load_file,save
 from torch import Tensor
-from ..actor import crop as actor
+from ..actor import crop
 from .sources import FeatureDataset,dive_clips
 from ..config import RunCfg
 from ..core import data_cache,progress,write_atomic
@@ -26,15 +26,15 @@ from ..data.clips import frame_indices,recut
 from ..data.records import Sample
 
 # %% ../../nbs/batches/04_features.ipynb #e0ca7bf0
-def _digest(*parts):
+def _hash(*parts):
     "Twelve hexadecimal digits of all `parts`"
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 # %% ../../nbs/batches/04_features.ipynb #7261fc8a
 @cache
-def _transform():
-    "What the code that makes clips does, as a digest"
-    return _digest([ast.dump(ast.parse(inspect.getsource(o))) for o in (clips, actor, frame_indices, dive_clips)])
+def _transform_hash():
+    "Hash of the code that makes clips"
+    return _hash([ast.dump(ast.parse(inspect.getsource(part))) for part in (clips, crop, frame_indices, dive_clips)])
 
 # %% ../../nbs/batches/04_features.ipynb #4bd7db4f
 def feature_key(
@@ -43,10 +43,11 @@ def feature_key(
     boxes:np.ndarray|None, # (n,4) actor boxes, None for the whole frame
     weights:str, # Hash that names the encoder
 )->str: # A file name
-    "The name under which the features of `sample` are filed"
-    sizes = [(f, (sample.folder/f).stat().st_size) for f in sample.files]
-    crop = None if boxes is None else hashlib.sha256(np.ascontiguousarray(boxes, np.float64)).hexdigest()
-    return f"{sample.uid.replace('/','_')}-{_digest(weights, _transform(), vars(cfg.clip), cfg.actor.pad, crop, sizes)}.safetensors"
+    "The name of the file with the features of `sample`"
+    sizes = [(name, (sample.folder/name).stat().st_size) for name in sample.files]
+    boxes_hash = None if boxes is None else hashlib.sha256(np.ascontiguousarray(boxes, np.float64)).hexdigest()
+    key = _hash(weights, _transform_hash(), vars(cfg.clip), cfg.actor.pad, boxes_hash, sizes)
+    return f"{sample.uid.replace('/','_')}-{key}.safetensors"
 
 # %% ../../nbs/batches/04_features.ipynb #572909fa
 def dive_features(
@@ -55,43 +56,46 @@ def dive_features(
     boxes:np.ndarray|None, # As in `feature_key`
     encode, # Clips (K,3,L,H,W) uint8 to features (K,C)
 )->dict[str,Tensor]: # 'scene' and 'actor', each (K,C) float32
-    "Encode both streams of one dive; a stream without boxes is the scene again and costs nothing"
+    "Encode both streams of one sample; without boxes the actor stream is a copy of the scene stream"
     scene,actor = dive_clips(sample, cfg.clip, boxes, cfg.actor.pad)
-    fi = encode(scene).float().cpu()
-    return dict(scene=fi, actor=fi.clone() if boxes is None else encode(actor).float().cpu())
+    features = encode(scene).float().cpu()
+    return dict(scene=features, actor=features.clone() if boxes is None else encode(actor).float().cpu())
 
-# %% ../../nbs/batches/04_features.ipynb #9c7588dc
+# %% ../../nbs/batches/04_features.ipynb #f3328d45
+def _check_room(folder, kind, n, size):
+    "Print how much will be written; raise an `OSError` where it does not fit"
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    print(f'{kind}: {n} videos of {size/1e6:.2f} MB, {n*size/1e9:.2f} GB to be written')
+    if n*size > free:
+        raise OSError(f'need {n*size/1e9:.1f} GB for the {kind} of {n} videos, got {free/1e9:.1f} GB free in the feature cache; '
+                      'free some, or point FSPN_CACHE to another disk')
+
+# %% ../../nbs/batches/04_features.ipynb #88bd3a43
 def _kind_size(kind, clip):
     "Bytes of one video's `kind`"
     side = -(-clip.size//32)
     return 4*1024*(len(clip.starts)*side**2 if kind == 'feature_maps' else 20)
 
+# %% ../../nbs/batches/04_features.ipynb #9c7588dc
 def cache_kind(
     samples, # Sequence of n `Sample`
     cfg:RunCfg, # `clip` is read
     encode, # As in `cache_features`; `encode(clips, maps=True)` gives (K,C,h,w)
     weights:str, # Hash that names `encode`
-    folder:Path, # Where features are filed
+    folder:Path, # Where features are kept
     kind:str, # 'feature_maps' | 'short_clip_features'
 )->Tensor: # (n,K,C,h,w) or (n,20,C)
-    "What TSA or TPT reads of the scenes of all `samples`, filed or computed"
+    "An extra field of the scenes of all `samples`, read or computed"
     if kind not in ('feature_maps','short_clip_features'): raise ValueError(f"need 'feature_maps' or 'short_clip_features', got {kind!r}")
-    paths = [folder/feature_key(o, cfg, None, weights).replace('.safetensors', f'.{kind}.safetensors') for o in samples]
-    todo = [(o, p) for o,p in zip(samples, paths) if not p.exists()]
-    if todo: _room(folder, kind, len(todo), _kind_size(kind, cfg.clip))
-    for o,p in progress(todo, f'{kind} of {len(todo)} dives') if todo else ():
-        scene = dive_clips(o, cfg.clip)[0]
-        f = encode(scene, maps=True) if kind == 'feature_maps' else encode(recut(scene, cfg.clip.starts))
-        write_atomic(p, save({kind: f.float().cpu().contiguous()}))
-    return torch.stack([load_file(p)[kind] for p in paths])
-
-# %% ../../nbs/batches/04_features.ipynb #f3328d45
-def _room(folder, kind, n, size):
-    "Say how much will be written, and raise an `OSError` where it does not fit"
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    print(f'{kind}: {n} videos of {size/1e6:.2f} MB, {n*size/1e9:.2f} GB to be written')
-    if n*size > free: raise OSError(f'need {n*size/1e9:.1f} GB for the {kind} of {n} videos, got {free/1e9:.1f} GB free in the feature cache; free some, or point FSPN_CACHE to another disk')
+    paths = [folder/feature_key(sample, cfg, None, weights).replace('.safetensors', f'.{kind}.safetensors') for sample in samples]
+    todo = [(sample, path) for sample,path in zip(samples, paths) if not path.exists()]
+    if todo: _check_room(folder, kind, len(todo), _kind_size(kind, cfg.clip))
+    for sample,path in progress(todo, f'{kind} of {len(todo)} dives') if todo else ():
+        scene = dive_clips(sample, cfg.clip)[0]
+        features = encode(scene, maps=True) if kind == 'feature_maps' else encode(recut(scene, cfg.clip.starts))
+        write_atomic(path, save({kind: features.float().cpu().contiguous()}))
+    return torch.stack([load_file(path)[kind] for path in paths])
 
 # %% ../../nbs/batches/04_features.ipynb #25078ca7
 def cache_features(
@@ -100,15 +104,15 @@ def cache_features(
     boxes:dict, # uid to (n,4) boxes or None
     encode, # Clips (K,3,L,H,W) uint8 to features (K,C)
     weights:str, # Hash that names `encode`
-    folder:Path|None=None, # Where features are filed; None: `features` in the data cache
+    folder:Path|None=None, # Where features are kept; None: `features` in the data cache
     kinds:tuple[str,...]=(), # Further fields of `Batch`: 'feature_maps', 'short_clip_features'
 )->FeatureDataset: # Scene and actor, each (n,K,C)
-    "Features of all `samples`: read where they are filed, computed and filed where they are not"
+    "Features of all `samples`: read from the cache where they are there, else computed and kept"
     folder = Path(folder or data_cache()/'features')
-    paths = [folder/feature_key(o, cfg, boxes[o.uid], weights) for o in samples]
-    todo = [(o, p) for o,p in zip(samples, paths) if not p.exists()]
-    for o,p in progress(todo, f'I3D features of {len(todo)} dives') if todo else ():
-        write_atomic(p, save(dive_features(o, cfg, boxes[o.uid], encode)))
-    rows = [load_file(p) for p in paths]
-    more = {k: cache_kind(samples, cfg, encode, weights, folder, k) for k in kinds}
-    return FeatureDataset(*(torch.stack([r[k] for r in rows]) for k in ('scene','actor')), **more)
+    paths = [folder/feature_key(sample, cfg, boxes[sample.uid], weights) for sample in samples]
+    todo = [(sample, path) for sample,path in zip(samples, paths) if not path.exists()]
+    for sample,path in progress(todo, f'I3D features of {len(todo)} dives') if todo else ():
+        write_atomic(path, save(dive_features(sample, cfg, boxes[sample.uid], encode)))
+    rows = [load_file(path) for path in paths]
+    extra = {kind: cache_kind(samples, cfg, encode, weights, folder, kind) for kind in kinds}
+    return FeatureDataset(*(torch.stack([row[stream] for row in rows]) for stream in ('scene','actor')), **extra)
