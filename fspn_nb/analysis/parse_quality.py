@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..config import diff,load_cfg,make_config
+from ..config import load_cfg,make_config
+from ..core import diff
 from ..metrics import bootstrap_ci,iou_hits,spearman,temporal_iou
 from ..training.prepare import RunData
 
