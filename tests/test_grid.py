@@ -9,7 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fspn_nb.config import override,diff,load_cfg,run_id
+from fspn_nb.config import load_cfg,override,run_id
+from fspn_nb.core import diff
 from fspn_nb.experiments.grid import KNOWN,grid_parameters,run_grid
 from fspn_nb.experiments.variants import TABLE_CELLS,EXPERIMENTS,cells_of,config_of,find_runs,grid_base,plan_grid
 from fspn_nb.paper import paper_table

@@ -13,8 +13,8 @@ from dataclasses import dataclass,field
 from pathlib import Path
 from types import ModuleType
 from ..batches.dataset import release_stats
-from ..config import RunCfg,diff,make_config,run_id
-from ..core import reports_dir
+from ..config import RunCfg,make_config,run_id
+from ..core import diff,reports_dir
 from ..evaluate import evaluate
 from .parameters import check_parameters,plan_runs
 from ..protocols import PROTOCOLS,protocol_variant
