@@ -17,7 +17,7 @@ from conftest import film
 
 from fspn_nb.config import ClipCfg,ModelCfg
 from fspn_nb.core import Batch
-from fspn_nb.inspect import actor_study as p,attention as a
+from fspn_nb.inspect import actor_study,attention,heat_shares
 from fspn_nb.metrics import spearman
 from fspn_nb.models.encoder import EncoderOutput
 from fspn_nb.paper import paper_table
@@ -56,46 +56,46 @@ class Red(nn.Module):
 @pytest.fixture(scope='module')
 def study(tmp_path_factory):
     "Three tiny runs on random weights"
-    out = p.start_study(CELL|dict(out=str(tmp_path_factory.mktemp('reports'))), **SMALL)
+    out = actor_study.start_study(CELL|dict(out=str(tmp_path_factory.mktemp('reports'))), **SMALL)
     return s.train_all(out, s.read_data(out))
 
 
 @pytest.fixture(scope='module')
-def watched(study): return a.watch(study, a.watchers(study))
+def results(study): return attention.collect_heat(study, attention.heat_sources(study))
 
 
-@pytest.mark.parametrize('wrong, why', [(dict(epohcs=1), 'unknown parameter epohcs'), (dict(protocol='both'), 'setting must be one of'), (dict(protocol='w_dn,w_dd'), 'setting must be one of'),
+@pytest.mark.parametrize('wrong, why', [(dict(epohcs=1), 'unknown parameter epohcs'), (dict(protocol='both'), 'protocol must be one of'), (dict(protocol='w_dn,w_dd'), 'protocol must be one of'),
                                         (dict(dives=-1), 'dives must be'), (dict(dives=1.5), 'dives must be'), (dict(dives='2'), 'dives must be'), (dict(actor='none'), 'need boxes'),
                                         (dict(seeds='x'), 'seeds must be whole numbers'), (dict(actor='boxes'), 'needs a CSV'), (dict(preset='paper'), 'needs a real release')])
 def test_wrong_parameters(wrong, why, tmp_path, monkeypatch):
     monkeypatch.delenv('IN_TEST', raising=False)
-    with pytest.raises(ValueError, match=why): p.start_study(CELL|dict(out=str(tmp_path))|wrong)
+    with pytest.raises(ValueError, match=why): actor_study.start_study(CELL|dict(out=str(tmp_path))|wrong)
 
 
-@pytest.mark.parametrize('name', p.PARAMETERS)
+@pytest.mark.parametrize('name', actor_study.PARAMETERS)
 def test_parameter_gone(name, tmp_path):
-    with pytest.raises(ValueError, match=f'none called {name}'): p.start_study({k: v for k, v in (CELL|dict(out=str(tmp_path))).items() if k != name})
+    with pytest.raises(ValueError, match=f'none called {name}'): actor_study.start_study({k: v for k, v in (CELL|dict(out=str(tmp_path))).items() if k != name})
 
 
 def test_captum_is_missed_before_training(monkeypatch, tmp_path):
     import sys
     monkeypatch.setitem(sys.modules, 'captum.attr', None)
-    with pytest.raises(ImportError, match='pip install'): p.start_study(CELL|dict(out=str(tmp_path)))
+    with pytest.raises(ImportError, match='pip install'): actor_study.start_study(CELL|dict(out=str(tmp_path)))
 
 
 def test_runs_are_those_of_the_run_notebook(tmp_path, monkeypatch):
     monkeypatch.delenv('IN_TEST', raising=False)
-    mine = p.start_study(CELL|dict(preset='demo', weights='', seeds='0,1', out=str(tmp_path)))
+    mine = actor_study.start_study(CELL|dict(preset='demo', weights='', seeds='0,1', out=str(tmp_path)))
     cell = {k: v for k, v in CELL.items() if k != 'dives'}|dict(preset='demo', weights='', seeds='0,1', out=str(tmp_path))
     theirs = s.start('finediving', cell|dict(methods='i3d_mlp,fspn', backbone='auto', processes=1, per_difficulty=True, protocol='both'))
-    assert [o for o in mine.runs if p.method_of(o) != 'without'] == [o for o in theirs.runs if o.protocol == 'w_dn']
-    assert mine.dives == 0 and [o.seed for o in mine.runs if p.method_of(o) == 'without'] == [0, 1]
+    assert [o for o in mine.runs if actor_study.method_of(o) != 'without'] == [o for o in theirs.runs if o.protocol == 'w_dn']
+    assert mine.dives == 0 and [o.seed for o in mine.runs if actor_study.method_of(o) == 'without'] == [0, 1]
 
 
 def test_paper_rows_agree_with_the_other_tables():
     "FSPN's row is printed in Table IX as well, to one digit more; the baseline is that of the block without dive numbers (D-02)"
     ix = paper_table('IX').set_index(['protocol', 'method'])
-    for block, (method, _, rho, r) in (('wo_dn', p.TABLE_V[0]), ('w_dn', p.TABLE_V[2])):
+    for block, (method, _, rho, r) in (('wo_dn', actor_study.TABLE_V[0]), ('w_dn', actor_study.TABLE_V[2])):
         assert abs(ix.rho[block, method]-rho) < 1e-3 and abs(ix.r_l2_x100[block, method]-r) < 1e-3
 
 
@@ -111,8 +111,8 @@ def test_scene_in_both_streams_is_what_without_means():
 
 def test_gain_of_nothing():
     y = np.arange(12.)
-    assert p.paired_gain(spearman, y, y, y, 200) == dict(gain=0, lo=0, hi=0, p=1)
-    flat = p.paired_gain(spearman, np.full(12, 3.), y, y, 200)
+    assert actor_study.paired_gain(spearman, y, y, y, 200) == dict(gain=0, lo=0, hi=0, p=1)
+    flat = actor_study.paired_gain(spearman, np.full(12, 3.), y, y, 200)
     assert all(np.isnan(o) for o in flat.values())
 
 
@@ -120,11 +120,11 @@ def test_gain_is_paired_and_repeats():
     rng = np.random.default_rng(0)
     true, miss = rng.normal(60, 15, 80), rng.normal(0, 12, 80)
     one, other = true+miss, true+miss*1.25
-    got = p.paired_gain(spearman, one, other, true, 500)
-    assert got == p.paired_gain(spearman, one, other, true, 500)
+    got = actor_study.paired_gain(spearman, one, other, true, 500)
+    assert got == actor_study.paired_gain(spearman, one, other, true, 500)
     mixed = rng.permutation(80)
-    assert np.isclose(p.paired_gain(spearman, one[mixed], other[mixed], true[mixed], 500)['gain'], got['gain'])
-    apart = p.paired_gain(spearman, one, true+rng.permutation(miss)*1.25, true, 500)
+    assert np.isclose(actor_study.paired_gain(spearman, one[mixed], other[mixed], true[mixed], 500)['gain'], got['gain'])
+    apart = actor_study.paired_gain(spearman, one, true+rng.permutation(miss)*1.25, true, 500)
     assert got['lo'] > 0 and got['p'] < .05 and got['hi']-got['lo'] < (apart['hi']-apart['lo'])/2, 'errors that go together make a sharper difference'
 
 
@@ -136,7 +136,7 @@ def test_permutation_counts_all_swaps_of_a_few():
         swap = np.array([k >> i & 1 for i in range(3)], bool)
         gaps.append(spearman(np.where(swap, other, one), true)-spearman(np.where(swap, one, other), true))
     want = min(1, 2*np.mean(np.array(gaps) >= gaps[0]-1e-9))
-    with pytest.warns(UserWarning): got = p.paired_gain(spearman, one, other, true, 200)
+    with pytest.warns(UserWarning): got = actor_study.paired_gain(spearman, one, other, true, 200)
     assert np.isclose(got['p'], want)
 
 
@@ -146,76 +146,76 @@ def test_heat_sits_where_the_score_comes_from(corner):
     y, x = dict(tl=(0, 0), tr=(0, 48), bl=(48, 0), br=(48, 48))[corner]
     boxes = np.array([[x, y, x+16., y+16.]]*20)
     eye = Eye().eval()
-    maps, place = a.see(eye, film(corner, 0)+film('tr' if corner != 'tr' else 'bl', 2), boxes, CLIP)
-    hot = place.lay(grad_cam(HeadOnMaps(Red()), maps))
-    edge = a.bounds(place, maps)
+    maps, geometry = attention.extract_maps(eye, film(corner, 0)+film('tr' if corner != 'tr' else 'bl', 2), boxes, CLIP)
+    hot = geometry.project(grad_cam(HeadOnMaps(Red()), maps))
+    edge = attention.bounds(geometry, maps)
     assert heat_in_box(hot['scene'], boxes) > .8 > .1 > edge['scene_floor'] and edge['scene_best'] > .7
     assert hot['actor'].sum() == 0
 
 
 def test_seen_once_is_seen_twice_the_same():
     frames, boxes = film('br', 1)+film('tl', 0), np.array([[44., 44., 64., 64.]]*20)
-    maps, place = a.see(Eye().eval(), frames, boxes, CLIP, pad=.5)
+    maps, geometry = attention.extract_maps(Eye().eval(), frames, boxes, CLIP, pad=.5)
     made = video_heat(Eye().eval(), Red(), frames, boxes, CLIP, pad=.5)
-    hot = place.lay(grad_cam(HeadOnMaps(Red()), maps))
+    hot = geometry.project(grad_cam(HeadOnMaps(Red()), maps))
     for k in hot: assert torch.equal(hot[k], made['heat'][k])
-    assert a.bounds(place, maps) == {k: v for k, v in box_shares(made, boxes).items() if '_' in k}
+    assert attention.bounds(geometry, maps) == {k: v for k, v in box_shares(made, boxes).items() if '_' in k}
 
 
 def test_table_has_all_rows(study):
-    table = p.actor_table(study)
+    table = actor_study.actor_table(study)
     assert table.method.tolist() == ['i3d_mlp', 'without', 'fspn'] and table.rho_paper.tolist() == [.850, .918, .942]
     assert table.parameters[1] == table.parameters[2] and 'synthetic, not comparable' in table.attrs['caption']
     for o in study.done:
-        row = table[table.method == p.method_of(o.cfg)].iloc[0]
+        row = table[table.method == actor_study.method_of(o.cfg)].iloc[0]
         assert np.isclose(row.r_l2_x100, 100*o.metrics['relative_l2']) and row.n == 4
 
 
 def test_backbone_sees_every_dive_once(study, monkeypatch):
-    looking = a.watchers(study)
+    sources = attention.heat_sources(study)
     count = []
-    seen = a.see
-    monkeypatch.setattr(a, 'see', lambda *args: count.append(1) or seen(*args))
-    got = a.watch(study, looking)
-    assert len(count) == 2 == len(got.place) and len(got.table) == 6
+    seen = attention.extract_maps
+    monkeypatch.setattr(attention, 'extract_maps', lambda *args: count.append(1) or seen(*args))
+    got = attention.collect_heat(study, sources)
+    assert len(count) == 2 == len(got.geometry) and len(got.table) == 6
 
 
-def test_every_share_is_that_of_the_long_way(study, watched):
+def test_every_share_is_that_of_the_long_way(study, results):
     data = study.done[0].data
-    for w in a.watchers(study):
-        for uid, i in watched.at.items():
-            frames, boxes = a.shown_frames(data, i)
+    for w in attention.heat_sources(study):
+        for uid, i in results.index.items():
+            frames, boxes = attention.shown_frames(data, i)
             made = video_heat(w.backbone, w.model, frames, boxes, data.cfg.clip, data.cfg.actor.pad, exemplar=exemplars_of(w.model, w.data, int(i), data.cfg.eval.num_exemplars))
-            row = watched.table[(watched.table.run == w.name) & (watched.table.uid == uid)].iloc[0]
+            row = results.table[(results.table.run == w.name) & (results.table.uid == uid)].iloc[0]
             for k, v in box_shares(made, boxes).items(): assert np.isclose(row[k], v, atol=1e-4, equal_nan=True), (w.name, k)
 
 
 def test_boxes_are_on_the_axis_of_kept_frames(study):
     data = study.done[0].data
-    i = max(data.parts['test'], key=lambda j: len(data.release.samples[j].files))
-    frames, boxes = a.shown_frames(data, i)
+    i = max(data.splits['test'], key=lambda j: len(data.release.samples[j].files))
+    frames, boxes = attention.shown_frames(data, i)
     every = data.boxes[1][data.release.samples[i].uid]
     assert len(frames) == len(boxes) == 96 and np.array_equal(boxes[-1], every[-1]) and np.array_equal(boxes[0], every[0])
 
 
 def test_shuffling_leaves_the_trained_network_alone(study):
-    first, _, last = a.watchers(study)
-    again = a.watchers(study)[0]
+    first, _, last = attention.heat_sources(study)
+    again = attention.heat_sources(study)[0]
     assert all(torch.equal(u, v) for u, v in zip(first.model.parameters(), again.model.parameters()))
     assert not all(torch.equal(u, v) for u, v in zip(first.model.parameters(), last.model.parameters()))
 
 
-def test_shares_and_pictures_are_the_same_twice(study, watched, tmp_path):
+def test_shares_and_pictures_are_the_same_twice(study, results, tmp_path):
     weights = {o.run: (o.run/'last.pt').stat().st_mtime_ns for o in study.done}
-    again = s.train_all(p.start_study(CELL|dict(out=str(study.reports)), **SMALL), {'': study.done[0].data})
+    again = s.train_all(actor_study.start_study(CELL|dict(out=str(study.reports)), **SMALL), {'': study.done[0].data})
     assert {o.run: (o.run/'last.pt').stat().st_mtime_ns for o in again.done} == weights, 'finished runs are not trained again'
-    other = a.watch(again, a.watchers(again))
-    pd.testing.assert_frame_equal(other.table, watched.table)
+    other = attention.collect_heat(again, attention.heat_sources(again))
+    pd.testing.assert_frame_equal(other.table, results.table)
     made = []
-    for k, (st, w) in enumerate(((study, watched), (again, other))):
-        shares = a.share_table(w)
-        files = p.save_both(shares, a.readable_shares(shares), tmp_path/str(k)/'attention', a.heat_caption(st, w))
-        for name, fig in (('shares', a.plot_shares(shares, 'synthetic')), ('fig_12', a.draw_failures(st, w))): files += save_figure(fig, tmp_path/str(k)/name)
+    for k, (st, w) in enumerate(((study, results), (again, other))):
+        shares = heat_shares.share_table(w)
+        files = actor_study.save_both(shares, heat_shares.readable_shares(shares), tmp_path/str(k)/'attention', heat_shares.heat_caption(st, w))
+        for name, fig in (('shares', heat_shares.plot_shares(shares, 'synthetic')), ('fig_12', heat_shares.draw_failures(st, w))): files += save_figure(fig, tmp_path/str(k)/name)
         made.append([o.read_bytes() for o in files])
     assert made[0] == made[1] and len(made[0]) == 4
     plt.close('all')
@@ -225,25 +225,25 @@ def cold(runs=('FSPN (Ours)', 'FSPN w/o', 'FSPN, weights shuffled'), n=5):
     "A network without any heat among others that have some"
     rows = [dict(run=r, uid=str(i), true=60., pred=61., scene=np.nan if r == runs[0] else .1, scene_floor=.05, scene_best=.3,
                  **(dict(actor=.3, actor_floor=.2, actor_best=.6) if r != runs[1] else {})) for r in runs for i in range(n)]
-    return SimpleNamespace(table=pd.DataFrame(rows), place={str(i): None for i in range(n)})
+    return SimpleNamespace(table=pd.DataFrame(rows), geometry={str(i): None for i in range(n)})
 
 
 def test_no_heat_is_counted_and_not_averaged():
-    shares = a.share_table(cold()).set_index(['run', 'stream'])
+    shares = heat_shares.share_table(cold()).set_index(['run', 'stream'])
     assert shares.cold['FSPN (Ours)', 'scene'] == 5 and np.isnan(shares.share['FSPN (Ours)', 'scene']) and len(shares) == 5
-    assert np.isnan(a.scene_shift(cold())['gap'])
-    assert '-' in a.readable_shares(shares.reset_index())['in the box %'].tolist()
-    with pytest.raises(ValueError, match='got none in 5'): a.typical_dive(cold())
+    assert np.isnan(heat_shares.scene_shift(cold())['gap'])
+    assert '-' in heat_shares.readable_shares(shares.reset_index())['in the box %'].tolist()
+    with pytest.raises(ValueError, match='got none in 5'): heat_shares.typical_dive(cold())
 
 
 def test_typical_is_the_median_and_not_the_best():
     t = pd.DataFrame(dict(run='FSPN (Ours)', uid=list('abcde'), scene=[.5, .1, .3, .2, .4], scene_floor=.1))
-    assert a.typical_dive(SimpleNamespace(table=t)) == 'c' == a.typical_dive(SimpleNamespace(table=t.sample(frac=1, random_state=0)))
+    assert heat_shares.typical_dive(SimpleNamespace(table=t)) == 'c' == heat_shares.typical_dive(SimpleNamespace(table=t.sample(frac=1, random_state=0)))
 
 
 def test_notebook_keeps_its_parameters_and_no_outputs():
     import papermill as pm
-    assert set(pm.inspect_notebook(NOTEBOOK)) == set(p.PARAMETERS)
+    assert set(pm.inspect_notebook(NOTEBOOK)) == set(actor_study.PARAMETERS)
     nb = json.loads(NOTEBOOK.read_text())
     tagged = [c for c in nb['cells'] if 'parameters' in c['metadata'].get('tags', [])]
     assert len(tagged) == 1 and all(isinstance(o.value, ast.Constant) for o in ast.parse(''.join(tagged[0]['source'])).body)

@@ -19,9 +19,11 @@ from PIL import Image
 from fspn_nb.config import make_config
 from fspn_nb.data.video_io import encode_video
 from fspn_nb.evaluate import evaluate
-from fspn_nb.inspect import clip_report as p
-from fspn_nb.inspect.clip import MOST,asked,clip_boxes,find_run,kept_frames,made_up,open_run,read_clip
-from fspn_nb.inspect.clip_score import pick_voters,score_clip,summary
+from fspn_nb.inspect import clip_pictures
+from fspn_nb.inspect.clip import MOST,clip_boxes,kept_frames,read_clip,synthetic_clip
+from fspn_nb.inspect.clip_report import clip_page,headline,write_report
+from fspn_nb.inspect.clip_run import find_run,open_run,parse_parameters
+from fspn_nb.inspect.clip_score import pick_clip_exemplars,score_clip,clip_summary
 from fspn_nb.train import fit
 from fspn_nb.training.prepare import prepare
 
@@ -138,9 +140,9 @@ def test_names_are_safe_as_folders(tmp_path, name, safe):
 @pytest.mark.parametrize('dataset, frames', [('finediving', 96), ('mtl_aqa', 103), ('aqa7', 103)])
 @pytest.mark.parametrize('n', [16, 50, 95, 96, 97, 102, 103, 104, 300, 1000])
 def test_kept_frames(dataset, frames, n):
-    ids, said = kept_frames(n, dataset, frames)
+    ids, message = kept_frames(n, dataset, frames)
     assert len(ids) == frames and ids[-1] == n-1 and (np.diff(ids) >= 0).all() and ids[0] >= 0
-    assert ('repeats' in said) == (n < frames)
+    assert ('repeats' in message) == (n < frames)
     if dataset != 'finediving' and n >= frames: assert (np.diff(ids) == 1).all()
     else: assert ids[0] == 0
 
@@ -184,9 +186,9 @@ def test_damaged_run(tmp_path, runs):
     for name, error, why in (('config.json', FileNotFoundError, 'config.json'), ('last.pt', FileNotFoundError, 'need the weights'), ('provenance.json', ValueError, 'provenance.json')):
         copy = shutil.copytree(run, tmp_path/name/run.name)
         (copy/name).unlink()
-        with pytest.raises(error, match=why): score_clip(made_up(), copy, 'cpu')
+        with pytest.raises(error, match=why): score_clip(synthetic_clip(), copy, 'cpu')
     (shutil.copytree(run, tmp_path/'cut'/run.name)/'last.pt').write_bytes(b'PK')
-    with pytest.raises(ValueError, match='damaged or foreign'): score_clip(made_up(), tmp_path/'cut'/run.name, 'cpu')
+    with pytest.raises(ValueError, match='damaged or foreign'): score_clip(synthetic_clip(), tmp_path/'cut'/run.name, 'cpu')
 
 
 # ---- scores
@@ -196,7 +198,7 @@ def test_a_test_dive_gets_the_score_of_its_test(runs, tmp_path):
     run, data = runs(protocol='wo_dn', synthetic__n_train=3, eval__num_exemplars=9) # all three vote, whatever the draw
     table = pd.read_csv(run/'predictions.csv').set_index('uid')
     truth = pd.read_csv(data.release.root/'truth'/'boxes.csv', dtype={'uid': str})
-    for i in data.parts['test']:
+    for i in data.splits['test']:
         o = data.release.samples[i]
         truth[truth.uid == o.uid].to_csv(tmp_path/'boxes.csv', index=False)
         clip = read_clip(o.folder, o.action, o.difficulty)
@@ -206,25 +208,25 @@ def test_a_test_dive_gets_the_score_of_its_test(runs, tmp_path):
 
 def test_points_need_the_difficulty(runs):
     run, data = runs(protocol='w_dd')
-    clip = made_up()
+    clip = synthetic_clip()
     known, unknown = (score_clip(replace(clip, difficulty=d), run, 'cpu') for d in (clip.difficulty, None))
     assert (known.unit, unknown.unit) == ('points', 'points per difficulty')
     assert np.isclose(known.score, unknown.score*clip.difficulty, atol=.01)
     assert any('points per difficulty' in o for o in unknown.notes) and not any('points per difficulty' in o for o in known.notes)
-    assert 'per difficulty' in p.page(unknown, {})
-    json.dumps(summary(unknown), allow_nan=False)
+    assert 'per difficulty' in clip_page(unknown, {})
+    json.dumps(clip_summary(unknown), allow_nan=False)
 
 
 def test_voters_come_from_training_and_from_the_group(runs):
     run, data = runs(protocol='w_dn')
-    opened, clip = open_run(run, 'cpu'), made_up()
-    kinds = {data.release.samples[i].action for i in data.parts['train']}
+    opened, clip = open_run(run, 'cpu'), synthetic_clip()
+    kinds = {data.release.samples[i].action for i in data.splits['train']}
     for kind in kinds:
-        who, said = pick_voters(opened, replace(clip, action=kind.upper()), 10)
-        assert {opened.release.samples[i].action for i in who} == {kind} and set(who) <= set(data.parts['train']) and 'same action' in said
-    who, said = pick_voters(opened, replace(clip, action=''), 10)
-    assert sorted(who) == sorted(data.parts['train']) and 'was not given' in said
-    assert 'has action 9999z' in pick_voters(opened, replace(clip, action='9999z'), 10)[1]
+        ids, message = pick_clip_exemplars(opened, replace(clip, action=kind.upper()), 10)
+        assert {opened.release.samples[i].action for i in ids} == {kind} and set(ids) <= set(data.splits['train']) and 'same action' in message
+    ids, message = pick_clip_exemplars(opened, replace(clip, action=''), 10)
+    assert sorted(ids) == sorted(data.splits['train']) and 'was not given' in message
+    assert 'has action 9999z' in pick_clip_exemplars(opened, replace(clip, action='9999z'), 10)[1]
 
 
 @pytest.mark.parametrize('dataset, changes', [('mtl_aqa', dict(protocol='w_dd', synthetic__n_train=5)), ('aqa7', dict(protocol='gym_vault', synthetic__n_train=4)), ('finediving', dict(model__name='i3d_mlp')),
@@ -232,32 +234,32 @@ def test_voters_come_from_training_and_from_the_group(runs):
                                               ('finediving', dict(actor__source='none')), ('finediving', dict(train__backbone='finetune', model__adapter=False))])
 def test_every_kind_of_run_gives_a_page(runs, tmp_path, dataset, changes):
     run, data = runs(dataset, **changes)
-    v = score_clip(made_up(dataset, data.cfg.protocol), run, 'cpu')
-    assert np.isfinite(v.score) and len(v.votes) == len(v.voters) and v.drawn_only
-    files = p.write_report(v, tmp_path)
+    result = score_clip(synthetic_clip(dataset, data.cfg.protocol), run, 'cpu')
+    assert np.isfinite(result.score) and len(result.votes) == len(result.exemplars) and result.synthetic_only
+    files = write_report(result, tmp_path)
     text = files[-1].read_text(encoding='utf-8')
     assert not re.search(r'<script|https?:|src="(?!data:)|href=|url\(', text) and 'synthetic (drawn) videos only' in text
     assert text.index('synthetic (drawn)') < text.index('class="score"')
-    assert ('parse.png' in [o.name for o in files]) == (v.steps is not None)
-    assert json.loads(files[0].read_text())['score'] == round(v.score, 4)
+    assert ('parse.png' in [o.name for o in files]) == (result.step_probs is not None)
+    assert json.loads(files[0].read_text())['score'] == round(result.score, 4)
     assert not re.search(r'/(home|root|work|tmp|Users)/', files[0].read_text()), 'a machine path'
 
 
 @pytest.mark.parametrize('n', [16, 21, 130])
 def test_filmed_clips_of_any_length(runs, tmp_path, n):
     run, _ = runs()
-    v = score_clip(read_clip(encode_video(film(n, 96, 128), tmp_path/f'{n}.mp4')), run, 'cpu')
-    assert v.frames.shape == (96, 96, 128, 3) and v.boxes.shape == (96, 4)
-    assert 'motion' in v.notes[1] and 'was filmed' in p.headline(v)[0]
+    result = score_clip(read_clip(encode_video(film(n, 96, 128), tmp_path/f'{n}.mp4')), run, 'cpu')
+    assert result.frames.shape == (96, 96, 128, 3) and result.boxes.shape == (96, 4)
+    assert 'motion' in result.notes[1] and 'was filmed' in headline(result)[0]
 
 
 def test_without_captum_and_without_an_encoder(runs, tmp_path, monkeypatch):
     run, _ = runs()
     monkeypatch.setitem(sys.modules, 'captum.attr', None)
-    monkeypatch.setattr(p, '_h264', lambda: False)
-    v = score_clip(made_up(), run, 'cpu')
-    assert v.heat is None and any("pip install 'fspn_nb[gradcam]'" in o for o in v.notes)
-    files = p.write_report(v, tmp_path)
+    monkeypatch.setattr(clip_pictures, '_h264', lambda: False)
+    result = score_clip(synthetic_clip(), run, 'cpu')
+    assert result.heat is None and any("pip install 'fspn_nb[gradcam]'" in o for o in result.notes)
+    files = write_report(result, tmp_path)
     assert [o.name for o in files] == ['score.json', 'strip.png', 'parse.png', 'overlay.gif', 'report.html']
     assert 'data:image/gif' in files[-1].read_text()
 
@@ -265,15 +267,15 @@ def test_without_captum_and_without_an_encoder(runs, tmp_path, monkeypatch):
 def test_names_from_outside_are_text(runs):
     run, _ = runs()
     bad = '<img src=x onerror=alert(1)>"\''
-    v = score_clip(made_up(), run, 'cpu')
-    v = replace(v, clip=replace(v.clip, name=bad, action=bad), voters=[replace(o, uid=bad, action=bad, files=()) for o in v.voters], notes=[bad], run=bad)
-    assert '<img src=x' not in p.page(v, {}) and '&lt;img src=x' in p.page(v, {})
+    result = score_clip(synthetic_clip(), run, 'cpu')
+    result = replace(result, clip=replace(result.clip, name=bad, action=bad), exemplars=[replace(o, uid=bad, action=bad, files=()) for o in result.exemplars], notes=[bad], run=bad)
+    assert '<img src=x' not in clip_page(result, {}) and '&lt;img src=x' in clip_page(result, {})
 
 
 def test_same_clip_same_numbers(runs):
     run, _ = runs()
-    a, b = (score_clip(made_up(), run, 'cpu') for _ in range(2))
-    assert summary(a) == summary(b)
+    a, b = (score_clip(synthetic_clip(), run, 'cpu') for _ in range(2))
+    assert clip_summary(a) == clip_summary(b)
 
 
 def test_boxes_of_the_clip(tmp_path, runs):
@@ -295,7 +297,7 @@ def test_boxes_of_the_clip(tmp_path, runs):
 
 def test_notebook_parameters():
     import papermill as pm
-    from fspn_nb.inspect.clip import PARAMETERS
+    from fspn_nb.inspect.clip_run import PARAMETERS
     path = ROOT/'nbs'/'score_clip.ipynb'
     assert set(pm.inspect_notebook(path)) == set(PARAMETERS), 'the tag is gone, or a parameter is'
     cells = json.loads(path.read_text())['cells']
@@ -309,13 +311,13 @@ def test_what_the_notebook_asks_for(tmp_path, runs, monkeypatch):
     monkeypatch.delenv('IN_TEST', raising=False)
     run, data = runs()
     cell = dict(clip='', run='', action='', difficulty=0., actor='auto', actor_file='', device='cpu', out=str(run.parents[1]))
-    clip, found, reports = asked(cell)
+    clip, found, reports = parse_parameters(cell)
     assert clip.kind == 'synthetic' and found.parents[1] == reports == run.parents[1].resolve()
-    assert asked(cell|dict(action='107b', difficulty='3'))[0].difficulty == 3
+    assert parse_parameters(cell|dict(action='107b', difficulty='3'))[0].difficulty == 3
     path = gif(tmp_path/'x.gif', film(16))
-    assert asked(cell|dict(clip=str(path), action=407, run=str(run)))[0].action == '407'
-    with pytest.raises(FileNotFoundError, match='need the folder of a run'): asked(cell|dict(run=str(tmp_path)))
-    with pytest.raises(FileNotFoundError, match='there is none at'): asked(cell|dict(clip='nowhere.mp4'))
+    assert parse_parameters(cell|dict(clip=str(path), action=407, run=str(run)))[0].action == '407'
+    with pytest.raises(FileNotFoundError, match='need the folder of a run'): parse_parameters(cell|dict(run=str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match='there is none at'): parse_parameters(cell|dict(clip='nowhere.mp4'))
 
 
 def test_a_real_dive(runs, shared, tmp_path):
@@ -323,6 +325,6 @@ def test_a_real_dive(runs, shared, tmp_path):
     run, _ = runs()
     clip = read_clip(shared('data', 'diving_sample.gif'))
     assert clip.frames.shape == (21, 256, 456, 3)
-    v = score_clip(clip, run, 'cpu')
-    assert '75 are repeats' in v.notes[0] and v.heat['heat']['scene'].shape == (96, 256, 456)
-    assert torch.isfinite(v.heat['heat']['actor']).all()
+    result = score_clip(clip, run, 'cpu')
+    assert '75 are repeats' in result.notes[0] and result.heat['heat']['scene'].shape == (96, 256, 456)
+    assert torch.isfinite(result.heat['heat']['actor']).all()

@@ -23,7 +23,9 @@ def feature_maps(
     batch:int=3, # Clips at a time
 )->Tensor: # (K,1024,L/8,H/32,W/32), rounded up
     "What the last inception block makes of each clip"
-    if backbone.training: raise ValueError('need a backbone in evaluation mode, got one in training mode, where BatchNorm mixes the clips; call backbone.eval()')
+    if backbone.training:
+        raise ValueError('need a backbone in evaluation mode, got one in training mode, where BatchNorm mixes the '
+                         'clips; call backbone.eval()')
     at = next(backbone.parameters(), torch.empty(0)).device
     parts = (normalize_clip(o) if o.dtype == torch.uint8 else o for o in clips.split(batch))
     return torch.cat([backbone.features(o.to(at).contiguous(memory_format=torch.channels_last_3d)).float() for o in parts])
@@ -33,7 +35,8 @@ def _score(head, batch, exemplar):
     "Predicted label of the one video in `batch`, mean of all votes"
     feature = head.encode(batch).feature # (1,D)
     if not head.uses_exemplar: return head.score(feature).mean()
-    if exemplar is None: raise ValueError('need exemplars for a head that compares, got None; pass (features (M,D), labels (M,)), see exemplars_of')
+    if exemplar is None:
+        raise ValueError('need exemplars for a head that compares, got None; pass (features (M,D), labels (M,)), see exemplars_of')
     other,label = (o.to(feature) for o in exemplar)
     return head.score(feature[:,None], other[None], label[None]).mean() # Eq. 17
 
@@ -41,7 +44,9 @@ def _score(head, batch, exemplar):
 def _part(head, batch, s):
     "Mean probability of sub-action `s` over frames and streams"
     parser = getattr(getattr(head, 'encoder', None), 'parser', None)
-    if getattr(parser, 'iap', None) is None: raise ValueError(f"need a head with a parser to ask for sub-action {s}, got {type(head).__name__} without one; ask for 'score'")
+    if getattr(parser, 'iap', None) is None:
+        raise ValueError(f"need a head with a parser to ask for sub-action {s}, got {type(head).__name__} without one; "
+                         f"ask for 'score'")
     bands = head.encoder(*(getattr(batch, n) for n in head.needs)).extras['logits'].softmax(-1) # A_s, (2,T,S)
     if s not in range(bands.shape[-1]): raise ValueError(f'need a sub-action 0..{bands.shape[-1]-1}, got {s}; count from 0')
     return bands[...,s].mean()
@@ -64,7 +69,8 @@ class HeadOnMaps(nn.Module):
         decode:str='expected', # 'expected': gradients through all intervals; 'own': as the method decodes
     ):
         super().__init__()
-        if target != 'score' and not (isinstance(target, tuple) and len(target) == 2 and target[0] == 'sub_action'): raise ValueError(f"target is 'score' or ('sub_action', s), got {target!r}")
+        if target != 'score' and not (isinstance(target, tuple) and len(target) == 2 and target[0] == 'sub_action'):
+            raise ValueError(f"target is 'score' or ('sub_action', s), got {target!r}")
         self.head,self.target,self.exemplar = _frozen(head, decode),target,exemplar
         self.maps = nn.ModuleDict({s:nn.Identity() for s in ('scene','actor') if s in head.needs})
 
@@ -79,7 +85,8 @@ class HeadOnMaps(nn.Module):
 def _captum():
     "LayerGradCam, or an error that says how to install it"
     try: from captum.attr import LayerGradCam
-    except ImportError as e: raise ImportError("need Captum for heat maps, found none; install it with: pip install 'fspn_nb[gradcam]'") from e
+    except ImportError as e:
+        raise ImportError("need Captum for heat maps, found none; install it with: pip install 'fspn_nb[gradcam]'") from e
     return LayerGradCam
 
 # %% ../../nbs/inspect/01_gradcam.ipynb #9cbd00a7
@@ -107,7 +114,8 @@ def heat(
 )->dict[str,Tensor]: # 'scene' and, where the head reads it, 'actor': (K,T',h,w)
     "Grad-CAM of one video at `Mixed_5c`, for all streams that `head` reads"
     chain,clips = HeadOnMaps(head, target, exemplar, decode),dict(scene=scene_clips, actor=actor_clips)
-    if lacking:=[s for s in chain.maps if clips[s] is None]: raise ValueError(f'{type(head).__name__} reads {", ".join(chain.maps)}, got no clips of {lacking[0]}; pass them')
+    if lacking:=[s for s in chain.maps if clips[s] is None]:
+        raise ValueError(f'{type(head).__name__} reads {", ".join(chain.maps)}, got no clips of {lacking[0]}; pass them')
     return grad_cam(chain, {s:feature_maps(backbone, clips[s], batch) for s in chain.maps}, relu)
 
 # %% ../../nbs/inspect/01_gradcam.ipynb #6ee870bc
@@ -117,7 +125,8 @@ def two_parts(
 )->tuple[nn.Module,nn.Module]: # Backbone and head
     "`model`, cut where its clip vectors are"
     if hasattr(model, 'backbone'): return model.backbone,model.head
-    if backbone is None: raise ValueError(f'need the backbone that {type(model).__name__} got its features from, got none; pass it (load_backbone)')
+    if backbone is None:
+        raise ValueError(f'need the backbone that {type(model).__name__} got its features from, got none; pass it (load_backbone)')
     return backbone,model
 
 # %% ../../nbs/inspect/01_gradcam.ipynb #94a4bed8

@@ -28,7 +28,8 @@ def on_frames(
     length:int=16, # L: frames per clip
 )->Tensor: # (T,h,w)
     "Heat of each frame: the mean over the clips that read it"
-    if len(maps) != len(starts) or max(starts)+length > n_frames: raise ValueError(f'need {len(starts)} clips inside {n_frames} frames, got {len(maps)} that end at {max(starts)+length}')
+    if len(maps) != len(starts) or max(starts)+length > n_frames:
+        raise ValueError(f'need {len(starts)} clips inside {n_frames} frames, got {len(maps)} that end at {max(starts)+length}')
     slices = torch.arange(length)*maps.shape[1]//length # T' slices over L frames
     total,count = maps.new_zeros(n_frames, *maps.shape[2:]),maps.new_zeros(n_frames, 1, 1)
     for clip,s in zip(maps, starts):
@@ -44,7 +45,8 @@ def crop_window(
     orientation:str='correct', # As in `resize_crop`
 )->np.ndarray: # (4,) corners x1,y1,x2,y2 in source pixels
     "The part of a frame that `resize_crop` keeps from its centre"
-    w,h = (round(size*max(1, width/height)),round(size*max(1, height/width))) if orientation == 'correct' else (size,round(size*200/112)) # D-43
+    w,h = (round(size*max(1, width/height)),round(size*max(1, height/width))) if orientation == 'correct' else (size,
+        round(size*200/112)) # D-43
     left,top = round(.5*(w-size)),round(.5*(h-size))
     return np.array([left*width/w, top*height/h, (left+size)*width/w, (top+size)*height/h])
 
@@ -88,7 +90,8 @@ def heat_in_box(
     boxes:np.ndarray, # (T,4) corners of the athlete's box in source pixels
 )->float: # 0 to 1; NaN where there is no heat at all
     "Share of the heat that lies inside the boxes"
-    if np.shape(boxes) != (len(maps), 4): raise ValueError(f'need a box per frame, ({len(maps)},4), got {np.shape(boxes)}; take both on the axis of kept frames')
+    if np.shape(boxes) != (len(maps), 4):
+        raise ValueError(f'need a box per frame, ({len(maps)},4), got {np.shape(boxes)}; take both on the axis of kept frames')
     warm,(x1,y1,x2,y2) = maps.double().clamp(min=0),torch.as_tensor(np.asarray(boxes, float)).T[...,None]
     def cover(n, lo, hi): return (torch.minimum(torch.arange(n)+1, hi)-torch.maximum(torch.arange(n), lo)).clamp(0, 1) # (T,n)
     inside = torch.einsum('thw,th,tw->', warm, cover(warm.shape[1], y1, y2), cover(warm.shape[2], x1, x2))
@@ -112,8 +115,10 @@ def video_heat(
     window = dict.fromkeys(found, crop_window(h, w, clip.size, clip.orientation))
     if boxes is not None and 'actor' in found: window['actor'] = square_box(boxes, pad)
     cells = cell_centres(clip.size)/clip.size if isinstance(backbone, I3D) else None
-    back = lambda maps: {s:paste(on_frames(m, clip.starts, len(frames), clip.length), window[s], h, w, cells) for s,m in maps.items()}
-    return dict(heat=back(found), floor=back({s:torch.ones_like(m) for s,m in found.items()}), grid={s:(window[s],m.shape[2:],cells) for s,m in found.items()})
+    back = lambda maps: {s:paste(on_frames(m, clip.starts, len(frames), clip.length), window[s], h, w, cells) for s,
+                         m in maps.items()}
+    return dict(heat=back(found), floor=back({s:torch.ones_like(m) for s,m in found.items()}),
+                grid={s:(window[s],m.shape[2:],cells) for s,m in found.items()})
 
 # %% ../../nbs/inspect/02_heat.ipynb #46a5680f
 def _best(grid, boxes, height, width):
@@ -149,8 +154,10 @@ def share_summary(
     rows = []
     for s in (o for o in ('scene','actor') if o in table):
         warm = table[table[s].notna()]
-        lo,hi = bootstrap_ci(lambda a,b: float(np.mean(np.subtract(a, b))), warm[s], warm[s+'_floor'], seed=seed) if len(warm) else (np.nan,np.nan)
-        rows.append(dict(stream=s, n=len(warm), cold=len(table)-len(warm), share=warm[s].mean(), floor=warm[s+'_floor'].mean(), best=warm[s+'_best'].mean(),
+        lo,hi = bootstrap_ci(lambda a,b: float(np.mean(np.subtract(a, b))), warm[s], warm[s+'_floor'],
+                             seed=seed) if len(warm) else (np.nan,np.nan)
+        rows.append(dict(stream=s, n=len(warm), cold=len(table)-len(warm), share=warm[s].mean(),
+                         floor=warm[s+'_floor'].mean(), best=warm[s+'_best'].mean(),
                          gain=(warm[s]-warm[s+'_floor']).mean(), gain_lo=lo, gain_hi=hi))
     if not rows: raise ValueError(f"need the columns of box_shares, got {', '.join(table) or 'none'}; make one row per video")
     return pd.DataFrame(rows).set_index('stream')
@@ -184,7 +191,8 @@ def plot_heat(
     names = ['actor box','heat, scene','actor','heat, actor'][:4 if 'actor' in maps else 2]
     h,w = frames.shape[1:3]
     high = ([h/w]*2+[1]*2)[:len(names)]
-    fig,axs = plt.subplots(len(names), len(ids), figsize=(width, .6+.95*width/len(ids)*sum(high)), height_ratios=high, squeeze=False, layout='constrained')
+    fig,axs = plt.subplots(len(names), len(ids), figsize=(width, .6+.95*width/len(ids)*sum(high)), height_ratios=high,
+                           squeeze=False, layout='constrained')
     for i,(t,col) in enumerate(zip(ids, axs.T)):
         for ax,name in zip(col, names):
             stream = name.removeprefix('heat, ')
@@ -202,7 +210,9 @@ def pick_failures(
     n:int=4, # How many
 )->pd.DataFrame: # The same rows with `error` (points) and `why`, largest error first
     "The videos with the largest errors, then those with the least heat in the box"
-    if lacking:=[o for o in ('uid','true','pred','in_box') if o not in table]: raise ValueError(f"need the columns uid, true, pred and in_box, got none named {', '.join(lacking)}; join predictions and box_shares")
+    if lacking:=[o for o in ('uid','true','pred','in_box') if o not in table]:
+        raise ValueError(f"need the columns uid, true, pred and in_box, got none named {', '.join(lacking)}; join "
+                         f"predictions and box_shares")
     if not 0 < n <= len(table): raise ValueError(f'need 1..{len(table)} failures out of {len(table)} videos, got n={n}; lower n')
     t = table.reset_index(drop=True).assign(error=(table.pred-table.true).abs().to_numpy())
     worst = t.sort_values(['error','in_box','uid'], ascending=[False,True,True]).head(-(-n//2))
@@ -220,12 +230,15 @@ def plot_failures(
 ):
     "One row per failure: box and heat over time, with scores and the reason (Fig. 12); returns the figure"
     said = _says(data, note)
-    if gone:=[o for o in picks.uid if o not in videos]: raise ValueError(f"need frames, heat and boxes of every pick, got none of {', '.join(gone)}; make them with video_heat")
+    if gone:=[o for o in picks.uid if o not in videos]:
+        raise ValueError(f"need frames, heat and boxes of every pick, got none of {', '.join(gone)}; make them with video_heat")
     h,w = np.shape(videos[picks.uid[0]][0])[1:3]
-    fig,axs = plt.subplots(len(picks), n, figsize=(width, .7+len(picks)*(.22+.95*width*h/(w*n))), squeeze=False, layout='constrained')
+    fig,axs = plt.subplots(len(picks), n, figsize=(width, .7+len(picks)*(.22+.95*width*h/(w*n))), squeeze=False,
+                           layout='constrained')
     for row,o in zip(axs, picks.itertuples()):
         frames,maps,boxes = videos[o.uid]
-        for ax,t in zip(row, ((np.arange(n)+.5)*len(frames)/n).astype(int)): _look(ax, np.asarray(frames[t]), maps[t], _top(maps), boxes[t])
+        for ax,t in zip(row, ((np.arange(n)+.5)*len(frames)/n).astype(int)):
+            _look(ax, np.asarray(frames[t]), maps[t], _top(maps), boxes[t])
         share = 'no heat' if np.isnan(o.in_box) else f'{o.in_box:.0%} of the heat in the box'
         said_of = f'{o.uid}: {o.why}; true {o.true:.1f}, predicted {o.pred:.1f}, {share}'
         row[0].set_title(' ', fontsize='small') # keeps the room
