@@ -128,14 +128,14 @@ def predict_pairs(
     exemplar:Tensor|None, # Features of their exemplars, (B,D); None for 'absolute'
     batch:Batch, # Labels of both; without labels of the dives there are no losses
 )->tuple[Tensor,dict[str,Tensor]]: # Prediction (B,), label units; losses
-    "Prediction and losses"
-    exemplar_label,target = batch.exemplar.label if regressor.paired else None,batch.label
+    "Prediction and losses from one call of the head"
+    n,target,exemplar_label = len(query),batch.label,batch.exemplar.label if regressor.paired else None
     pairs = query,exemplar,exemplar_label
     if regressor.paired and target is not None: *pairs,target = both_directions(query, exemplar, target, exemplar_label)
     logits,offsets = regressor(*pairs)
     losses = {} if target is None else score_losses(logits, offsets, target, regressor.bins)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not regressor.training):
-        prediction = regressor.decode(*regressor(query, exemplar, exemplar_label), exemplar_label)
+        prediction = regressor.decode(None if logits is None else logits[:n], offsets[:n], exemplar_label)
     return prediction,losses
 
 # %% ../../nbs/models/10_fspn.ipynb #8b3087f8
