@@ -20,6 +20,7 @@ setup(
                  'Topic :: Scientific/Engineering :: Image Recognition'],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg['lib_path'], f"{cfg['lib_path']}.*"]), include_package_data=True,
+    package_data={cfg['lib_path']: ['ledger.csv']},
     install_requires=shlex.split(cfg['requirements']),
     extras_require=extras | docs | {'dev': [o for v in (shlex.split(cfg['dev_requirements']), *extras.values()) for o in v]},
     entry_points={'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
