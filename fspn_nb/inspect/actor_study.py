@@ -61,8 +61,8 @@ def start_study(
     dives = p.pop('dives')
     _captum() # found missing now, not after training
     session = start('finediving', p|dict(methods='i3d_mlp,fspn', backbone='auto', processes=1, per_difficulty=False), **changes)
-    without = [override(o, model__use_actor=False) for o in session.runs if o.model.name == 'fspn']
-    print(*(f'{run_id(o)} (without actor)' for o in without), sep='\n')
+    without = [override(run, model__use_actor=False) for run in session.runs if run.model.name == 'fspn']
+    print(*(f'{run_id(item)} (without actor)' for item in without), sep='\n')
     return Study(**vars(session)|dict(runs=session.runs+without), dives=dives or 2*(session.base.preset == 'smoke'))
 
 # %% ../../nbs/inspect/03_actor_study.ipynb #8e3cca6c
@@ -80,11 +80,11 @@ def method_of(
 def _scores(study):
     "Our rows: means over seeds, as in the other tables, and the number of weights"
     runs = collect(study.reports).assign(name=lambda d: d.run.str.split('/').str[-1])
-    runs = runs[(runs.dataset == study.dataset) & runs.name.isin([o.run.name for o in study.done])].reset_index(drop=True)
-    row,size = {o.run.name: method_of(o.cfg) for o in study.done},{}
-    for o in study.done:
-        size.setdefault(method_of(o.cfg), sum(p.numel()
-                                              for p in two_parts(load_model(o.run, o.data),
+    runs = runs[(runs.dataset == study.dataset) & runs.name.isin([entry.run.name for entry in study.done])].reset_index(drop=True)
+    row,size = {item.run.name: method_of(item.cfg) for item in study.done},{}
+    for value in study.done:
+        size.setdefault(method_of(value.cfg), sum(p.numel()
+                                              for p in two_parts(load_model(value.run, value.data),
                                               nn.Identity())[1].parameters()))
     key = dict(zip(runs.config, runs.name.map(row)))
     ours = average_seeds(runs).assign(method=lambda d: d.config.map(key))
@@ -98,7 +98,7 @@ def actor_table(
     ours,said = _scores(study)
     paper = pd.DataFrame(TABLE_V, columns=['method','label','rho_paper','r_l2_x100_paper'])
     table = paper.merge(ours, on='method', how='left').assign(block=study.protocol.variants[study.runs[0].protocol].title, note='')
-    for o in ('rho','r_l2_x100'): table[f'{o}_diff'] = table[o]-table[f'{o}_paper']
+    for name in ('rho','r_l2_x100'): table[f'{name}_diff'] = table[name]-table[f'{name}_paper']
     table.attrs['caption'] = said
     return table
 
@@ -112,7 +112,7 @@ def paired_gain(
     seed:int=0, # Of the resampling
 )->dict[str,float]: # gain (`one` minus `other`), lo and hi (95 % interval), p (two-sided); NaN where there is no metric
     "How much more `metric` finds in `one` than in `other`, video by video"
-    a,b,y = (np.asarray(o, float) for o in (one, other, true))
+    a,b,y = (np.asarray(item, float) for item in (one, other, true))
     if not a.shape == b.shape == y.shape:
         raise ValueError(f'need three vectors of one length, got {a.shape}, {b.shape} and {y.shape}; take the same '
                          f'videos in the same order')
@@ -131,8 +131,8 @@ def actor_gains(
 )->pd.DataFrame: # seed, metric ('rho' | 'R x100'), without, fspn, gain, lo, hi, p, n
     "What the actor branch adds to both metrics, on the same test dives"
     rows = []
-    for seed in dict.fromkeys(o.cfg.seed for o in study.done):
-        sheet = {method_of(o.cfg): read_predictions(o.run).set_index('uid') for o in study.done if o.cfg.seed == seed}
+    for seed in dict.fromkeys(entry.cfg.seed for entry in study.done):
+        sheet = {method_of(item.cfg): read_predictions(item.run).set_index('uid') for item in study.done if item.cfg.seed == seed}
         true = sheet['fspn'].true
         a,b = (sheet[k].pred.reindex(true.index) for k in ('fspn','without'))
         l2 = partial(relative_l2, lo=true.min(), hi=true.max())

@@ -96,12 +96,12 @@ def heat_sources(
 )->list[HeatSource]: # FSPN, without actor, shuffled; first seed
     "The networks of `study` that are asked where they look"
     plain,out = None,[]
-    mine = {method_of(o.cfg): o for o in study.done if o.cfg.seed == study.runs[0].seed}
-    for o in (mine['fspn'], mine['without']):
-        model = load_model(o.run, o.data)
-        if plain is None and not hasattr(model, 'backbone'): plain = fuse_conv_bn(load_backbone(o.cfg.weights)[0]).to(o.data.device)
-        out.append(HeatSource(LABELS[method_of(o.cfg)], model, two_parts(model, plain)[0], o.data,
-                              read_predictions(o.run).set_index('uid').pred.to_dict()))
+    mine = {method_of(item.cfg): item for item in study.done if item.cfg.seed == study.runs[0].seed}
+    for value in (mine['fspn'], mine['without']):
+        model = load_model(value.run, value.data)
+        if plain is None and not hasattr(model, 'backbone'): plain = fuse_conv_bn(load_backbone(value.cfg.weights)[0]).to(value.data.device)
+        out.append(HeatSource(LABELS[method_of(value.cfg)], model, two_parts(model, plain)[0], value.data,
+                              read_predictions(value.run).set_index('uid').pred.to_dict()))
     return [*out, HeatSource('FSPN, weights shuffled', _broken(out[0].model), out[0].backbone, out[0].data, None)]
 
 # %% ../../nbs/inspect/04_attention.ipynb #7237154e

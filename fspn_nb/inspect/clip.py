@@ -42,14 +42,14 @@ PICTURES = ('.jpg','.jpeg','.png')
 def _stack(shots, name):
     "The pictures of `shots` as one array, if they are one film of a sensible length"
     frames = []
-    for o in shots:
-        if frames and o.shape != frames[0].shape:
+    for shot in shots:
+        if frames and shot.shape != frames[0].shape:
             raise ValueError(f'{name}: need frames of one size, got {frames[0].shape[1::-1]} and, as number '
-                             f'{len(frames)+1}, {o.shape[1::-1]}; cut the clip at the change')
+                             f'{len(frames)+1}, {shot.shape[1::-1]}; cut the clip at the change')
         if len(frames) == MOST:
             raise ValueError(f'{name}: need one action in at most {MOST} frames, got more; cut it out first, from just '
                              f'before the take-off to just after the landing')
-        frames.append(o)
+        frames.append(shot)
     if len(frames) < LEAST:
         raise ValueError(f'{name}: need at least {LEAST} frames, which is one clip of the backbone, got {len(frames)}; '
                          f'use a longer clip or more frames per second')
@@ -70,7 +70,7 @@ def _small(img):
 
 def _pictures(path):
     "The frames of a GIF, or the pictures of a folder, one by one"
-    files = sorted((o for o in path.iterdir() if o.suffix.lower() in PICTURES and o.name[0] != '.'),
+    files = sorted((entry for entry in path.iterdir() if entry.suffix.lower() in PICTURES and entry.name[0] != '.'),
                    key=_in_order) if path.is_dir() else [path]
     if not files:
         raise FileNotFoundError(f"{path}: need a folder of pictures ({', '.join(PICTURES)}), found none in it; give "
@@ -78,7 +78,7 @@ def _pictures(path):
     for file in files:
         try:
             with Image.open(file) as img:
-                for o in [img] if path.is_dir() else ImageSequence.Iterator(img): yield _small(o)
+                for item in [img] if path.is_dir() else ImageSequence.Iterator(img): yield _small(item)
         except Exception as e: # a damaged picture can raise anything
             raise ValueError(f"{file.name}: need a picture that can be decoded, got {file.stat().st_size} bytes that "
                              f"cannot ({' '.join(str(e).split())[:120]}); get it anew") from e
@@ -96,7 +96,7 @@ def read_clip(
     if not 0 <= difficulty < 100: raise ValueError(f'difficulty must be a positive number, or 0 for not known, got {difficulty}')
     still = path.is_dir() or path.suffix.lower() == '.gif'
     name = path.resolve().name if path.is_dir() else path.stem
-    frames = _stack(_pictures(path) if still else (o for _,o in video_frames(path, HEIGHT)), path.name)
+    frames = _stack(_pictures(path) if still else (frame for _,frame in video_frames(path, HEIGHT)), path.name)
     return Clip(re.sub(r'[^A-Za-z0-9_-]+', '_', name).strip('_') or 'clip', frames, str(action).strip(), float(difficulty) or None)
 
 # %% ../../nbs/inspect/06_clip.ipynb #0217efb6

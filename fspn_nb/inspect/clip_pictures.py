@@ -82,7 +82,7 @@ def plot_strip(
 # %% ../../nbs/inspect/09_clip_pictures.ipynb #aea15199
 def _true_cuts(result):
     "True first steps of the later sub-actions on the parser's axis, where they are known"
-    return [float(np.searchsorted(result.ids, o))*len(result.step_probs)/len(result.ids) for o in result.clip.transitions]
+    return [float(np.searchsorted(result.ids, transition))*len(result.step_probs)/len(result.ids) for transition in result.clip.transitions]
 
 def save_pictures(
     result:ClipResult, # From `score_clip`
@@ -115,7 +115,7 @@ _BAR = 46 # Height of the strip below the picture, pixels
 def _total_heat(result):
     "(T,H,W) heat of all streams, 0..1; None without heat"
     if result.heat is None: return None
-    total = sum(o for o in result.heat['heat'].values())
+    total = sum(value for value in result.heat['heat'].values())
     return (total/total.max().clamp(min=1e-12)).numpy()
 
 def _blend(frame, heat):
@@ -152,7 +152,7 @@ def overlay_frames(
         img = Image.new('RGB', (width,high+_BAR), '#202020')
         img.paste(Image.fromarray(_blend(frame, None if heat is None else heat[i])).resize((width,high), Image.Resampling.BICUBIC))
         draw = ImageDraw.Draw(img)
-        if result.boxes is not None: draw.rectangle([float(o) for o in result.boxes[i]*k], outline=_ORANGE, width=2)
+        if result.boxes is not None: draw.rectangle([float(box) for box in result.boxes[i]*k], outline=_ORANGE, width=2)
         draw.rectangle((0, high, width, high+_BAR), fill='#202020') # a box may reach below the picture
         words = _timeline(draw, result, i, high+4, width)
         draw.text((6, high+20), f'frame {result.ids[i]}   {words}', 'white', font)
@@ -176,6 +176,6 @@ def save_overlay(
     "The overlay as a film"
     shots = overlay_frames(result)
     if not (not _h264() if gif is None else gif): return encode_video(shots, Path(folder)/'overlay.mp4', fps)
-    first,*rest = [Image.fromarray(o).quantize(128) for o in list(shots)[::2]]
+    first,*rest = [Image.fromarray(shot).quantize(128) for shot in list(shots)[::2]]
     first.save(out := BytesIO(), 'GIF', save_all=True, append_images=rest, duration=round(2000/fps), loop=0)
     return write_atomic(Path(folder)/'overlay.gif', out.getvalue())

@@ -115,12 +115,12 @@ text{font-size:18px}'''
 # %% ../../nbs/inspect/10_clip_report.ipynb #a5f2c5a8
 def _section(title, *parts):
     "A heading and what stands under it; nothing where there is nothing"
-    body = ''.join(o for o in parts if o)
+    body = ''.join(part for part in parts if part)
     return f'<h2>{html.escape(title)}</h2>{body}' if body else ''
 
 def _listed(items):
     "`items` as a list, escaped"
-    return '<ul>'+''.join(f'<li>{html.escape(o)}</li>' for o in items)+'</ul>'
+    return '<ul>'+''.join(f'<li>{html.escape(item)}</li>' for item in items)+'</ul>'
 
 # %% ../../nbs/inspect/10_clip_report.ipynb #a6a046b0
 def _parts(result):

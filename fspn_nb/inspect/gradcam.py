@@ -27,8 +27,8 @@ def feature_maps(
         raise ValueError('need a backbone in evaluation mode, got one in training mode, where BatchNorm mixes the '
                          'clips; call backbone.eval()')
     at = next(backbone.parameters(), torch.empty(0)).device
-    parts = (normalize_clip(o) if o.dtype == torch.uint8 else o for o in clips.split(batch))
-    return torch.cat([backbone.features(o.to(at).contiguous(memory_format=torch.channels_last_3d)).float() for o in parts])
+    parts = (normalize_clip(part) if part.dtype == torch.uint8 else part for part in clips.split(batch))
+    return torch.cat([backbone.features(part.to(at).contiguous(memory_format=torch.channels_last_3d)).float() for part in parts])
 
 # %% ../../nbs/inspect/01_gradcam.ipynb #343be36c
 def _score(head, batch, exemplar):
@@ -37,7 +37,7 @@ def _score(head, batch, exemplar):
     if not head.uses_exemplar: return head.score(feature).mean()
     if exemplar is None:
         raise ValueError('need exemplars for a head that compares, got None; pass (features (M,D), labels (M,)), see exemplars_of')
-    other,label = (o.to(feature) for o in exemplar)
+    other,label = (item.to(feature) for item in exemplar)
     return head.score(feature[:,None], other[None], label[None]).mean() # Eq. 17
 
 # %% ../../nbs/inspect/01_gradcam.ipynb #3dcdf060
@@ -138,7 +138,7 @@ def exemplars_of(
 )->tuple[Tensor,Tensor]|None: # Features (M,D) and labels (M,); None for a method without exemplars
     "The exemplars that vote on dive `i`, as `predict` picks them"
     if not model.uses_exemplar: return None
-    who,real = (o[0] for o in sample_exemplars(data, np.array([i]), m))
+    who,real = (column[0] for column in sample_exemplars(data, np.array([i]), m))
     known = encode_dives(model, data, who[real])
     return known.feature[[known.row[int(j)] for j in who[real]]],data.labels.label[torch.as_tensor(who[real])]
 

@@ -18,7 +18,7 @@ from ..data.clips import resize_crop,to_clips
 from .gradcam import heat
 from ..metrics import bootstrap_ci
 from ..models.i3d import I3D,same_pad
-from ..report.figures import _ORANGE,_says
+from ..report.figures import _ORANGE,_data_words
 
 # %% ../../nbs/inspect/02_heat.ipynb #f9112c11
 def on_frames(
@@ -80,7 +80,7 @@ def paste(
     x1,y1,x2,y2 = win.T[...,None]
     x,y = (torch.arange(width)+.5-x1)/(x2-x1),(torch.arange(height)+.5-y1)/(y2-y1) # (T,W), (T,H): 0..1 in the window
     seen = ((y >= 0) & (y <= 1))[:,:,None] & ((x >= 0) & (x <= 1))[:,None]
-    x,y = (_unit(o, n, centres) for o,n in ((x,maps.shape[2]),(y,maps.shape[1])))
+    x,y = (_unit(value, n, centres) for value,n in ((x,maps.shape[2]),(y,maps.shape[1])))
     grid = torch.stack([x[:,None].expand(-1, height, -1), y[:,:,None].expand(-1, -1, width)], -1)
     return F.grid_sample(maps[:,None].float(), grid, padding_mode='border', align_corners=False)[:,0]*seen
 
@@ -152,7 +152,7 @@ def share_summary(
 )->pd.DataFrame: # One row per stream: n, cold (videos without heat), share, floor, best, gain (share over floor), gain_lo, gain_hi
     "Mean share in the box over many videos, and what it has above its floor, with a 95 % interval"
     rows = []
-    for s in (o for o in ('scene','actor') if o in table):
+    for s in (name for name in ('scene','actor') if name in table):
         warm = table[table[s].notna()]
         lo,hi = bootstrap_ci(lambda a,b: float(np.mean(np.subtract(a, b))), warm[s], warm[s+'_floor'],
                              seed=seed) if len(warm) else (np.nan,np.nan)
@@ -187,7 +187,7 @@ def plot_heat(
     width:float=7.4, # Of the figure, inches
 ):
     "Frames with boxes, heat of the scene, crops, heat of the actor (Fig. 10); returns the figure"
-    said,frames,squares = _says(data, note),np.asarray(frames),square_box(boxes, pad)
+    said,frames,squares = _data_words(data, note),np.asarray(frames),square_box(boxes, pad)
     names = ['actor box','heat, scene','actor','heat, actor'][:4 if 'actor' in maps else 2]
     h,w = frames.shape[1:3]
     high = ([h/w]*2+[1]*2)[:len(names)]
@@ -210,7 +210,7 @@ def pick_failures(
     n:int=4, # How many
 )->pd.DataFrame: # The same rows with `error` (points) and `why`, largest error first
     "The videos with the largest errors, then those with the least heat in the box"
-    if lacking:=[o for o in ('uid','true','pred','in_box') if o not in table]:
+    if lacking:=[name for name in ('uid','true','pred','in_box') if name not in table]:
         raise ValueError(f"need the columns uid, true, pred and in_box, got none named {', '.join(lacking)}; join "
                          f"predictions and box_shares")
     if not 0 < n <= len(table): raise ValueError(f'need 1..{len(table)} failures out of {len(table)} videos, got n={n}; lower n')
@@ -229,18 +229,18 @@ def plot_failures(
     width:float=7.4, # Of the figure, inches
 ):
     "One row per failure: box and heat over time, with scores and the reason (Fig. 12); returns the figure"
-    said = _says(data, note)
-    if gone:=[o for o in picks.uid if o not in videos]:
+    said = _data_words(data, note)
+    if gone:=[item for item in picks.uid if item not in videos]:
         raise ValueError(f"need frames, heat and boxes of every pick, got none of {', '.join(gone)}; make them with video_heat")
     h,w = np.shape(videos[picks.uid[0]][0])[1:3]
     fig,axs = plt.subplots(len(picks), n, figsize=(width, .7+len(picks)*(.22+.95*width*h/(w*n))), squeeze=False,
                            layout='constrained')
-    for row,o in zip(axs, picks.itertuples()):
-        frames,maps,boxes = videos[o.uid]
+    for row,entry in zip(axs, picks.itertuples()):
+        frames,maps,boxes = videos[entry.uid]
         for ax,t in zip(row, ((np.arange(n)+.5)*len(frames)/n).astype(int)):
             _look(ax, np.asarray(frames[t]), maps[t], _top(maps), boxes[t])
-        share = 'no heat' if np.isnan(o.in_box) else f'{o.in_box:.0%} of the heat in the box'
-        said_of = f'{o.uid}: {o.why}; true {o.true:.1f}, predicted {o.pred:.1f}, {share}'
+        share = 'no heat' if np.isnan(entry.in_box) else f'{entry.in_box:.0%} of the heat in the box'
+        said_of = f'{entry.uid}: {entry.why}; true {entry.true:.1f}, predicted {entry.pred:.1f}, {share}'
         row[0].set_title(' ', fontsize='small') # keeps the room
         row[0].text(0, 1.05, said_of, fontsize='small', transform=row[0].transAxes).set_in_layout(False)
     fig.suptitle(f'Failures by rule, {said}', fontsize='medium')

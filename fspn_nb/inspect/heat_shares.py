@@ -13,7 +13,7 @@ from .actor_study import LABELS,Study
 from .attention import HeatResults,shown_frames
 from .heat import pick_failures,plot_failures,plot_heat,share_summary
 from ..metrics import bootstrap_ci
-from ..report.figures import _BLUE,_RED,_says
+from ..report.figures import _BLUE,_RED,_data_words
 from ..report.run_report import note_of
 
 # %% ../../nbs/inspect/05_heat_shares.ipynb #1e10ae34
@@ -83,7 +83,7 @@ def plot_shares(
     note:str='', # What else the title must say
 ):
     "Shares of heat in the box between floor and best; returns the figure"
-    title,t = _says(data, note),shares.sort_values('stream', ascending=False, kind='stable').reset_index(drop=True)
+    title,t = _data_words(data, note),shares.sort_values('stream', ascending=False, kind='stable').reset_index(drop=True)
     fig,ax = plt.subplots(figsize=(7,.9+.36*len(t)), layout='constrained')
     for i,r in t.iterrows():
         ax.plot([100*r.floor,100*r.best], [i,i], color='.8', lw=7, solid_capstyle='butt', zorder=1)
