@@ -5,8 +5,9 @@ import pytest
 
 from fspn_nb.protocols import SPORTS
 from fspn_nb.synthetic.big_air_motion import air_flight,snow
+from fspn_nb.synthetic.pair_motion import make_pair
 from fspn_nb.synthetic.sport_plans import FAULTS,TRICKS,VAULTS,plan_act
-from fspn_nb.synthetic.sport_render import Act,make_pair,synth_act
+from fspn_nb.synthetic.sport_render import Act,synth_act
 from fspn_nb.synthetic.vault_motion import FPS,vault_flight
 
 PAIRS = ('sync_diving_3m','sync_diving_10m')
