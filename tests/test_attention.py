@@ -72,7 +72,7 @@ def test_wrong_parameters(wrong, why, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=why): actor_study.start_study(CELL|dict(out=str(tmp_path))|wrong)
 
 
-@pytest.mark.parametrize('name', actor_study.PARAMETERS)
+@pytest.mark.parametrize('name', actor_study.STUDY_PARAMETERS)
 def test_parameter_gone(name, tmp_path):
     with pytest.raises(ValueError, match=f'none called {name}'): actor_study.start_study({k: v for k, v in (CELL|dict(out=str(tmp_path))).items() if k != name})
 
@@ -243,7 +243,7 @@ def test_typical_is_the_median_and_not_the_best():
 
 def test_notebook_keeps_its_parameters_and_no_outputs():
     import papermill as pm
-    assert set(pm.inspect_notebook(NOTEBOOK)) == set(actor_study.PARAMETERS)
+    assert set(pm.inspect_notebook(NOTEBOOK)) == set(actor_study.STUDY_PARAMETERS)
     nb = json.loads(NOTEBOOK.read_text())
     tagged = [c for c in nb['cells'] if 'parameters' in c['metadata'].get('tags', [])]
     assert len(tagged) == 1 and all(isinstance(o.value, ast.Constant) for o in ast.parse(''.join(tagged[0]['source'])).body)

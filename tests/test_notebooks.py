@@ -217,12 +217,12 @@ def test_library_needs_no_notebook_tools():
 @pytest.mark.parametrize('path', RUNS, ids=lambda p: p.stem)
 def test_parameters_survive(path):
     import papermill as pm
-    from fspn_nb.experiments.grid import KNOWN
-    from fspn_nb.experiments.session import OWN,PARAMETERS as known
+    from fspn_nb.experiments.grid import GRID_PARAMETERS
+    from fspn_nb.experiments.session import DATASET_PARAMETERS,RUN_PARAMETERS
     name = path.stem.removeprefix('run_')
-    wanted = set(KNOWN) if name == 'ablations' else PARAMETERS|set(OWN[name])
+    wanted = set(GRID_PARAMETERS) if name == 'ablations' else PARAMETERS|set(DATASET_PARAMETERS[name])
     assert set(pm.inspect_notebook(path)) == wanted, 'the tag is gone, or a parameter is'
-    assert set(known) == PARAMETERS
+    assert set(RUN_PARAMETERS) == PARAMETERS
     nb = json.loads(path.read_text())
     tagged = [c for c in nb['cells'] if 'parameters' in c['metadata'].get('tags', [])]
     assert len(tagged) == 1

@@ -297,9 +297,9 @@ def test_boxes_of_the_clip(tmp_path, runs):
 
 def test_notebook_parameters():
     import papermill as pm
-    from fspn_nb.inspect.clip_run import PARAMETERS
+    from fspn_nb.inspect.clip_run import CLIP_PARAMETERS
     path = ROOT/'nbs'/'score_clip.ipynb'
-    assert set(pm.inspect_notebook(path)) == set(PARAMETERS), 'the tag is gone, or a parameter is'
+    assert set(pm.inspect_notebook(path)) == set(CLIP_PARAMETERS), 'the tag is gone, or a parameter is'
     cells = json.loads(path.read_text())['cells']
     tagged = [c for c in cells if 'parameters' in c['metadata'].get('tags', [])]
     assert len(tagged) == 1 and not any(c.get('outputs') for c in cells)
