@@ -8,7 +8,7 @@ from conftest import bf16_is_close, trains_on_one, weights_carry_everything
 
 from fspn_nb.config import ModelCfg
 from fspn_nb.core import Batch
-from fspn_nb.peers.hgcn import GraphConv,HGCN,Hierarchy,GaussianHead,build_hgcn,draw,neighbour_edges,points_error
+from fspn_nb.peers.hgcn import GraphConv,HGCN,Hierarchy,GaussianHead,build_hgcn,rsample,neighbour_edges,points_error
 from fspn_nb.zoo import BUILDERS,check_model,random_batch
 
 PRINTED = {1: 1.218, 2: .677, 4: .407, 8: .272} # million, counted in the released program
@@ -29,7 +29,7 @@ def test_counts_of_the_released_program(groups, million):
 def test_only_the_three_convolutions_are_grouped():
     whole, parts = ({n: p.numel() for n, p in HGCN(num_groups=g).named_parameters()} for g in (1, 8))
     grouped = {n for n in whole if whole[n] != parts[n]}
-    assert grouped == {f'tower.{s}.mix.weight' for s in ('refine', 'group', 'move')}
+    assert grouped == {f'hierarchy.{s}.conv.weight' for s in ('refine', 'group', 'move')}
     assert all(whole[n] == 8*parts[n] for n in grouped) and sum(whole[n] for n in grouped) == 1_081_344
     assert round(count(HGCN(motion=False))/1e6, 3) != PRINTED[8]
 
@@ -48,25 +48,25 @@ def test_contract(cfg, labels, monkeypatch):
 
 @pytest.mark.parametrize('clips, scenes', [(9, 6), (10, 7), (4, 1), (20, 17)])
 def test_any_number_of_clips(clips, scenes):
-    tower, x = Hierarchy(), torch.rand(2, clips, 1024)
-    assert tower.scenes(x).shape == (2, scenes, 256) and tower(x).shape == (2, 128)
-    with pytest.raises(ValueError, match='at least 4 clips'): tower(x[:, :3])
+    hierarchy, x = Hierarchy(), torch.rand(2, clips, 1024)
+    assert hierarchy.scenes(x).shape == (2, scenes, 256) and hierarchy(x).shape == (2, 128)
+    with pytest.raises(ValueError, match='at least 4 clips'): hierarchy(x[:, :3])
 
 
 def test_edges_are_shares_among_neighbours():
     x = torch.randn(3, 10, 32, generator=torch.Generator().manual_seed(0))
-    for ahead in (True, False):
-        e = neighbour_edges(x, 5., ahead)
-        assert torch.allclose(e.sum(-1), torch.ones(3, 10)) and not e.triu(2 if ahead else 1).any() and not e.tril(-2).any()
-        assert torch.allclose(neighbour_edges(x*7, 5., ahead), e, atol=1e-6) # length does not matter
+    for use_next in (True, False):
+        e = neighbour_edges(x, 5., use_next)
+        assert torch.allclose(e.sum(-1), torch.ones(3, 10)) and not e.triu(2 if use_next else 1).any() and not e.tril(-2).any()
+        assert torch.allclose(neighbour_edges(x*7, 5., use_next), e, atol=1e-6) # length does not matter
     assert torch.allclose(neighbour_edges(torch.zeros(1, 3, 8))[0, 1], torch.full((3,), 1/3)) # blank clips: no likeness, no NaN
     assert torch.equal(neighbour_edges(x[:, :1]), torch.ones(3, 1, 1))
 
 
 def test_far_clips_do_not_reach_a_scene():
-    tower, x = Hierarchy().eval(), torch.rand(1, 10, 1024)
+    hierarchy, x = Hierarchy().eval(), torch.rand(1, 10, 1024)
     far = x.clone(); far[:, 6:] = 5
-    with torch.no_grad(): a, b = tower.scenes(x), tower.scenes(far)
+    with torch.no_grad(): a, b = hierarchy.scenes(x), hierarchy.scenes(far)
     assert torch.allclose(a[:, :2], b[:, :2]) and not torch.allclose(a[:, 2], b[:, 2]) # the third hears clip 7
 
 
@@ -96,7 +96,7 @@ def test_drawn_in_training_and_only_on_request_afterwards():
     with torch.no_grad():
         assert torch.equal(steady(batch).prediction, steady(batch).prediction) and not torch.equal(drawn(batch).prediction, drawn(batch).prediction)
         many = torch.stack([drawn(batch).prediction for _ in range(400)])
-        mean, sd = drawn.spread(drawn.encode(batch).feature)
+        mean, sd = drawn.distribution(drawn.encode(batch).feature)
     assert torch.allclose(steady(batch).prediction, mean, atol=1e-4)
     assert ((many.mean(0)-mean).abs() < 5*sd/20).all() and torch.allclose(many.std(0), sd, rtol=.2)
     torch.manual_seed(3); a = steady.train()(batch).prediction
@@ -106,9 +106,9 @@ def test_drawn_in_training_and_only_on_request_afterwards():
 
 def test_a_draw_teaches_mean_and_deviation():
     mean, sd = torch.zeros(3, requires_grad=True), torch.ones(3, requires_grad=True)
-    draw(mean, sd).sum().backward()
+    rsample(mean, sd).sum().backward()
     assert torch.equal(mean.grad, torch.ones(3)) and sd.grad.any()
-    assert torch.equal(draw(mean, torch.zeros(3)), mean)
+    assert torch.equal(rsample(mean, torch.zeros(3)), mean)
     assert (GaussianHead(8)(1e4*torch.randn(50, 8))[1] >= 0).all()
 
 
@@ -131,7 +131,7 @@ def test_what_is_missing_or_broken_is_named():
     with pytest.raises(ValueError, match='not finite'): per_dd.train()(replace(batch, difficulty=torch.full((4,), float('nan'))))
     for groups in (3, 0, 5):
         with pytest.raises(ValueError, match='num_groups must divide'): HGCN(num_groups=groups)
-    with pytest.raises(ValueError, match='hears must be'): GraphConv(8, 8, 1, adjacency='future')
+    with pytest.raises(ValueError, match='adjacency must be'): GraphConv(8, 8, 1, adjacency='future')
     out = per_dd.eval()(Batch(batch.scene)) # a new dive has neither label nor difficulty
     assert not out.losses and out.prediction.isfinite().all()
 

@@ -111,10 +111,10 @@ def test_usdls_curve_in_any_unit():
     for lo, hi in ((0., 102.6), (4.2, 28.5), (0., 100.)):
         bins = LabelBins(lo, hi)
         y = torch.linspace(lo, hi, 500)
-        p = bins.spread(y)
+        p = bins.soft_labels(y)
         assert p.shape == (500, 101) and torch.allclose(p.sum(-1), torch.ones(500), atol=1e-5)
-        assert ((bins.read(p.log())-y).abs() <= .5001*(hi-lo)/100).all() # half a bin at most
-        assert torch.equal(bins.spread(torch.tensor([hi+5, lo-1e6])), bins.spread(torch.tensor([hi, lo])))
+        assert ((bins.decode(p.log())-y).abs() <= .5001*(hi-lo)/100).all() # half a bin at most
+        assert torch.equal(bins.soft_labels(torch.tensor([hi+5, lo-1e6])), bins.soft_labels(torch.tensor([hi, lo])))
     with pytest.raises(ValueError, match='two different labels'): USDL(labels=[50., 50.])
     with pytest.raises(ValueError, match='got none'): USDL(labels=[])
 
@@ -123,9 +123,9 @@ def test_musdls_rule_on_the_real_marks(shared):
     "Perfect heads would give the stored score of all dives but those whose record disagrees with itself"
     import pickle
     with open(shared('data', 'mtl_aqa', 'info')/'augmented_final_annotations_dict.pkl', 'rb') as f: notes = pickle.load(f)
-    off = [abs(float(panel_sum(torch.tensor(np.asarray(n['judge_scores'], float))))*n['difficulty']-n['final_score']) for n in notes.values() if 'judge_scores' in n]
-    if not off: pytest.skip('these annotations carry no marks')
-    assert sum(o < .051 for o in off) >= len(off)-27
+    gaps = [abs(float(panel_sum(torch.tensor(np.asarray(n['judge_scores'], float))))*n['difficulty']-n['final_score']) for n in notes.values() if 'judge_scores' in n]
+    if not gaps: pytest.skip('these annotations carry no marks')
+    assert sum(gap < .051 for gap in gaps) >= len(gaps)-27
 
 
 @pytest.mark.parametrize('marks, why', [(None, 'judges'), (float('nan'), 'no mark: 0/0'), (45., 'from 0 to 10.*0/0'), (-1., 'from 0 to 10'), (float('inf'), 'from 0 to 10')])
@@ -147,15 +147,15 @@ def test_musdls_unit_follows_the_labels():
 
 def test_core_counts_both_directions_and_leaves_out_what_is_nowhere():
     bins = ScoreBins.fit_pairs(np.linspace(0, 100, 50), top=100)
-    logp, place = torch.full((4, 16), 1/16).log(), torch.full((4, 16), .5)
-    some = leaf_losses(logp, place, torch.tensor([5., -5., 120., -120.]), bins)
-    assert torch.isclose(some['leaf'], torch.tensor(16.).log()) and some['place'] > 0
-    none = leaf_losses(logp, place, torch.full((4,), 150.), bins)
-    assert none['leaf'] == none['place'] == 0
+    logp, offset = torch.full((4, 16), 1/16).log(), torch.full((4, 16), .5)
+    losses = leaf_losses(logp, offset, torch.tensor([5., -5., 120., -120.]), bins)
+    assert torch.isclose(losses['leaf'], torch.tensor(16.).log()) and losses['offset'] > 0
+    none = leaf_losses(logp, offset, torch.full((4,), 150.), bins)
+    assert none['leaf'] == none['offset'] == 0
     batch = random_batch()
     swapped = replace(batch.exemplar, exemplar=replace(batch, exemplar=None))
     model = made('core_tree').eval()
-    assert all(torch.isclose(model(batch).losses[k], model(swapped).losses[k], rtol=1e-4) for k in ('leaf', 'place'))
+    assert all(torch.isclose(model(batch).losses[k], model(swapped).losses[k], rtol=1e-4) for k in ('leaf', 'offset'))
 
 
 @pytest.mark.parametrize('labels, theta', [([0., 29.], 30.), ([0., 30.5], 100.), ([0., 104.5], 100.)])

@@ -13,7 +13,7 @@ from fspn_nb.config import ModelCfg
 from fspn_nb.core import Batch
 from fspn_nb.models.heads import ScoreBins
 from fspn_nb.peers.core_tree import decode_difference
-from fspn_nb.peers.tpt import PairHead,PartAttention,PartDecoder,TPT,build_tpt,centres,free_range,ranking_hinge,spread
+from fspn_nb.peers.tpt import PairHead,PartAttention,PartDecoder,TPT,build_tpt,attention_centres,attention_spread,free_range,ranking_hinge
 
 count = lambda m: sum(p.numel() for p in m.parameters())
 LABELS = torch.linspace(0, 100, 101)
@@ -34,7 +34,7 @@ def small(labels=LABELS, seed=0, **kw):
 def test_sizes_of_the_release():
     model = made()
     assert count(model) == 5_656_354 and count(model.decoder) == 4_733_442
-    assert [count(m) for m in (model.head.pair, model.head.choose, model.head.place)] == [787_456, 67_728, 67_728]
+    assert [count(m) for m in (model.head.pair, model.head.classify, model.head.offset)] == [787_456, 67_728, 67_728]
     with torch.device('meta'): half, twice = count(TPT(d=256)), count(TPT(d=1024))
     assert half == pytest.approx(2.24e6, rel=.01) and twice == pytest.approx(16.03e6, rel=.01)
 
@@ -48,7 +48,7 @@ def test_contract(cfg, monkeypatch):
     monkeypatch.setitem(zoo.BUILDERS, 'tpt', build_tpt)
     torch.manual_seed(0)
     found = zoo.check_model('tpt', ModelCfg(name='tpt', **cfg))
-    assert found['parameters'] == count(made(**cfg)) and found['losses'] == 'leaf, place, order, spread' and found['needs'] == 'short_clip_features' and found['exemplar']
+    assert found['parameters'] == count(made(**cfg)) and found['losses'] == 'leaf, offset, order, spread' and found['needs'] == 'short_clip_features' and found['exemplar']
 
 
 def test_weights_carry_everything(tmp_path):
@@ -85,7 +85,7 @@ def test_both_directions_are_learnt_from():
     batch, model = zoo.random_batch(), made().eval()
     turned = replace(batch.exemplar, exemplar=replace(batch, exemplar=None))
     with torch.no_grad(): a, b = model(batch).losses, model(turned).losses
-    assert all(torch.isclose(a[k], b[k], rtol=1e-4) for k in ('leaf', 'place', 'order', 'spread'))
+    assert all(torch.isclose(a[k], b[k], rtol=1e-4) for k in ('leaf', 'offset', 'order', 'spread'))
 
 
 def test_no_labels_no_losses():
@@ -147,28 +147,28 @@ def test_centres_and_spread_by_hand():
     two = torch.zeros(1, 2, 20)
     two[0, 0, 3] = 1
     two[0, 1, [9, 19]] = .5
-    assert torch.equal(centres(two), torch.tensor([[4., 15.]])) and spread(two).item() == 2.5
-    assert ranking_hinge(centres(two), margin=4.).item() == 1. # 3 before the first, 11 between, 5 behind
+    assert torch.equal(attention_centres(two), torch.tensor([[4., 15.]])) and attention_spread(two).item() == 2.5
+    assert ranking_hinge(attention_centres(two), margin=4.).item() == 1. # 3 before the first, 11 between, 5 behind
 
 
 def test_attention_is_over_time_and_has_no_code_of_position():
     torch.manual_seed(0)
-    look, q, cells, mixed = PartAttention(8, 6), torch.randn(2, 5, 8), torch.randn(2, 20, 6), torch.randperm(20)
-    seen, a = look(q, cells)
-    logits = (look.query(q)@look.key(cells).mT)/8/.07
-    assert torch.allclose(a, logits.softmax(-1), atol=1e-6) and torch.allclose(seen, a@look.value(cells), atol=1e-6)
-    assert torch.allclose(look(q, cells[:, mixed])[0], seen, atol=1e-5)
+    attend, q, cells, mixed = PartAttention(8, 6), torch.randn(2, 5, 8), torch.randn(2, 20, 6), torch.randperm(20)
+    seen, a = attend(q, cells)
+    logits = (attend.query(q)@attend.key(cells).mT)/8/.07
+    assert torch.allclose(a, logits.softmax(-1), atol=1e-6) and torch.allclose(seen, a@attend.value(cells), atol=1e-6)
+    assert torch.allclose(attend(q, cells[:, mixed])[0], seen, atol=1e-5)
 
 
 def test_only_the_first_layer_confers():
     decoder = PartDecoder(16, 5, 6, 16)
-    assert [layer.confer is not None for layer in decoder.layers] == [True, False]
+    assert [layer.self_attn is not None for layer in decoder.layers] == [True, False]
     assert [len(layer.norms) for layer in decoder.layers] == [3, 2]
     decoder.eval()
     cells = torch.randn(1, 20, 6)
     with torch.no_grad():
         before = decoder(cells)[1]
-        decoder.ask[4] += 1
+        decoder.query_embed[4] += 1
         after = decoder(cells)[1]
     assert torch.equal(before[:, 0, :4], after[:, 0, :4]) and not torch.allclose(before[:, 1, :4], after[:, 1, :4], atol=1e-7)
 
@@ -213,16 +213,16 @@ def test_four_dives_can_be_learnt_by_heart():
         votes = model.score(known.feature[:, None], known.feature.expand(4, -1, -1), label.expand(4, -1)) # (4,4), the diagonal is itself
         score = (votes.sum(1)-votes.diagonal())/3
     assert spearmanr(score, label).statistic == pytest.approx(1) and (score-label).abs().max() < 4
-    assert (centres(known.extras['attention']).diff(dim=-1) > 0).all() and .4 <= out.losses['order'] < 3
+    assert (attention_centres(known.extras['attention']).diff(dim=-1) > 0).all() and .4 <= out.losses['order'] < 3
 
 
 def test_a_temperature_learnt_by_its_logarithm_stays_positive():
     model = small(dropout=0.).train()
     opt = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for layer in model.decoder.layers: layer.look.log_temperature.register_hook(lambda grad: torch.ones_like(grad)) # pushed down all the time
+    for layer in model.decoder.layers: layer.attention.log_temperature.register_hook(lambda grad: torch.ones_like(grad)) # pushed down all the time
     g = torch.Generator().manual_seed(0)
     batch = Batch(None, label=torch.rand(4, generator=g)*100, short_clip_features=torch.randn(4, 20, 16, generator=g))
     batch.exemplar = replace(batch, label=batch.label.flip(0), short_clip_features=batch.short_clip_features.flip(0))
     for _ in range(100):
         opt.zero_grad(); model(batch).total_loss.backward(); opt.step()
-    assert all(.05 < layer.look.log_temperature.exp() < .07 for layer in model.decoder.layers)
+    assert all(.05 < layer.attention.log_temperature.exp() < .07 for layer in model.decoder.layers)

@@ -10,8 +10,8 @@ from fspn_nb.analysis.complexity import flops_of
 from fspn_nb.config import ModelCfg
 from fspn_nb.core import Batch
 from fspn_nb.metrics import spearman,temporal_iou
-from fspn_nb.peers.tsa import (PSNet,StepDecoder,StepPooling,TSA,bands,build_tsa,check_steps,conv_pair,transition_loss,
-    from_cells,predict_transitions,resample,swap_pairs,to_cells)
+from fspn_nb.peers.psnet import PSNet,assign_steps,check_transitions,conv_pair,predict_transitions,transition_loss
+from fspn_nb.peers.tsa import StepDecoder,StepPooling,TSA,build_tsa,from_cells,sampling_weights,split_query_memory,to_cells
 from fspn_nb.zoo import BUILDERS,check_model,random_batch
 
 count = lambda m: sum(p.numel() for p in m.parameters())
@@ -38,21 +38,21 @@ def small_batch(n=4, dim=64, cells=(1, 2), seed=0):
 
 def test_parameters_of_the_release():
     model = made()
-    net, contrast = model.reader.net, model.contrast
+    net, decoder = model.pooling.psnet, model.decoder
     assert [count(b) for b in net.blocks] == [828, 2_736, 10_656, 42_048, 55_872] and count(net.head) == 16_706
-    assert (count(net), count(contrast.blocks), count(contrast.mlp), count(model)) == (128_846, 149_760, 33_153, 311_759)
+    assert (count(net), count(decoder.blocks), count(decoder.mlp), count(model)) == (128_846, 149_760, 33_153, 311_759)
     assert count(PSNet(10)) == 128_846+3*12 # one more channel into the first convolution
 
 
 def test_operations_of_the_release():
     with torch.device('meta'):
-        net, contrast = PSNet(), StepDecoder()
+        net, decoder = PSNet(), StepDecoder()
         assert flops_of(net, torch.empty(1, 9, 1024)) == pytest.approx(30.4e6, rel=.02)
-        cells = flops_of(net.frames, torch.empty(16, 9, 1024))
+        cells = flops_of(net.frame_features, torch.empty(16, 9, 1024))
         assert cells == pytest.approx(486e6, rel=.12) # the release also asks the head at each cell, and throws the answer away
-        step = flops_of(contrast.blocks[0], torch.empty(1, 5, 64), torch.empty(1, 80, 64))*3
+        step = flops_of(decoder.blocks[0], torch.empty(1, 5, 64), torch.empty(1, 80, 64))*3
         assert step == pytest.approx(5.5e6, rel=.02)
-        assert flops_of(contrast, torch.empty(1, 3, 5, 64), torch.empty(1, 3, 80, 64)) == 3*step+15*2*(64*256+256*64+64)
+        assert flops_of(decoder, torch.empty(1, 3, 5, 64), torch.empty(1, 3, 80, 64)) == 3*step+15*2*(64*256+256*64+64)
 
 
 @pytest.mark.parametrize('cfg', [dict(), dict(dropout=.3), dict(clips=10), dict(heads=6)], ids=['plain', 'dropout', 'ten clips', 'six heads'])
@@ -66,12 +66,12 @@ def test_contract(cfg):
 def test_maps_of_any_size(h, w):
     model = made().eval()
     with torch.no_grad(): e = model.encode(Batch(torch.rand(2, 9, 1024), feature_maps=torch.rand(2, 9, 1024, h, w)))
-    assert e.feature.shape == (2, 15*64*(1+h*w)) and swap_pairs(e.feature)[1].shape == (2, 3, 5*h*w, 64)
+    assert e.feature.shape == (2, 15*64*(1+h*w)) and split_query_memory(e.feature)[1].shape == (2, 3, 5*h*w, 64)
     assert e.extras['transitions'].shape == (2, 2) and e.extras['step_probs'].shape == (2, 96, 3) and torch.equal(e.extras['step_probs'].sum(-1), torch.ones(2, 96))
 
 
 def test_transitions_can_be_measured():
-    "What evaluation reads: whole frames, first before last, and the bands say the same"
+    "What evaluation reads: whole frames, first before last, and the step probabilities say the same"
     model, batch = made().eval(), random_batch(8)
     with torch.no_grad(): extras = model.encode(batch).extras
     cuts = extras['transitions']
@@ -92,12 +92,12 @@ def test_windows_and_the_empty_first_step():
 def test_segments_are_pytorchs_interpolation():
     cuts = torch.tensor([[a, b] for a in (1, 2, 29, 47) for b in (48, 51, 70, 95)])
     x = torch.randn(len(cuts), 96, 7)
-    got = (resample(cuts)@x).unflatten(1, (3, 5))
+    got = (sampling_weights(cuts)@x).unflatten(1, (3, 5))
     for i, (a, b) in enumerate(cuts.tolist()):
         for s, part in enumerate(x[i].tensor_split([a, b])):
             assert torch.allclose(got[i, s], F.interpolate(part.T[None], 5, mode='linear', align_corners=True)[0].T, atol=1e-4)
-    assert torch.allclose(resample(cuts).sum(-1), torch.ones(len(cuts), 15))
-    assert (bands(cuts).argmax(-1).diff(dim=1) >= 0).all()
+    assert torch.allclose(sampling_weights(cuts).sum(-1), torch.ones(len(cuts), 15))
+    assert (assign_steps(cuts).argmax(-1).diff(dim=1) >= 0).all()
 
 
 def test_cells_keep_their_place_and_the_released_reshape_does_not():
@@ -118,8 +118,8 @@ def test_a_change_in_one_cell_stays_there():
     cuts, scene = torch.tensor([[30, 70]]), torch.randn(1, 9, 1024)
     def touched(peer):
         torch.manual_seed(0)
-        reader = StepPooling(peer_reshape=peer).eval()
-        with torch.no_grad(): one, two = (swap_pairs(reader(scene, m, cuts).feature)[1].view(15, 4, 64) for m in (a, b))
+        pooling = StepPooling(peer_reshape=peer).eval()
+        with torch.no_grad(): one, two = (split_query_memory(pooling(scene, m, cuts).feature)[1].view(15, 4, 64) for m in (a, b))
         return [not torch.allclose(one[:, i], two[:, i], atol=1e-5) for i in range(4)]
     assert touched(False) == [False, False, False, True] and all(touched(True))
 
@@ -133,15 +133,15 @@ def test_both_reshapes_train():
 
 def test_the_teacher_leaves_after_a_quarter():
     model = made(labels=torch.linspace(20, 100, 16))
-    model.begin(200*282)
-    assert model.teacher_forcing == 200*282//4
+    model.on_train_start(200*282)
+    assert model.teacher.steps == 200*282//4
     model = TSA(dim=64, teacher_forcing=2, cfg=ModelCfg(heads=2)).train()
     batch, seen = small_batch(), []
     for _ in range(4): seen.append(torch.equal(model(batch).extras['transitions'], batch.transitions))
-    assert seen == [True, True, False, False] and model.passes == 4
+    assert seen == [True, True, False, False] and model.teacher.done == 4
     model.eval()(batch)
     model.encode(batch)
-    assert model.passes == 4 # evaluation is no lesson
+    assert model.teacher.done == 4 # evaluation does not count
     fresh = TSA(dim=64, teacher_forcing=2, cfg=ModelCfg(heads=2)).eval()
     with torch.no_grad(): assert torch.equal(fresh(batch).extras['transitions'], fresh(replace(batch, transitions=None)).extras['transitions']) # and sees no true cut
 
@@ -153,7 +153,7 @@ def test_losses_by_hand():
     there, back = (out.prediction-other.label)/30, (turned.prediction-batch.label)/30
     gap = (batch.label-other.label)/30
     assert torch.isclose(out.losses['mse'], ((there-gap)**2).mean()+((back+gap)**2).mean(), atol=1e-5)
-    logits = torch.cat([model.encode(b).extras['cut_logits'] for b in (batch, other)])
+    logits = torch.cat([model.encode(b).extras['transition_logits'] for b in (batch, other)])
     steps, p = torch.cat([batch.transitions, other.transitions]), logits.sigmoid()
     hot = torch.zeros_like(p)
     for i, (a, b) in enumerate(steps.tolist()): hot[i, a, 0] = hot[i, b, 1] = 1
@@ -175,7 +175,7 @@ def test_weights_carry_everything(tmp_path):
     batch, a, b = random_batch(), made(1, [20., 50., 95.]).eval(), made(2, [10., 15., 20.]).eval()
     a.train()(batch)
     weights_carry_everything(a, b, batch, tmp_path/'w.pt')
-    assert (b.theta, b.passes) == (100, 1)
+    assert (b.theta, b.teacher.done) == (100, 1)
 
 
 def test_batch_mates_and_batches_of_one():
@@ -222,7 +222,7 @@ def test_impossible_steps_are_named(steps):
     bad = batch.transitions.clone()
     bad[2] = torch.tensor(steps)
     with pytest.raises(ValueError, match='in these dives: 0/2'): made().train()(replace(batch, transitions=bad))
-    with pytest.raises(ValueError, match='number 2'): check_steps(replace(batch, transitions=bad, uid=()))
+    with pytest.raises(ValueError, match='number 2'): check_transitions(replace(batch, transitions=bad, uid=()))
 
 
 def test_no_labels_no_losses():
@@ -246,5 +246,5 @@ def test_real_steps_fit_or_are_named(shared):
     from fspn_nb.data.records import steps_on_axis
     samples = read_finediving(shared('data', 'finediving'))
     steps = torch.tensor([steps_on_axis(o, frame_ids(o.n_frames)) for o in samples])
-    check_steps(Batch(torch.zeros(len(steps), 1, 1), transitions=steps))
+    check_transitions(Batch(torch.zeros(len(steps), 1, 1), transitions=steps))
     assert ((steps[:, 0] >= 48).sum(), (steps[:, 1] < 48).sum()) == (108, 98)

@@ -61,7 +61,7 @@ def test_size_of_the_block():
     assert count(build_tsa_net(ModelCfg(name='tsa_net'), LABELS)) == 462_720+295_425
 
 
-@pytest.mark.parametrize('kw', [dict(), dict(embed=True), dict(spread=True)], ids=['plain', 'embed', 'spread'])
+@pytest.mark.parametrize('kw', [dict(), dict(embed=True), dict(distribution=True)], ids=['plain', 'embed', 'distribution'])
 def test_a_fresh_block_leaves_i3d_as_it_was(kw):
     batch, net = random_batch(2, 2, exemplar=False, pixels=32), whole(awake=False, **kw).eval()
     with torch.no_grad():
