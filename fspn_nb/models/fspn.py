@@ -80,7 +80,8 @@ class ScoreRegressor(nn.Module):
     )->tuple[Tensor|None,Tensor]: # Logits and offsets, (...,I); or None and a value, (...,1)
         "Interval logits and offsets of each pair"
         if not self.bins.fitted:
-            raise ValueError('need score intervals, got empty ones; build the model with ScoreBins.fit_pairs(labels, groups) or load weights')
+            raise ValueError('need score intervals, got empty ones; '
+                             'build the model with ScoreBins.fit_pairs(labels, groups) or load weights')
         if not self.paired: return self.head(query)
         if exemplar is None or exemplar_label is None:
             raise ValueError("pairing='exemplar' needs the exemplar's feature and label, got None; pass both or use pairing='absolute'")

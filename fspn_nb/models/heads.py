@@ -113,6 +113,16 @@ class IntervalCodec(nn.Module):
         "Logits and offsets in label units"
         return decode_bins(self.lo+(self.hi-self.lo)*offsets, logits, decoding)
 
+# %% ../../nbs/models/08_heads.ipynb #2aaccdbe
+def _fill(bins, edges, labels, target):
+    "Store `edges`, the scale of `labels` and the root mean square of `target` in `bins`"
+    lo,hi = edges[:-1],edges[1:]
+    if bins.signed: lo,hi = np.concatenate([-hi[::-1], lo]),np.concatenate([-lo[::-1], hi])
+    std,rms = max(np.std(labels), 1e-6),max(np.sqrt(np.mean(np.square(target))), 1e-6)
+    for name,value in dict(lo=lo, hi=hi, mean=np.mean(labels), std=std, rms=rms).items():
+        getattr(bins, name).copy_(torch.as_tensor(value))
+    return bins
+
 # %% ../../nbs/models/08_heads.ipynb #c0bc9798
 class ScoreBins(IntervalCodec):
     "I intervals fitted to training labels, and the scale of the labels"
@@ -128,26 +138,17 @@ class ScoreBins(IntervalCodec):
         self._fitted = self._fitted or bool((self.hi > self.lo).any()) # a yes is kept: asking a GPU makes the CPU wait
         return self._fitted
 
-    def _fill(self, edges, labels, target):
-        "Store `edges`, the scale of `labels` and the root mean square of `target`"
-        lo,hi = edges[:-1],edges[1:]
-        if self.signed: lo,hi = np.concatenate([-hi[::-1], lo]),np.concatenate([-lo[::-1], hi])
-        std,rms = max(np.std(labels), 1e-6),max(np.sqrt(np.mean(np.square(target))), 1e-6)
-        for name,value in dict(lo=lo, hi=hi, mean=np.mean(labels), std=std, rms=rms).items():
-            getattr(self, name).copy_(torch.as_tensor(value))
-        return self
-
     @classmethod
     def fit_pairs(cls,
         labels, # Training labels, (n,)
         groups=None, # Which dives may be paired, (n,); None: all with all
         num_bins:int=16, # I, both signs together
-        top:float|None=None, # Upper end of the last interval: 100 for points, 30 for points / difficulty; None: 1.1 x the largest difference
+        top:float|None=None, # Upper end of the last interval: 100 for points, 30 for points / difficulty; None: 1.1 x the largest value
     )->'ScoreBins':
         "Signed intervals of label differences: CoRe's `Group_helper`"
         diffs,bins = pair_differences(labels, groups),cls(num_bins)
         top = max(1.1*diffs[-1], 1e-3) if top is None else top
-        return bins._fill(quantile_edges(diffs, num_bins//2, 0., top), labels, diffs)
+        return _fill(bins, quantile_edges(diffs, num_bins//2, 0., top), labels, diffs)
 
     @classmethod
     def fit_labels(cls,
@@ -156,7 +157,7 @@ class ScoreBins(IntervalCodec):
     )->'ScoreBins':
         "Intervals of the labels themselves, for `pairing='absolute'`"
         y = sorted_labels(labels)
-        return cls(num_bins, signed=False)._fill(quantile_edges(y, num_bins, y[0], y[-1]), y, y-y.mean())
+        return _fill(cls(num_bins, signed=False), quantile_edges(y, num_bins, y[0], y[-1]), y, y-y.mean())
 
 # %% ../../nbs/models/08_heads.ipynb #e3d52baf
 class ScoreHead(nn.Module):

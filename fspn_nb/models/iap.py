@@ -27,7 +27,8 @@ class UpSample(nn.Module):
         x:Tensor, # Clip vectors, (B,K,1024)
     )->Tensor: # Frame tokens, (B,T,128)
         if x.ndim != 3 or x.shape[1] != self.clips:
-            raise ValueError(f'need clip vectors (B,{self.clips},C), got {tuple(x.shape)}; build the model with the number of clips of the data')
+            raise ValueError(f'need clip vectors (B,{self.clips},C), got {tuple(x.shape)}; '
+                             'build the model with the number of clips of the data')
         x = self.blocks[0](x)
         for block in self.blocks[1:]: x = block(max_pool_pairs(x))
         return x.contiguous()
@@ -78,7 +79,8 @@ def window_edges(
     sub_actions:int=3, # S
 )->list[int]: # S+1 edges; window s is edges[s]:edges[s+1]
     "Edges of the S equal windows of Eq. 5"
-    if sub_actions > frames: raise ValueError(f'need at least one frame per sub-action, got {frames} frames for {sub_actions}; lower sub_actions')
+    if sub_actions > frames:
+        raise ValueError(f'need at least one frame per sub-action, got {frames} frames for {sub_actions}; lower sub_actions')
     return [round(frames*s/sub_actions) for s in range(sub_actions+1)]
 
 # %% ../../nbs/models/04_iap.ipynb #6faee33f

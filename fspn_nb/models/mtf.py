@@ -23,7 +23,8 @@ class MTF(nn.Module):
     def forward(self,
         maps:list[Tensor], # Per stage, (B,T',width)
     )->Tensor: # Fused map, (B,T',N*dim)
-        if len(maps) != len(self.project): raise ValueError(f'need one map per stage ({len(self.project)}), got {len(maps)}; build MTF with the widths of the SMT')
+        if len(maps) != len(self.project):
+            raise ValueError(f'need one map per stage ({len(self.project)}), got {len(maps)}; build MTF with the widths of the SMT')
         fused = [self.project[0](maps[0])] # F_1
         for project,x in zip(self.project[1:], maps[1:]): fused.append(fused[-1]+project(x)) # Eq. 12
         return torch.cat(fused, -1) # Eq. 13
