@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..batches.dataset import release_stats
+from ..data.stats import release_stats
 from ..config import RunCfg,make_config,run_id
 from ..core import diff,reports_dir
 from ..evaluate import evaluate
@@ -26,7 +26,7 @@ from ..training.prepare import RunData,pick_backbone,pick_device,prepare
 # %% ../../nbs/experiments/03_session.ipynb #dff64f83
 RUN_PARAMETERS = ('data_root','preset','methods','seeds','backbone','weights','device','processes','epochs','allow_missing',
                   'actor','actor_file','out') # of every run notebook
-DATASET_PARAMETERS = dict(finediving=('protocol','per_difficulty'), mtl_aqa=('protocol',), aqa7=('classes','ranges')) # of one
+DATASET_PARAMETERS = dict(finediving=('protocol','per_difficulty'), mtl_aqa=('protocol',), aqa7=('classes','score_ranges')) # of one
 
 # %% ../../nbs/experiments/03_session.ipynb #ef636064
 @dataclass
@@ -66,7 +66,7 @@ def _given_fields(p, mode):
     "The fields of the configuration that the parameters `p` set, for a `mode` of the backbone"
     file = 'actor__boxes' if p['actor'] == 'boxes' else 'actor__weights'
     return dict(data_root=str(p['data_root']), allow_missing=p['allow_missing'], weights=p['weights'], train__backbone=mode,
-                model__adapter=mode == 'frozen', score_ranges=p.get('ranges', 'literature'), actor__source=p['actor'], **{file: str(p['actor_file'])})
+                model__adapter=mode == 'frozen', score_ranges=p.get('score_ranges', 'literature'), actor__source=p['actor'], **{file: str(p['actor_file'])})
 
 # %% ../../nbs/experiments/03_session.ipynb #4dbd1be3
 def start(
@@ -120,7 +120,7 @@ def overview(
     for action,data in datas.items():
         title = action or session.protocol.title
         columns[title,'annotated'] = data.release.stats
-        columns[title,'used here'] = describe(session.dataset, data.release.samples)
+        columns[title,'used here'] = release_stats(session.dataset, data.release.samples)
     return pd.DataFrame(columns)
 
 # %% ../../nbs/experiments/03_session.ipynb #b5e169b7
