@@ -49,6 +49,7 @@ def _before(length):
     "x at which `length` metres along the snow are left to the lip"
     return np.interp(_LENGTHS[-1]-length, _LENGTHS, _X)
 
+# %% ../../nbs/synthetic/09_big_air_motion.ipynb #720eec84
 def _before_lip(t, lift, speed):
     "x at frames `t`, at `speed` m/s to the lip at frame `lift`"
     return _before(speed*np.maximum(0, lift-t)/FPS)
@@ -62,6 +63,7 @@ def _unit(v):
     "`v` scaled to length 1"
     return v/np.maximum(np.linalg.norm(v, axis=-1, keepdims=True), 1e-9)
 
+# %% ../../nbs/synthetic/09_big_air_motion.ipynb #c3a2d7ce
 def _grab(j, amount):
     "(n, 16, 3) joints with the left hand moved towards the left foot by the share `amount` (n,), the right arm out"
     out,share = j.copy(),amount[:,None]
@@ -79,6 +81,7 @@ def _board(j):
     direction,middle = _unit(j[:,12]-j[:,13]),j[:,12:16].mean(1)
     return np.stack([middle-.8*direction, middle+.8*direction], 1)[:,None]
 
+# %% ../../nbs/synthetic/09_big_air_motion.ipynb #cabdec6e
 def _skis(j):
     "(n, 4, 2, 3) ends of two skis along the feet and of two poles behind the hands"
     feet = [_unit(j[:,14+k]-j[:,12+k]) for k in (0,1)]
@@ -107,6 +110,7 @@ def _air_tilt(t, trick, lift, land, speed, bad, flight_poses):
     start,end = -np.degrees(_LIP),np.degrees(_SLOPE)+360*trick.flips
     return np.where(t < lift, ride, _turn(t, lift, land, start, end, flight_poses))-_lean(t, land, bad)
 
+# %% ../../nbs/synthetic/09_big_air_motion.ipynb #99c94b3e
 def _air_twist(t, trick, lift, land, board):
     "(n,) twist at frames `t`; a snowboarder stands sideways"
     return 90.*board+_eased(t, np.array([lift+1, land-5]), np.array([0., 180.*trick.twists]))
@@ -121,6 +125,7 @@ def _turned(points, yaw):
     plane,depth = _project(points, yaw)
     return np.concatenate([plane, depth[...,None]], -1)
 
+# %% ../../nbs/synthetic/09_big_air_motion.ipynb #c4444db3
 def _air_body(t, trick, lift, land, speed, faults, board, yaw):
     "(n, 16, 3) joints and (n, G, 2, 3) gear around the centre of mass, in the picture plane and depth"
     at,values = _air_keys(lift, land, faults, board)
@@ -143,12 +148,14 @@ def _fly(seconds, start, speed):
     "(n, 2) centre of mass `seconds` after the lip"
     return start+speed*seconds[:,None]-np.array([0,_G/2])*seconds[:,None]**2
 
+# %% ../../nbs/synthetic/09_big_air_motion.ipynb #60f27d6b
 def _glide(seconds, duration, speed, bad):
     "(n,) metres along the slope after the landing of severity `bad`, `duration` seconds after the lip"
     down = np.array([np.cos(_SLOPE),-np.sin(_SLOPE)])
     brake = 3.5-2.9*bad
     return down @ (speed-np.array([0,_G*duration]))*.94*brake*(1-np.exp(-np.maximum(0, seconds-duration)/brake))
 
+# %% ../../nbs/synthetic/09_big_air_motion.ipynb #793ef086
 def _air_path(t, height, lift, land, start, speed, bad):
     "(n, 2) centre of mass; `height` (n,) is how far it is above the soles"
     seconds,x,n = (t-lift)/FPS,_before_lip(t, lift, np.hypot(*speed)),_normal(-_SLOPE)
@@ -164,6 +171,7 @@ def _above(j, angle):
     "Height of the centre of mass above the lowest joint, measured square to a slope of `angle`"
     return -(j[...,:2] @ _normal(angle)).min(-1)
 
+# %% ../../nbs/synthetic/09_big_air_motion.ipynb #a435131a
 def air_flight(
     plan:Plan, # What is tried and what goes wrong
 )->Flight: # Lip of the kicker at (0, 0)

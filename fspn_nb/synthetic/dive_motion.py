@@ -52,11 +52,13 @@ def _is_twist(step):
     "Whether the sub-action id `step` is a number of twists"
     return 29 <= step <= 35 or step > 40
 
+# %% ../../nbs/synthetic/05_dive_motion.ipynb #ae3b7c89
 def _air_keys(code, time, m):
     "(frame, shape) pairs from the first shape of the flight to the entry"
     shapes = ['wrap' if _is_twist(step) else code.position.lower() for step in time.steps[1:-1]]
     keys = [(m.folded, shapes[0])]
-    for cut,before,after in zip(time.transitions[1:-1], shapes, shapes[1:]): keys += [(cut-2.5, before), (cut+3.5, after)]
+    for cut,before,after in zip(time.transitions[1:-1], shapes, shapes[1:]):
+        keys += [(cut-2.5, before), (cut+3.5, after)]
     return [*keys, (m.opening, shapes[-1]), (m.opened,'entry'), (time.n-1,'entry')]
 
 # %% ../../nbs/synthetic/05_dive_motion.ipynb #749fa59b
@@ -69,6 +71,7 @@ def _run_up(pose, t, until):
     pose[:,9] += 42*fade*np.maximum(0, -np.cos(phase))
     return pose
 
+# %% ../../nbs/synthetic/05_dive_motion.ipynb #e31ee06b
 def _poses(code, time, m, faults):
     "(n, 10) poses of one dive, the run-up's strides included"
     ground,air,t = _ground_keys(code, m),_air_keys(code, time, m),np.arange(time.n, dtype=float)
@@ -174,6 +177,7 @@ def _body_and_path(code, time, m, faults, slant, rng):
     body = skeleton(pose, _tilt(code, time, m, pose, slant), _twist(code, time, m), _spin(code.takeoff)[1])
     return body,*_path(code, time, m, body, rng)
 
+# %% ../../nbs/synthetic/05_dive_motion.ipynb #389dacd8
 def make_dive(
     seed:int, # Every choice follows from it
     action:str|None=None, # Dive number of the catalogue; None: drawn as often as in FineDiving
@@ -190,7 +194,8 @@ def make_dive(
     joints,depth = _project(body, rng.uniform(21, 29))
     costs = fault_costs(faults)
     judges = draw_judges(rng, 10-sum(costs.values()))
-    return Dive(seed=seed, action=action, difficulty=time.difficulty, sub_actions={i:SUB_ACTIONS[i] for i in time.steps},
-                labels=time.labels, transitions=time.transitions, joints=joints, depth=depth, faults=faults, costs=costs,
-                judges=judges, score=final_score(judges, time.difficulty), height=time.height, touch=int(m.touch),
-                slant=float(slant), fps=float(fps))
+    return Dive(
+        seed=seed, action=action, difficulty=time.difficulty, sub_actions={i:SUB_ACTIONS[i] for i in time.steps},
+        labels=time.labels, transitions=time.transitions, joints=joints, depth=depth, faults=faults, costs=costs,
+        judges=judges, score=final_score(judges, time.difficulty), height=time.height, touch=int(m.touch),
+        slant=float(slant), fps=float(fps))

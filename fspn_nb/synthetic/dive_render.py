@@ -101,6 +101,7 @@ def _drops(draw, at, scale, splash, i, fps):
         draw.line((*tail, px, py), fill=(240,247,251,150), width=max(1, int(1.5*r)))
         draw.ellipse((px-r, py-r, px+r, py+r), fill=(246,250,252,215))
 
+# %% ../../nbs/synthetic/06_dive_render.ipynb #4753a8e0
 def _paint_splash(draw, at, scale, splash, dive, i):
     "Foam, sheet and drops of `dive` on frame `i`; nothing before the touch"
     age = i-dive.touch
@@ -135,6 +136,7 @@ def _metres_to_pixels(center, scale, size):
     "A function from metres (x, y) to pixels of a picture of `size` around `center`"
     return lambda x,y: ((x-center[0])*scale+size[0]/2, (center[1]-y)*scale+size[1]/2)
 
+# %% ../../nbs/synthetic/06_dive_render.ipynb #16dd6cb4
 def _pool_scene(i, at, center, scene, size):
     "Stands and pool of frame `i` as an image of `size`"
     back,pools,scale,origin = scene
@@ -144,6 +146,7 @@ def _pool_scene(i, at, center, scene, size):
     img.paste(pools[i//2 % len(pools)], (int(at(origin[0], 0)[0]-w/2-.5*scale), int(at(0, _EDGE)[1])))
     return img
 
+# %% ../../nbs/synthetic/06_dive_render.ipynb #79b6be3b
 def _frame(i, dive, look, cam, scene, splash, size):
     "Frame `i` as an image of `size`"
     scale,big = scene[2],(_SS*size[0], _SS*size[1])
@@ -176,6 +179,7 @@ def _pool_scenery(size, scale, reach, origin, look, rng):
     pools = [pool((int(w+scale*reach), int(h/2+scale*(_EDGE+.6))), look, rng, scale) for _ in range(3)]
     return back,pools,scale,origin
 
+# %% ../../nbs/synthetic/06_dive_render.ipynb #68b64099
 def render(
     dive:Dive, # Joints in metres and everything else but pixels
     size:tuple[int,int]=(256,144), # Width and height, pixels

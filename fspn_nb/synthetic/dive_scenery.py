@@ -37,6 +37,7 @@ def _pick_color(rng, table):
     "A colour of `table`, varied a little"
     return tuple(int(np.clip(c+rng.normal(0, 6), 0, 255)) for c in table[rng.integers(len(table))])
 
+# %% ../../nbs/synthetic/04_dive_scenery.ipynb #98d4898a
 def draw_look(
     rng:np.random.Generator, # Source of chance
 )->Look: # Colours and zoom
@@ -45,7 +46,8 @@ def draw_look(
     skin,suit,hair = (_pick_color(rng, table) for table in (_SKINS,_SUITS,_HAIRS))
     onepiece = bool(rng.random() < .5)
     water,wall = _pick_color(rng, _WATERS),_pick_color(rng, _WALLS)
-    return Look(skin, suit, hair, onepiece, water, wall, banner, float(rng.uniform(.88, 1.1)), float(rng.uniform(.196, .214)))
+    light,zoom = float(rng.uniform(.88, 1.1)),float(rng.uniform(.196, .214))
+    return Look(skin, suit, hair, onepiece, water, wall, banner, light, zoom)
 
 # %% ../../nbs/synthetic/04_dive_scenery.ipynb #c5e03bf8
 @lru_cache(maxsize=4096)
@@ -74,6 +76,7 @@ def _stripe(draw, x, y, tall, kind, base, rng):
         draw.rectangle((x, y+tall//4, x+int(rng.integers(20, 60)), y+3*tall//4), fill=_dim(base, 1.35))
     else: draw.line((x, y, x, y+tall), fill=_dim(base, .8), width=3)
 
+# %% ../../nbs/synthetic/04_dive_scenery.ipynb #c5eae60a
 def _band(draw, y, width, kind, look, rng):
     "One horizontal band of the background from `y` down; returns where it ends"
     tall = int(rng.integers(40, 110))
@@ -83,7 +86,8 @@ def _band(draw, y, width, kind, look, rng):
     base = look.banner if kind == 'banner' else _dim(look.wall, rng.uniform(.7, 1.3))
     if kind == 'banner': tall = tall//2
     draw.rectangle((0, y, width, y+tall), fill=base)
-    for x in range(int(rng.integers(20, 90)), width, int(rng.integers(90, 180))): _stripe(draw, x, y, tall, kind, base, rng)
+    first,step = int(rng.integers(20, 90)),int(rng.integers(90, 180))
+    for x in range(first, width, step): _stripe(draw, x, y, tall, kind, base, rng)
     return y+tall
 
 # %% ../../nbs/synthetic/04_dive_scenery.ipynb #0fd1d172
@@ -105,6 +109,7 @@ def _ripple(w, h, near, rng):
     rows = np.clip((2*h*near**.55).astype(int), 0, 2*h-1)[:,0] # perspective: far rows are squeezed
     return (np.asarray(noise)[rows].astype(np.float32)/255-.5)*(.25+.5*near)
 
+# %% ../../nbs/synthetic/04_dive_scenery.ipynb #69544f5f
 def pool(
     size:tuple[int,int], # Width and height, pixels
     look:Look, # Colours
@@ -132,6 +137,7 @@ def _plate(draw, at, x0, x1, y, thick, fill, line):
     draw.rectangle((*at(x0, y), *at(x1, y-thick)), fill=fill)
     draw.rectangle((*at(x0, y), *at(x1, y-.07)), fill=line)
 
+# %% ../../nbs/synthetic/04_dive_scenery.ipynb #3b4f4711
 def _platform(draw, at, slab, line):
     "Platforms at 10, 7.5, 5 and 3 m, their column, and the rail of the highest"
     draw.rectangle((*at(-3.6, 10), *at(-2.7, 1)), fill=_dim(slab, .62))
@@ -139,6 +145,7 @@ def _platform(draw, at, slab, line):
     for x in (-6.,-4.4,-2.8,-1.2): draw.line((*at(x, 10), *at(x, 11)), fill=_RAIL, width=3)
     draw.line((*at(-9, 11), *at(-1.2, 11)), fill=_RAIL, width=4)
 
+# %% ../../nbs/synthetic/04_dive_scenery.ipynb #a8740270
 def _springboard(draw, at, tip, slab, line, color):
     "A springboard whose end is at the height `tip`, and its stand"
     draw.rectangle((*at(-3.2, 2.9), *at(-2.4, 1)), fill=_dim(slab, .6))
@@ -212,6 +219,7 @@ def _limbs(draw, j, depth, scale, colors, shade):
         jobs.append((near, partial(_limb, draw, j[a], j[b], ra*scale, rb*scale, color)))
     return jobs
 
+# %% ../../nbs/synthetic/04_dive_scenery.ipynb #7e69e9c8
 def _paint_in_order(jobs):
     "Calls the functions of `jobs`, the farthest first"
     for _,paint in sorted(jobs, key=lambda job: job[0]): paint()

@@ -57,6 +57,7 @@ def _lead(n):
     "Still frames in front of a dive of `n` frames"
     return max(10, 110-n)
 
+# %% ../../nbs/synthetic/14_formats.ipynb #602a3637
 def plan_mtl_aqa(
     n_train:int, # As in `plan_finediving`
     n_test:int, # As in `plan_finediving`
@@ -88,6 +89,7 @@ def _every_frame(job, video):
     "The files of a sample show all frames of `video`"
     return np.arange(len(video.boxes))
 
+# %% ../../nbs/synthetic/14_formats.ipynb #80e1a077
 @dataclass(frozen=True)
 class Format:
     "How one release is planned, drawn and written"
@@ -101,16 +103,19 @@ class Format:
 # %% ../../nbs/synthetic/14_formats.ipynb #3405f7fa
 def _dive(job, size, draw): return synth_dive(job.seed, size=size, draw=draw)
 def _act(job, size, draw): return synth_act(job.seed, job.key[0], size, draw)
-def _keys(jobs, split): return [job.key for job in jobs if job.split == split]
 
+def _keys(jobs, split): return [job.key for job in jobs if job.split == split]
 def _finediving_frames(root, job, dive): return write_frames(root, job.key, job.at, dive.frames)
+
 def _aqa7_frames(root, job, act): return write_act_frames(root, *job.key, act.frames)
 
+# %% ../../nbs/synthetic/14_formats.ipynb #7b302d34
 def _finediving_annotations(root, jobs, dives):
     "The annotations of FineDiving"
     rows = [(job.key, job.at, dive) for job,dive in zip(jobs, dives)]
     return write_finediving(root, rows, _keys(jobs, 'train'), _keys(jobs, 'test'))
 
+# %% ../../nbs/synthetic/14_formats.ipynb #f2a1d9d7
 def _aqa7_annotations(root, jobs, acts):
     "The annotations of AQA-7"
     rows = [(job.key, act) for job,act in zip(jobs, acts)]
@@ -123,11 +128,13 @@ def _mtl_frames(root, job, dive):
     film = np.concatenate([np.repeat(f[:1], lead, 0), f, np.repeat(f[-1:], _TAIL, 0)])
     return write_video_frames(root, job.key[0], job.at-len(f)-lead+1, film)
 
+# %% ../../nbs/synthetic/14_formats.ipynb #26ad5a2a
 def _mtl_annotations(root, jobs, dives):
     "The annotations of MTL-AQA"
     rows = [(job.key, job.at, dive) for job,dive in zip(jobs, dives)]
     return write_mtl_aqa(root, rows, _keys(jobs, 'train'), _keys(jobs, 'test'))
 
+# %% ../../nbs/synthetic/14_formats.ipynb #5a8521e4
 def _mtl_window(job, dive):
     "The last 103 frames of a dive; frame 0 again where it is shorter"
     n = len(dive.labels)

@@ -83,6 +83,7 @@ def _hill_boards(draw, line, left, right, piste):
         x = np.array([start, start+4, start+4, start])
         draw.polygon(line(x, snow(x)+[.55,.55,1.35,1.35]), fill=_dim(piste.boards[k % 6], light))
 
+# %% ../../nbs/synthetic/12_hill_scenery.ipynb #76c1e587
 def _snow_band(draw, line, x, piste):
     "The snow along `x`, in ever darker shade towards the camera"
     y,deep = snow(x),snow(x).min()-30
@@ -102,6 +103,7 @@ def _sprayed_lines(draw, at, line, left, right, x):
     for xy in ends.tolist(): draw.line(xy, fill=_BLUE, width=3)
     for dy in (.52,-1.05): draw.line(line(x, snow(x)+dy), fill=_BLUE, width=2)
 
+# %% ../../nbs/synthetic/12_hill_scenery.ipynb #3cdca64f
 def _kicker(draw, at, piste):
     "The shaded end of the kicker and the red line on its lip"
     draw.polygon([at(0, .6), at(.25, -.4), at(.25, -2.5), at(0, -2.4)], fill=_dim(piste.white, .6))

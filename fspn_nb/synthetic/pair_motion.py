@@ -34,6 +34,7 @@ def _leaning(dive, lean):
     x,y = np.moveaxis(dive.joints-middle, -1, 0)
     return middle+np.stack([x*np.cos(a)+y*np.sin(a), y*np.cos(a)-x*np.sin(a)], -1)
 
+# %% ../../nbs/synthetic/10_pair_motion.ipynb #b4a6ed54
 def cut_dive(
     dive:Dive, # Any length
     late:int=0, # Frames by which everything happens later
@@ -52,11 +53,13 @@ def _faults_of(who, faults):
     "The five faults of the 'near' or the 'far' diver, without the prefix"
     return {k.split('_')[1]:v for k,v in faults.items() if k.startswith(who)}
 
+# %% ../../nbs/synthetic/10_pair_motion.ipynb #1b5a070c
 def make_pair(
     plan:Plan, # Of a diving class
 )->tuple[Dive,...]: # One dive, or the nearer and the farther of a pair, 103 frames each
     "The dive or the two dives of `plan`"
-    if plan.sport not in _HEIGHT: raise ValueError(f"need a plan of {', '.join(_HEIGHT)}, got one of {plan.sport!r}; use synth_act")
+    if plan.sport not in _HEIGHT:
+        raise ValueError(f"need a plan of {', '.join(_HEIGHT)}, got one of {plan.sport!r}; use synth_act")
     seed = _dive_seed(plan.seed, plan.name, _HEIGHT[plan.sport])
     if plan.sport == 'diving': return (cut_dive(make_dive(seed, plan.name, plan.faults)),)
     near,far = (make_dive(seed, plan.name, _faults_of(who, plan.faults)) for who in ('near','far'))

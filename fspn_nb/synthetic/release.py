@@ -14,8 +14,8 @@ import pandas as pd
 from ..core import data_cache,progress,write_atomic,write_json
 from ..data import grammar
 from ..protocols import PROTOCOLS
-from . import (big_air_motion,catalogue,dive_motion,dive_render,dive_scenery,formats,hill_scenery,judging,
-    pair_motion,skeleton,sport_plans,sport_render,sport_scenery,vault_motion)
+from . import (big_air_motion,catalogue,dive_motion,dive_render,dive_scenery,formats,hill_scenery,
+    judging,pair_motion,skeleton,sport_plans,sport_render,sport_scenery,vault_motion)
 from .formats import FORMATS,Job
 
 # %% ../../nbs/synthetic/15_release.ipynb #83a7613f
@@ -88,6 +88,7 @@ def _box_rows(uid, video, ids):
     corners = pd.DataFrame(video.boxes[ids], columns=['x1','y1','x2','y2'])
     return corners.assign(uid=uid, frame=range(len(ids)))[['uid','frame','x1','y1','x2','y2']]
 
+# %% ../../nbs/synthetic/15_release.ipynb #b88d7aef
 def write_truth(
     root, # Folder of the release; `truth` is made in it
     made:dict, # {uid: (Dive or Act with boxes, which of its frames each file of the sample shows)}

@@ -55,6 +55,7 @@ def _known(sport):
         raise ValueError(f"sport must be one of {', '.join(SPORTS)}, got {sport!r}; choose one of the six")
     return sport
 
+# %% ../../nbs/synthetic/07_sport_plans.ipynb #9f66f838
 def _acts(sport):
     "{name: (how often, difficulty)} for any sport"
     if _known(sport) in _HEIGHT: return _dives(sport)
@@ -89,6 +90,7 @@ def _pair_severities(rng, easy):
     both['sync'] = float(.9*rng.beta(1.5, 3.5))
     return {k:v*(.55 if easy else 1.) for k,v in both.items()}
 
+# %% ../../nbs/synthetic/07_sport_plans.ipynb #fdef85c3
 def _severities(rng, sport, easy=False):
     "Severity of each fault of `sport`, drawn; an `easy` dive is done well"
     if sport == 'diving': return {k:v*_FORM[sport] for k,v in draw_faults(rng).items()}
@@ -159,7 +161,8 @@ class Plan(NamedTuple):
 def _severity(sport, faults):
     "`faults` completed with zeros, or an error that names what the sport does not have"
     unknown = sorted(set(faults)-set(FAULTS[sport]))
-    if unknown: raise ValueError(f"faults of {sport} are {', '.join(FAULTS[sport])}, got {unknown[0]!r}; correct its name")
+    if unknown:
+        raise ValueError(f"faults of {sport} are {', '.join(FAULTS[sport])}, got {unknown[0]!r}; correct its name")
     outside = [k for k,v in faults.items() if not 0 <= v <= 1]
     if outside: raise ValueError(f"need severities in 0..1, got {faults[outside[0]]} for {outside[0]!r}; scale it")
     return {k:float(faults.get(k, 0.)) for k in FAULTS[sport]}
@@ -171,6 +174,7 @@ def _judged(rng, seed, sport, name, difficulty, faults):
     marks,score = judge(rng, sport, difficulty, costs)
     return Plan(seed, sport, name, difficulty, faults, costs, marks, score)
 
+# %% ../../nbs/synthetic/07_sport_plans.ipynb #ce31aa49
 def plan_act(
     seed:int, # The only source of chance
     sport:str, # Key of `SPORTS`

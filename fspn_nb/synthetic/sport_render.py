@@ -8,7 +8,7 @@ __all__ = ['Act', 'synth_act']
 # %% ../../nbs/synthetic/13_sport_render.ipynb #a39163e1
 from dataclasses import dataclass,replace
 import numpy as np
-from PIL import Image,ImageDraw
+from PIL import ImageDraw
 from ..protocols import SPORTS
 from .big_air_motion import _landing,air_flight,snow
 from .dive_render import (_FAR,_SS,_board_tip,_boxes,_camera,_crossing,_drops,_metres_to_pixels,
@@ -59,6 +59,7 @@ def _pixel_of(view, i):
     "`view` of frame `i` as a function from metres (x, y) to one pixel"
     return lambda x,y: tuple(view(i, np.array([x,y])).tolist())
 
+# %% ../../nbs/synthetic/13_sport_render.ipynb #0c77ee9a
 def _pair_frame(i, pair, looks, cam, views, scene, splashes, size):
     "Frame `i` of a pair as an image of `size`"
     scale = scene[2]
@@ -68,9 +69,9 @@ def _pair_frame(i, pair, looks, cam, views, scene, splashes, size):
     wet = min(dive.joints[i,:,1].min() for dive in pair) < 0
     clear = img.copy() if wet else None
     for k in (1,0):
-        dive = pair[k]
+        dive,j = pair[k],pair[k].joints[i]
         if dive.height == 3 or k == 0: tower(draw, ats[k], _board_tip(dive, i), dive.height, looks[k]) # one platform, two boards
-        if dive.joints[i,:,1].max() > -1.3: draw_diver(draw, views[k](i, dive.joints[i]), dive.depth[i], sizes[k], looks[k])
+        if j[:,1].max() > -1.3: draw_diver(draw, views[k](i, j), dive.depth[i], sizes[k], looks[k])
     if wet: _sink(img, clear, ats[0], scale)
     for k in (1,0): _paint_splash(draw, ats[k], sizes[k], splashes[k], pair[k], i)
     return img.reduce(_SS)
@@ -92,6 +93,7 @@ def _pair_boxes(pair, views, scale, size):
         joints.append(points)
     return np.stack(boxes, 1),np.stack(joints, 1).astype(np.float32)
 
+# %% ../../nbs/synthetic/13_sport_render.ipynb #c528ed76
 def _film_pair(plan, pair, size, draw):
     "(frames or None, boxes (103, 2, 4), joints_px (103, 2, 16, 2)) of a synchronised dive"
     rng = np.random.default_rng([plan.seed, SPORTS[plan.sport].id, 35])
@@ -108,7 +110,7 @@ def _film_pair(plan, pair, size, draw):
 
 # %% ../../nbs/synthetic/13_sport_render.ipynb #64a39949
 def _follow(x, sigma):
-    "(n,) values blurred as by `_smooth`; both ends move on, so that the first frame does not depend on what comes after"
+    "(n,) values blurred as by `_smooth`; both ends move on, so the first frame does not depend on later ones"
     r = int(3*sigma)
     return _smooth(np.pad(x, r, mode='reflect', reflect_type='odd'), sigma)[r:-r]
 
@@ -167,6 +169,7 @@ def _gym_scene(w, h, scale, look, rng):
     back = backdrop((int(w+_FAR*scale*(right-left)), int(h+_FAR*scale*2.5)), look, rng)
     return back,gym_floor(look, rng, scale),scale
 
+# %% ../../nbs/synthetic/13_sport_render.ipynb #4db24366
 def _hill_scene(w, h, scale, look, rng, flight, bad):
     "Sky, piste, flying snow, colour of the gear and scale of a run"
     piste = draw_piste(rng, look)
@@ -187,8 +190,8 @@ def _film_flight(plan, flight, size, draw):
     boxes,joints = np.clip(boxes, 0, [*size, *size]).astype(np.float32),joints[:,None].astype(np.float32)
     if not draw: return None,boxes,joints
     w,h,big = _SS*size[0],_SS*size[1],_SS*scale
-    scene = _gym_scene(w, h, big, look, rng) if gym else _hill_scene(w, h, big, look, rng, flight, plan.faults['landing'])
-    paint = _vault_frame if gym else _air_frame
+    if gym: scene,paint = _gym_scene(w, h, big, look, rng),_vault_frame
+    else: scene,paint = _hill_scene(w, h, big, look, rng, flight, plan.faults['landing']),_air_frame
     return _lit([paint(i, flight, look, wear, cam, scene, size) for i in range(N)], look.light),boxes,joints
 
 # %% ../../nbs/synthetic/13_sport_render.ipynb #97cfe360
@@ -198,6 +201,7 @@ def _film_dives(plan, dives, size, draw):
     dive = render(dives[0], size, draw)
     return dive.frames,dive.boxes[:,None],dive.joints_px[:,None]
 
+# %% ../../nbs/synthetic/13_sport_render.ipynb #d3ef5e22
 def synth_act(
     seed:int, # The only source of chance
     sport:str, # Key of `SPORTS`
@@ -217,5 +221,6 @@ def synth_act(
         place = [(flight.joints, flight.depth)]
     joints,depth = (np.stack(arrays, 1) for arrays in zip(*place))
     boxes = np.concatenate([own[...,:2].min(1), own[...,2:].max(1)], -1)
-    return Act(seed, sport, plan.score, plan.judges, plan.faults, plan.costs, joints, depth, frames, boxes, own, joints_px,
-               plan.name, plan.difficulty)
+    return Act(seed=seed, sport=sport, score=plan.score, judges=plan.judges, faults=plan.faults, costs=plan.costs,
+               joints=joints, depth=depth, frames=frames, boxes=boxes, athlete_boxes=own, joints_px=joints_px,
+               name=plan.name, difficulty=plan.difficulty)

@@ -23,13 +23,15 @@ class Wear(NamedTuple):
     thick:float=1. # Limbs' girth, as a multiple of a diver's
 
 # %% ../../nbs/synthetic/11_sport_scenery.ipynb #d6ffc919
-_BRIGHT = ((214,48,40), (240,140,24), (250,206,40), (60,160,70), (30,120,200), (120,60,160), (230,80,140), (40,44,52), (236,238,240))
+_BRIGHT = ((214,48,40), (240,140,24), (250,206,40), (60,160,70), (30,120,200), (120,60,160), (230,80,140),
+           (40,44,52), (236,238,240))
 _WHITE,_BOOTS = (232,234,238),(36,38,44)
 
 def _bright_color(rng):
     "One of the bright colours, varied a little"
     return tuple(int(np.clip(c+rng.normal(0, 8), 0, 255)) for c in _BRIGHT[rng.integers(len(_BRIGHT))])
 
+# %% ../../nbs/synthetic/11_sport_scenery.ipynb #e63b1ff5
 def draw_wear(
     rng:np.random.Generator, # Source of chance
     look:Look, # Skin and suit
@@ -61,7 +63,8 @@ def draw_athlete(
     "A dressed athlete, painted from the farthest part to the nearest"
     thick,dressed = scale*wear.thick,look._replace(suit=wear.top, onepiece=True)
     trunk = .5*depth[1]+.25*(depth[8]+depth[9])
-    jobs = [(trunk, partial(_trunk, draw, j, .5*(thick+scale), dressed)), (depth[0], partial(_head, draw, j, scale, look))]
+    jobs = [(trunk, partial(_trunk, draw, j, .5*(thick+scale), dressed))]
+    jobs.append((depth[0], partial(_head, draw, j, scale, look)))
     if wear.helmet: jobs.append((depth[0]+.001, partial(_helmet, draw, j, scale, wear.helmet)))
     colors = [wear.arms]*4+[wear.legs]*4+[wear.feet]*2
     _paint_in_order(jobs+_limbs(draw, j, depth, thick, colors, shade=.78))
@@ -83,6 +86,7 @@ def _gym_boards(rectangle, look, rng):
         rectangle(x, x+2.92, 1.05, top, _dim(look.banner, float(rng.uniform(.6, 1.3))))
         rectangle(x+.6, x+2., 1.3, 1.52, (222,224,226))
 
+# %% ../../nbs/synthetic/11_sport_scenery.ipynb #569fe9bd
 def _gym_mats(rectangle, mat):
     "Run-up, landing mat and the two lines of its corridor"
     left = _FLOOR[0]

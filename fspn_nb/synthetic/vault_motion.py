@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from ..protocols import SPORTS
 from .dive_motion import _eased,_project
-from .skeleton import SHAPES,faulty_pose,skeleton
+from .skeleton import faulty_pose,skeleton
 from .sport_plans import Plan,VAULTS
 
 # %% ../../nbs/synthetic/08_vault_motion.ipynb #bf03d07b
@@ -43,7 +43,7 @@ POSES = {name:_flat(*angles) for name,angles in dict(
 
 # %% ../../nbs/synthetic/08_vault_motion.ipynb #6311c75a
 def _turn(t, t0, t1, a, b, pose):
-    "Tilt at frames `t`: `a` until `t0`, `b` from `t1`; fast where `pose` (n, 10), a fine grid from `t0` to `t1`, is folded"
+    "Tilt at `t`: `a` until `t0`, `b` from `t1`; fast where `pose` (n, 10), a fine grid between them, is folded"
     speed = 1+1.6*np.clip((pose[:,0]+.5*pose[:,1])/170, 0, 1)
     turned = np.concatenate([[0], np.cumsum(.5*(speed[1:]+speed[:-1]))])
     return a+(b-a)*np.interp(t, np.linspace(t0, t1, len(pose)), turned/turned[-1])
@@ -97,14 +97,16 @@ def _landing_keys(land, bad):
     end = (1-_fallen(bad))*POSES['salute']+_fallen(bad)*POSES['down']
     return [(land-.8, POSES['open']), (land+3.5, deep), (land+9, deep), (land+20, end), (N+20., end)]
 
+# %% ../../nbs/synthetic/08_vault_motion.ipynb #be5a29ae
 def _vault_keys(trick, times, land, faults):
     "(frame, pose) keys of a whole vault"
     shape,support = _vault_shape(trick.shape, faults),_vault_shape('handstand', faults)
     air = .3*(land-times.push)
-    run_up = [(0, POSES['run']), (times.hurdle-4, POSES['run']), (times.hurdle+3, POSES['hop']), (times.board, POSES['press'])]
+    run_up = [(0, POSES['run']), (times.hurdle-4, POSES['run'])]
+    jump = [(times.hurdle+3, POSES['hop']), (times.board, POSES['press'])]
     table = [(times.leave, _vault_shape('launch', faults)), (times.hands, support), (times.push, support)]
     flight = [(times.push+air, shape), (land-air, shape)]
-    return run_up+table+flight+_landing_keys(land, faults['landing'])
+    return run_up+jump+table+flight+_landing_keys(land, faults['landing'])
 
 # %% ../../nbs/synthetic/08_vault_motion.ipynb #d5d03ae7
 def _stride(pose, t, until, rate):
@@ -124,8 +126,9 @@ def _vault_tilt(t, trick, times, land, bad, sign, flight_poses):
     flight = _turn(t, times.push, land, 0, 360*trick.flips-176, flight_poses)*(t > times.push)
     return ground+flight+sign*_lean(t, land, bad)
 
+# %% ../../nbs/synthetic/08_vault_motion.ipynb #626e4259
 def _vault_twist(t, trick, times, land):
-    "(n,) twist at frames `t`: some before the table, some after it"
+    "(n,) twist at frames `t`, before the table and after it"
     before = _eased(t, np.array([times.leave, times.hands]), np.array([0., 180.*trick.entry]))
     after = _eased(t, np.array([times.push+2, land-4]), np.array([0., 180.*trick.twists]))
     return before+after
@@ -148,6 +151,7 @@ def _airtime(drop, up):
     "Seconds until `drop` metres below a start with `up` m/s"
     return (up+np.sqrt(up*up+2*_G*drop))/_G
 
+# %% ../../nbs/synthetic/08_vault_motion.ipynb #cb476ed4
 def _land_frame(trick, times, faults, sign, yaw, table, up):
     "Frame of the landing after a push-off with `up` m/s"
     land = times.push+26.
@@ -165,6 +169,7 @@ def _hands_at(body, t):
     "(n, 2) where the hands are, relative to the centre of mass"
     return body(t)[:,6:8,:2].mean(1)
 
+# %% ../../nbs/synthetic/08_vault_motion.ipynb #52931d86
 def _height(body, t):
     "(n,) height of the centre of mass above the lowest joint"
     return -body(t)[:,:,1].min(1)
@@ -177,11 +182,13 @@ def _board_x(ideal, times):
     before,hands = ideal(np.array([times.leave, times.hands]))
     return _HANDS_X-hands[6:8,0].mean()-4.7*(times.hands-times.leave)/FPS+before[12:16,0].mean()
 
+# %% ../../nbs/synthetic/08_vault_motion.ipynb #fd09ed2a
 def _run_path(t, body, times, start_x):
     "(n, 2) centre of mass while running, at `start_x` on the last step"
     bounce = .05*np.abs(np.sin(np.pi*.13*(t-times.hurdle)))
     return np.stack([start_x-6.6*(times.hurdle-t)/FPS, _height(body, t)+bounce], -1)
 
+# %% ../../nbs/synthetic/08_vault_motion.ipynb #ca5d7115
 def _second_flight(t, times, top, speed):
     "(n, 2) centre of mass after the push-off at `top` with `speed` m/s"
     seconds = (t-times.push)/FPS
@@ -195,13 +202,15 @@ def _stand_path(t, body, land, spot, bad, sign):
     hop = .1*bad*np.abs(np.sin(2*np.pi*u))*(1-_fallen(bad))
     return np.stack([spot+step-_foot_x(body, t), _height(body, t)+hop], -1)
 
+# %% ../../nbs/synthetic/08_vault_motion.ipynb #62a68f63
 def _vault_path(t, body, ideal, times, land, table, speed, bad, sign):
     "(n, 2) centre of mass, and where springboard, table and landing are"
     board_x = _board_x(ideal, times)
     on_board = lambda t: np.stack([board_x-_foot_x(body, t), .22+_height(body, t)], -1)
     on_table = lambda t: np.array([_HANDS_X, table])-_hands_at(body, t)
     once = lambda fn,frame: fn(np.array([frame]))[0]
-    hurdle,board,leave = _height(body, np.array([times.hurdle]))[0],once(on_board, times.board),once(on_board, times.leave)
+    hurdle = _height(body, np.array([times.hurdle]))[0]
+    board,leave = once(on_board, times.board),once(on_board, times.leave)
     start = np.array([board[0]-6.2*(times.board-times.hurdle)/FPS, hurdle])
     hands,top = once(on_table, times.hands),once(on_table, times.push)
     spot = _second_flight(np.array([land]), times, top, speed)[0,0]+_foot_x(body, np.array([land]))[0]
