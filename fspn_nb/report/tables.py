@@ -125,7 +125,8 @@ def predictions_by_method(
     "Test predictions of each method in `protocol`, lowest seed"
     sound = runs[(runs.problem == '') & (runs.protocol == protocol)]
     first = sound.sort_values('seed').drop_duplicates([name for name in _ALIKE if name != 'n'])
-    first = first.assign(last=first.method == 'fspn', label=first.method.map(method_titles()).fillna(first.method)).sort_values(['last', 'method', 'run'])
+    first = first.assign(last=first.method == 'fspn', label=first.method.map(method_titles()).fillna(first.method))
+    first = first.sort_values(['last','method','run'])
     twins = first.label.duplicated(keep=False)
     names = [row.label+(f' ({Path(row.run).name})' if twin else '') for row,twin in zip(first.itertuples(), twins)]
     return {name: read_predictions(Path(root)/run) for name,run in zip(names, first.run)}
