@@ -1,4 +1,4 @@
-"I3D: foreign weight layouts, damaged files, sizes, folding, and real frames"
+"I3D: foreign weight layouts, damaged files, sizes, fused normalisation, and real frames"
 import pickle
 
 import pytest
@@ -30,7 +30,7 @@ def as_hassony2(model):
         if k.startswith('Logits'): k = k.replace('Logits.', 'conv3d_0c_1x1.conv3d.')
         else:
             first,*rest = k.split('.')
-            k = '.'.join([first.lower(), *(HASSONY.get(o, {'conv':'conv3d', 'bn':'batch3d'}.get(o, o)) for o in rest)])
+            k = '.'.join([first.lower(), *(HASSONY.get(part, {'conv':'conv3d', 'bn':'batch3d'}.get(part, part)) for part in rest)])
         out[k] = v.clone()
     return out
 
@@ -143,9 +143,9 @@ def test_map_sizes(random_i3d, size, map_size):
     assert f.shape == (1, 1024, 1, map_size, map_size)
 
 
-@pytest.mark.parametrize('frames,steps', [(1, 1), (7, 1), (8, 1), (9, 2), (16, 2), (17, 3)])
-def test_time_lengths(random_i3d, frames, steps):
-    with torch.no_grad(): assert random_i3d.features(torch.zeros(1, 3, frames, 32, 32)).shape[2] == steps
+@pytest.mark.parametrize('frames,out', [(1, 1), (7, 1), (8, 1), (9, 2), (16, 2), (17, 3)])
+def test_time_lengths(random_i3d, frames, out):
+    with torch.no_grad(): assert random_i3d.features(torch.zeros(1, 3, frames, 32, 32)).shape[2] == out
 
 
 def test_logits_head_of_224_is_the_published_one(random_i3d):
@@ -166,7 +166,7 @@ def test_pool_is_pad_then_pool(n, kernel, stride):
     assert torch.equal(SamePool(kernel, stride)(x), F.max_pool3d(F.pad(x, pads), kernel, stride))
 
 
-def test_fold_equals_plain(random_i3d):
+def test_fused_equals_plain(random_i3d):
     clips = torch.randint(0, 256, (2, 3, 16, 112, 112), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
     fast = fuse_conv_bn(random_i3d)
     plain,quick = encode_clips(random_i3d, clips),encode_clips(fast, clips)
@@ -177,7 +177,7 @@ def test_fold_equals_plain(random_i3d):
     assert random_i3d.Conv3d_1a_7x7.conv.weight.requires_grad
 
 
-def test_fold_of_kinetics_weights_equals_plain():
+def test_fused_kinetics_weights_equal_plain():
     model = I3D().eval()
     load_kinetics(model)
     x = normalize_clip(torch.randint(0, 256, (1, 3, 16, 112, 112), dtype=torch.uint8, generator=torch.Generator().manual_seed(4)))

@@ -105,11 +105,11 @@ class Waits(TorchDispatchMode):
     "Collects the operations whose answer has to come back from a GPU before the program can go on"
     def __init__(self):
         super().__init__()
-        self.found = []
+        self.operations = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if func.name().startswith('aten::index') and isinstance(args[1], (list, tuple)) else []
-        if masks or func.name() in ('aten::_local_scalar_dense', 'aten::nonzero', 'aten::masked_select'): self.found.append(func.name())
+        if masks or func.name() in ('aten::_local_scalar_dense', 'aten::nonzero', 'aten::masked_select'): self.operations.append(func.name())
         return func(*args, **(kwargs or {}))
 
 
@@ -120,12 +120,12 @@ def test_a_training_step_waits_for_nothing(name):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1.)
     train_step(model, batch, optimiser, schedule) # the first one may ask whether there are intervals
     with Waits() as waits: train_step(model, batch, optimiser, schedule)
-    assert not waits.found
+    assert not waits.operations
 
 
 def test_waiting_is_noticed():
     with Waits() as waits: bool((torch.arange(3) > 1).any()), torch.arange(3)[torch.arange(3) > 1]
-    assert len(waits.found) >= 2
+    assert len(waits.operations) >= 2
 
 
 def test_many_exemplars_at_once_equal_one_by_one():
@@ -141,8 +141,8 @@ def test_many_exemplars_at_once_equal_one_by_one():
 
 def test_evaluation_does_not_depend_on_batch_mates():
     model, batch = small().eval(), batch_of(4)
-    with torch.no_grad(): all_, one = model.encode(batch).feature, model.encode(Batch(batch.scene[2:3], batch.actor[2:3])).feature
-    assert torch.allclose(all_[2:3], one, atol=1e-4)
+    with torch.no_grad(): every, one = model.encode(batch).feature, model.encode(Batch(batch.scene[2:3], batch.actor[2:3])).feature
+    assert torch.allclose(every[2:3], one, atol=1e-4)
 
 
 def test_weights_carry_intervals_and_scale():
