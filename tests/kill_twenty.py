@@ -45,8 +45,8 @@ def kill(folder, within_write, rng, began_training, whole):
     while within_write and p.poll() is None and not list(run.glob('.last.pt.*.part')): pass
     p.send_signal(signal.SIGKILL)
     killed = p.wait() == -signal.SIGKILL
-    state = newest_ckpt(run, CFG) or dict(epoch=0, inside=None)
-    return dict(asked='while writing' if within_write else 'any time', killed=killed, second=round(time.time()-t, 2), epoch=state['epoch'], step=(state['inside'] or dict(step=0))['step'], torn=len(list(run.glob('.last.pt.*.part'))))
+    state = newest_ckpt(run, run.name) or dict(epoch=0, within_epoch=None)
+    return dict(asked='while writing' if within_write else 'any time', killed=killed, second=round(time.time()-t, 2), epoch=state['epoch'], step=(state['within_epoch'] or dict(step=0))['step'], torn=len(list(run.glob('.last.pt.*.part'))))
 
 
 def main(folder, times=20):

@@ -42,14 +42,14 @@ def own(made, tmp_path):
 def moved(release, tmp_path):
     "The same dives with frame files of their own"
     cfg,samples,boxes = release
-    for o in samples: shutil.copytree(o.folder, tmp_path/'frames'/o.uid)
-    return cfg,[replace(o, folder=tmp_path/'frames'/o.uid) for o in samples],boxes
+    for sample in samples: shutil.copytree(sample.folder, tmp_path/'frames'/sample.uid)
+    return cfg,[replace(sample, folder=tmp_path/'frames'/sample.uid) for sample in samples],boxes
 
 
 def written(monkeypatch):
     "The names of the dives that are decoded from now on"
     seen = []
-    monkeypatch.setattr(S, 'write_record', lambda p, o, *rest, write=S.write_record: (seen.append(o.uid), write(p, o, *rest))[1])
+    monkeypatch.setattr(S, 'write_record', lambda path, sample, *rest, write=S.write_record: (seen.append(sample.uid), write(path, sample, *rest))[1])
     return seen
 
 
@@ -101,12 +101,12 @@ def test_killed_build_goes_on(release, tmp_path, monkeypatch):
     seen = written(monkeypatch)
     store = S.build_store(samples, cfg, boxes, tmp_path)
     assert samples[0].uid not in seen and samples[1].uid in seen
-    assert S.verify(store) == {}
+    assert S.verify_store(store) == {}
 
 
 def test_changed_frame_of_the_same_size(moved, own, monkeypatch, capsys):
     cfg,samples,boxes = moved
-    assert S.verify(S.build_store(samples, cfg, boxes, own)) == {} # copied frames: other times, same bytes
+    assert S.verify_store(S.build_store(samples, cfg, boxes, own)) == {} # copied frames: other times, same bytes
     frame = samples[1].folder/samples[1].files[0]
     data = bytearray(frame.read_bytes())
     data[-3] ^= 1 # inside the picture
@@ -138,12 +138,12 @@ def test_one_flipped_bit(release, own, monkeypatch, capsys, at):
     cfg,samples,boxes = release
     store = S.build_store(samples, cfg, boxes, own)
     rot(store.paths[0], at)
-    assert list(S.verify(store)) == [samples[0].uid]
+    assert list(S.verify_store(store)) == [samples[0].uid]
     seen = written(monkeypatch)
     S.build_store(samples, cfg, boxes, own)
     assert seen == [samples[0].uid]
     assert f'dive {samples[0].uid} is made again' in capsys.readouterr().out
-    assert S.verify(store) == {}
+    assert S.verify_store(store) == {}
 
 
 def test_too_small_a_disk(release, tmp_path, monkeypatch, capsys):
@@ -159,16 +159,16 @@ def test_too_small_a_disk(release, tmp_path, monkeypatch, capsys):
 def test_memory_or_map(release, made, monkeypatch, capsys):
     cfg,samples,boxes = release
     folder = made.paths[0].parent
-    for free,said in ((10**12, 'held in memory'), (10**6, 'mapped from disk')):
+    for free,message in ((10**12, 'held in memory'), (10**6, 'mapped from disk')):
         monkeypatch.setattr(stored, 'free_memory', lambda: free)
         assert type(choose_source(samples, cfg, boxes, folder)) is CachedDataset
-        assert said in capsys.readouterr().out
+        assert message in capsys.readouterr().out
 
 
 def test_nothing_to_store(release, tmp_path):
     cfg = release[0]
     store = S.build_store([], cfg, {}, tmp_path)
-    assert (store.rows, store.nbytes, S.verify(store)) == ((), 0, {})
+    assert (store.rows, store.nbytes, S.verify_store(store)) == ((), 0, {})
 
 
 def test_missing_frame_is_named(moved, tmp_path):
@@ -181,5 +181,5 @@ def test_missing_frame_is_named(moved, tmp_path):
 
 def test_threads_are_given_back(release, made):
     before = torch.get_num_threads()
-    S.verify(made)
+    S.verify_store(made)
     assert torch.get_num_threads() == before

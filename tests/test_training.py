@@ -17,6 +17,8 @@ from fspn_nb.config import override,finediving,run_id,save_cfg
 from fspn_nb.evaluate import evaluate
 from fspn_nb.train import fit
 from fspn_nb.training.checkpoint import load_ckpt,newest_ckpt
+from fspn_nb.training.loop import build_model
+from fspn_nb.training.predict import predict
 from fspn_nb.training.prepare import prepare
 
 SMALL = dict(synthetic__n_train=6, synthetic__n_test=4)
@@ -51,7 +53,7 @@ def wait_for(run, cfg, epoch):
     deadline = time.time()+200
     while time.time() < deadline:
         try:
-            if load_ckpt(run/'last.pt', cfg)['epoch'] > epoch: return
+            if load_ckpt(run/'last.pt', run_id(cfg))['epoch'] > epoch: return
         except FileNotFoundError: pass
         time.sleep(.02)
 
@@ -77,9 +79,9 @@ def test_a_run_that_is_stopped_ends_where_the_whole_one_ends(whole, tmp_path, si
     p.send_signal(sign)
     text = p.communicate(timeout=60)[0]
     assert p.returncode == status, 'it must have been stopped, not finished'
-    state = load_ckpt(run/'last.pt', cfg)
+    state = load_ckpt(run/'last.pt', run_id(cfg))
     assert 3 < state['epoch'] < 60
-    if sign == signal.SIGTERM: assert 'everything is saved' in text and f"epoch {state['epoch']+1}, step {state['inside']['step']}" in text
+    if sign == signal.SIGTERM: assert 'everything is saved' in text and f"epoch {state['epoch']+1}, step {state['within_epoch']['step']}" in text
     again = start(cfg, tmp_path)
     assert again.wait(timeout=300) == 0
     assert same(weights(run), weights(whole))
@@ -94,7 +96,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, tmp_path, capsy
     for damage in (lambda b: b[:len(b)//2], lambda b: b[:len(b)//2]+bytes([b[len(b)//2]^1])+b[len(b)//2+1:]):
         sound = (run/'last.pt').read_bytes()
         (run/'last.pt').write_bytes(damage(sound))
-        assert newest_ckpt(run, cfg) is not None
+        assert newest_ckpt(run, run_id(cfg)) is not None
         assert 'going on from the checkpoint before it' in capsys.readouterr().out
     assert start(cfg, tmp_path).wait(timeout=300) == 0
     assert same(weights(run), weights(whole))
@@ -122,10 +124,10 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(release, tmp_path, monkeypatch
     with pytest.raises(OSError, match='No space left'): fit(cfg, tmp_path, 'cpu', on_epoch_end=on_epoch_end, max_checkpoint_overhead=1)
     monkeypatch.undo()
     run = tmp_path/'finediving'/run_id(cfg)
-    assert load_ckpt(run/'last.pt', cfg)['epoch'] == 1 and not list(run.glob('.*.part'))
+    assert load_ckpt(run/'last.pt', run_id(cfg))['epoch'] == 1 and not list(run.glob('.*.part'))
     os.environ['IN_TEST'] = '1'
     fit(cfg, tmp_path, 'cpu')
-    assert load_ckpt(run/'last.pt', cfg)['epoch'] == 3
+    assert load_ckpt(run/'last.pt', run_id(cfg))['epoch'] == 3
 
 
 TINY = dict(clip__size=32, clip__starts=(0,40), model__clips=2, weights='random', train__backbone='finetune', model__adapter=False, train__epochs=1)
@@ -147,7 +149,7 @@ def test_clips_in_small_portions_change_nothing(release, tmp_path):
 
 
 def test_two_processes_are_one(release, tmp_path):
-    cfg,found = finediving('smoke', **SMALL, model__name='fspn_s', **dict(TINY, train__epochs=2)),{}
+    cfg,predicted = finediving('smoke', **SMALL, model__name='fspn_s', **dict(TINY, train__epochs=2)),{}
     for n in ('1','2'):
         p = start(cfg, tmp_path/n, '--processes', n)
         assert p.wait(timeout=300) == 0, p.stdout.read()
@@ -158,9 +160,9 @@ def test_two_processes_are_one(release, tmp_path):
             tables.append(pd.read_csv(run/'predictions.csv'))
         assert list(tables[0].uid) == list(tables[1].uid) and not tables[0].uid.duplicated().any()
         assert (tables[0].pred-tables[1].pred).abs().max() < 1e-3
-        found[n] = tables[0]
+        predicted[n] = tables[0]
     # the gradients of the backbone are added up in another order, and Adam lends every weight its step, also those whose gradient is nothing but rounding
-    assert ((found['1'].pred-found['2'].pred).abs()/found['1'].pred.abs()).max() < 1e-5
+    assert ((predicted['1'].pred-predicted['2'].pred).abs()/predicted['1'].pred.abs()).max() < 1e-5
     assert json.loads((run/'provenance.json').read_text())['processes'] == 2
 
 
@@ -228,6 +230,66 @@ def test_validation_is_cut_from_training(release, tmp_path):
     assert evaluate(run, device='cpu')['checkpoint_selection'] == 'best_val'
     splits = {line.split(',')[5] for line in (run/'predictions.csv').read_text().splitlines()[1:]}
     assert splits == {'test','val'}
+
+
+def counted(monkeypatch, *names):
+    "Replace functions of the package by counting ones, in every module that has imported them; gives name to number of calls"
+    calls = dict.fromkeys(names, 0)
+    def counting(name, real):
+        def call(*args):
+            calls[name] += 1
+            return real(*args)
+        return call
+    for module in [m for name,m in sys.modules.items() if name.split('.')[0] == 'fspn_nb']:
+        for name in names:
+            if callable(real := vars(module).get(name)): monkeypatch.setattr(module, name, counting(name, real))
+    return calls
+
+
+@pytest.mark.parametrize('method', ['fspn_s','i3d_mlp'])
+def test_a_prepared_run_is_resolved_once(release, tmp_path, monkeypatch, method):
+    cfg = finediving('smoke', **SMALL, model__name=method, train__epochs=2, train__val_fraction=.5)
+    calls = counted(monkeypatch, 'protocol_variant', 'run_id')
+    data = prepare(cfg, 'cpu')
+    assert min(calls.values()) > 0, 'the counting functions are in place'
+    calls.update(dict.fromkeys(calls, 0))
+    run = fit(cfg, tmp_path, 'cpu', data, max_checkpoint_overhead=1)
+    evaluate(run, data)
+    predict(build_model(data), data, data.splits['test'], 3)
+    assert fit(cfg, tmp_path, 'cpu', data) == run, 'a finished run is found'
+    assert set(calls.values()) == {0}, calls
+
+
+def test_what_follows_from_the_configuration_follows_it(release):
+    other = replace(release, cfg=override(release.cfg, protocol='wo_dn'))
+    assert (other.run_id, other.variant.exemplar_group) == (run_id(other.cfg), 'any')
+    assert (release.run_id, release.variant.exemplar_group, release.dataset_protocol.title) == (run_id(release.cfg), 'action', 'FineDiving')
+
+
+def test_data_of_another_run(release, tmp_path):
+    with pytest.raises(ValueError, match='need the data of the run that is trained'): fit(override(release.cfg, seed=1), tmp_path, 'cpu', release)
+
+
+@pytest.mark.parametrize('lost', [('config.json','provenance.json','log.csv'), ('log.csv',), ('provenance.json',), ('last.pt','last.backup.pt')])
+def test_a_folder_that_lacks_a_file_is_trained_anew(release, tmp_path, capsys, lost):
+    cfg = finediving('smoke', **SMALL, model__name='i3d_mlp')
+    run = fit(cfg, tmp_path, 'cpu', max_checkpoint_overhead=1)
+    trained = weights(run)
+    for name in lost: (run/name).unlink()
+    capsys.readouterr()
+    assert fit(cfg, tmp_path, 'cpu') == run
+    assert f"{run.name}: no {lost[0]}" in (printed := capsys.readouterr().out) and 'training starts from the beginning' in printed
+    assert same(weights(run), trained) and len(pd.read_csv(run/'log.csv')) == 2
+    fit(cfg, tmp_path, 'cpu')
+    assert 'training starts' not in capsys.readouterr().out, 'the folder is complete again'
+
+
+def test_lost_weights_of_the_best_epoch(release, tmp_path, capsys):
+    cfg = finediving('smoke', **SMALL, train__val_fraction=.5, eval__checkpoint_selection='best_val', model__name='i3d_mlp')
+    run = fit(cfg, tmp_path, 'cpu')
+    (run/'best_val.pt').unlink()
+    fit(cfg, tmp_path, 'cpu')
+    assert 'no best_val.pt' in capsys.readouterr().out and (run/'best_val.pt').is_file()
 
 
 def test_unwritable_out(tmp_path):
