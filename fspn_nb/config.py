@@ -29,7 +29,7 @@ class ClipCfg:
 @dataclass(frozen=True)
 class ActorCfg:
     "Where the actor boxes come from"
-    source:str='auto' # 'truth' | 'boxes' | 'motion' | 'ssd300' | 'onnx' | 'none' (whole frame); 'auto': truth where the release has it, else motion
+    source:str='auto' # 'truth' | 'boxes' | 'motion' | 'ssd300' | 'onnx' | 'none' (whole frame); 'auto': truth if the release has it, else motion
     boxes:str='' # CSV with uid,frame,x1,y1,x2,y2 for source='boxes'
     weights:str='' # The detector's file: 'onnx' needs one, 'ssd300' has torchvision's without
     pad:float=.2 # Margin round the box, share of its longer side
@@ -91,8 +91,8 @@ class TrainCfg:
     val_fraction:float=0. # Share of the training split kept aside for validation; the paper keeps none (D-11)
     precision:str='fp32' # 'fp32' | 'bf16' autocast
     workers:int=0 # Threads that decode frames in finetune mode; results do not depend on it
-    in_batch_exemplars:bool=False # Exemplars are dives of the same batch: half the backbone passes, but a dive meets one partner of its batch instead of any (D-139)
-    micro_batch:int=0 # Clips at a time through the backbone, their activations computed again on the way back; 0: all at once. Results do not depend on it
+    in_batch_exemplars:bool=False # Exemplars come from the same batch: half the backbone passes, fewer different pairs (D-139)
+    micro_batch:int=0 # Clips at a time through the backbone, with activation checkpointing; 0: all at once. Results do not depend on it
     compile:bool=False # torch.compile the backbone: pays on a GPU, needs a C++ compiler
 
 # %% ../nbs/root/05_config.ipynb #ee482c16
@@ -133,7 +133,7 @@ CHOICES = {
 # %% ../nbs/root/05_config.ipynb #77a23aa8
 def _check_pairs(cfg):
     "Raise a `ValueError` for fields of `cfg` that do not go together"
-    name,selection = cfg.model.name,cfg.eval.checkpoint_selection
+    name,source,selection = cfg.model.name,cfg.actor.source,cfg.eval.checkpoint_selection
     if METHODS[name].finetune_only and cfg.train.backbone != 'finetune':
         raise ValueError(f"{name} works inside the backbone: need train.backbone='finetune', got {cfg.train.backbone!r}; "
                          'ask for backbone finetune, or for a method that reads clip features')
@@ -141,8 +141,8 @@ def _check_pairs(cfg):
         raise ValueError(f'model.clips must be the number of clip.starts, got {cfg.model.clips} and {len(cfg.clip.starts)}')
     if selection == 'best_val' and cfg.train.val_fraction == 0:
         raise ValueError('eval.checkpoint_selection=best_val needs train.val_fraction above 0')
-    if cfg.actor.source == 'boxes' and not cfg.actor.boxes: raise ValueError('actor.source=boxes needs a CSV file in actor.boxes')
-    if cfg.actor.source == 'onnx' and not cfg.actor.weights: raise ValueError("actor.source=onnx needs the detector's file in actor.weights")
+    if source == 'boxes' and not cfg.actor.boxes: raise ValueError('actor.source=boxes needs a CSV file in actor.boxes')
+    if source == 'onnx' and not cfg.actor.weights: raise ValueError("actor.source=onnx needs the detector's file in actor.weights")
     if cfg.preset == 'paper' and not cfg.data_root:
         raise ValueError('the paper preset needs a real release: pass its folder as data_root, or use preset demo')
 
@@ -184,7 +184,7 @@ PRESETS = {
                   eval__num_exemplars=3, clip__size=64)}
 
 # %% ../nbs/root/05_config.ipynb #ac619a6e
-_SYNTHETIC = {('demo','mtl_aqa'): (115,45), ('demo','aqa7'): (18,10), ('smoke','aqa7'): (4,4)} # training and test samples, where not the preset's
+_SYNTHETIC = {('demo','mtl_aqa'): (115,45), ('demo','aqa7'): (18,10), ('smoke','aqa7'): (4,4)} # training and test samples
 
 def _of_dataset(dataset, preset):
     "The fields that follow from the dataset"

@@ -163,7 +163,8 @@ def _check_row(name, model):
     "What the row of `name` says is what the network does; a method in the making may have no row yet"
     if not (row := METHODS.get(name)): return
     extra = {f for f in (*model.needs, *getattr(model, 'trains_on', ())) if f in EXTRA_FIELDS}
-    assert extra == set(row.extra_inputs), f'{name}: extra_inputs of its row must be {sorted(extra)}, as in `needs`, got {sorted(row.extra_inputs)}'
+    given = sorted(row.extra_inputs)
+    assert sorted(extra) == given, f'{name}: extra_inputs of its row must be {sorted(extra)}, as in `needs`, got {given}'
     inside = hasattr(model, 'extract_features')
     assert inside == row.finetune_only, f'{name}: finetune_only of its row must be {inside}, got {row.finetune_only}'
 

@@ -186,8 +186,8 @@ def write_baselines(
     return write_atomic(file, baselines.to_csv(index=False, float_format='%.10g', lineterminator='\n'))
 
 # %% ../../nbs/experiments/04_grid.ipynb #f71528ce
-GRID_PARAMETERS = ('tables','seeds','data_root','preset','n_train','n_test','epochs','backbone','weights','device','workers','allow_missing',
-                   'keep_weights','out')
+GRID_PARAMETERS = ('tables','seeds','data_root','preset','n_train','n_test','epochs','backbone','weights','device','workers',
+                   'allow_missing','keep_weights','out')
 
 def _given_base(p):
     "The base run that the parameters `p` describe"

@@ -31,7 +31,8 @@ def notebook_parameters(
     given = {name: value for name,value in names.items() if not skip(name, value)}
     check_parameters(given, known)
     if missing := [name for name in known if name not in given]:
-        raise ValueError(f"need the parameters {', '.join(known)}, got none called {', '.join(missing)}; keep the notebook's parameters cell whole")
+        raise ValueError(f"need the parameters {', '.join(known)}, got none called {', '.join(missing)}; "
+                         "keep the notebook's parameters cell whole")
     return given
 
 # %% ../../nbs/experiments/01_parameters.ipynb #8aca93ca

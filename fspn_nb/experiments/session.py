@@ -66,7 +66,8 @@ def _given_fields(p, mode):
     "The fields of the configuration that the parameters `p` set, for a `mode` of the backbone"
     file = 'actor__boxes' if p['actor'] == 'boxes' else 'actor__weights'
     return dict(data_root=str(p['data_root']), allow_missing=p['allow_missing'], weights=p['weights'], train__backbone=mode,
-                model__adapter=mode == 'frozen', score_ranges=p.get('score_ranges', 'literature'), actor__source=p['actor'], **{file: str(p['actor_file'])})
+                model__adapter=mode == 'frozen', score_ranges=p.get('score_ranges', 'literature'),
+                actor__source=p['actor'], **{file: str(p['actor_file'])})
 
 # %% ../../nbs/experiments/03_session.ipynb #4dbd1be3
 def start(

@@ -157,11 +157,11 @@ def cells_of(
 )->pd.DataFrame: # Rows of `TABLE_CELLS`
     "The cells of the tables that are named"
     if tables == 'all': return TABLE_CELLS
-    known = dict((t.lower(), t) for t in TABLE_CELLS.table.unique())
-    wanted = [t.strip().lower() for t in tables.split(',') if t.strip()]
-    if not wanted or (strange := [t for t in wanted if t not in known]):
+    known = {name.lower(): name for name in TABLE_CELLS.table.unique()}
+    names = [name.strip().lower() for name in tables.split(',') if name.strip()]
+    if not names or set(names)-set(known):
         raise ValueError(f"tables must be 'all' or some of {', '.join(known.values())}, separated by commas, got {tables!r}")
-    return TABLE_CELLS[TABLE_CELLS.table.isin([known[t] for t in wanted])].reset_index(drop=True)
+    return TABLE_CELLS[TABLE_CELLS.table.isin([known[name] for name in names])].reset_index(drop=True)
 
 # %% ../../nbs/experiments/02_variants.ipynb #bb3907ed
 def plan_grid(
