@@ -6,7 +6,6 @@
 __all__ = ['OneDive', 'I3DSVR', 'I3DLSTM', 'I3DAvg', 'I3DClipMLP']
 
 # %% ../../nbs/peers/02_baselines.ipynb #db194782
-import torch
 import torch.nn.functional as F
 from torch import nn,Tensor
 

@@ -18,8 +18,8 @@ def conv_pair(
     c_out:int, # Output channels: frames
 )->nn.Sequential:
     "Two 3-wide convolutions along the features, each with a bias, batch normalisation and ReLU (TSA)"
-    def conv(channels): return nn.Conv1d(channels, c_out, 3, padding=1),nn.BatchNorm1d(c_out),nn.ReLU(inplace=True)
-    return nn.Sequential(*conv(c_in), *conv(c_out))
+    return nn.Sequential(nn.Conv1d(c_in, c_out, 3, padding=1), nn.BatchNorm1d(c_out), nn.ReLU(inplace=True),
+                         nn.Conv1d(c_out, c_out, 3, padding=1), nn.BatchNorm1d(c_out), nn.ReLU(inplace=True))
 
 # %% ../../nbs/peers/05_psnet.ipynb #a523068a
 class PSNet(nn.Module):

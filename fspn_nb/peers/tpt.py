@@ -14,7 +14,7 @@ from ..config import ModelCfg
 from ..core import Batch,require_fields
 from ..models.encoder import EncoderOutput
 from ..models.heads import ScoreBins
-from .core_tree import PairwiseRegressor,decode_difference,score_range
+from .core_tree import PairwiseRegressor,score_range
 
 # %% ../../nbs/peers/07_tpt.ipynb #8ff4cd1d
 def attention_centres(
@@ -149,9 +149,8 @@ class PairHead(nn.Module):
         dropout:float=.1, # In the pair encoder (TPT)
     ):
         super().__init__()
-        def head(): return nn.Sequential(nn.Linear(d, 128), nn.ReLU(), nn.Linear(128, num_bins))
         self.pair = nn.Sequential(nn.Linear(2*d, d), nn.ReLU(), nn.Dropout(dropout), nn.Linear(d, d))
-        self.classify,self.offset = head(),head()
+        self.classify,self.offset = (nn.Sequential(nn.Linear(d, 128), nn.ReLU(), nn.Linear(128, num_bins)) for _ in range(2))
 
     def forward(self,
         query:Tensor, # Parts of the dives to be scored, (...,P,d)

@@ -21,6 +21,11 @@ from .i3d_mlp import I3DMLP
 from .usdl import USDL
 
 # %% ../../nbs/peers/09_tsa_net.ipynb #fdc4efc4
+def _overlap(low, high, n):
+    "Which of `n` equal intervals of [0, 1] overlap with (low, high), (...,n)"
+    start = torch.arange(n, device=low.device)/n
+    return (low < start+1/n) & (high > start) & (high > low)
+
 def tube_cells(
     boxes:Tensor, # (N,L,4) corners of each frame, shares of the square; no area: not in the picture
     shape:tuple[int,int,int], # T', h, w of the map
@@ -29,12 +34,7 @@ def tube_cells(
     (layers,h,w),length = shape,boxes.shape[1]
     x1,y1,x2,y2 = boxes[..., None].unbind(2) # (N,L,1) each
 
-    def covered(low, high, n):
-        "Which of `n` equal intervals overlap with (low, high), (N,L,n)"
-        start = torch.arange(n, device=boxes.device)/n
-        return (low < start+1/n) & (high > start) & (high > low)
-
-    cells = covered(y1, y2, h)[..., None] & covered(x1, x2, w)[..., None, :] # (N,L,h,w)
+    cells = _overlap(y1, y2, h)[..., None] & _overlap(x1, x2, w)[..., None, :] # (N,L,h,w)
     per = -(-length//layers) # frames in a layer
     return F.pad(cells, (0,0,0,0,0,per*layers-length)).unflatten(1, (layers,per)).any(2)
 

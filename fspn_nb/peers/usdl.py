@@ -97,18 +97,21 @@ def panel_sum(
     return marks.sort(-1).values[..., 2:5].sum(-1)
 
 # %% ../../nbs/peers/03_usdl.ipynb #1b2b4761
+def _dive_names(batch, mask):
+    "Names of the first five dives where `mask` (B,) is true"
+    return ', '.join(batch.uid[i] if batch.uid else f'number {i}' for i in mask.nonzero()[:5, 0].tolist())
+
 def check_marks(
     batch:Batch, # Dives
 )->Tensor: # True where a mark is known, (B,7)
     "Raise a `ValueError` that names the dives without marks, or with impossible ones"
     require_fields(batch, 'judges', caller='MUSDL')
-    def names(wrong): return ', '.join(batch.uid[i] if batch.uid else f'number {i}' for i in wrong.nonzero()[:5, 0].tolist())
     marks = batch.judges
     known = ~marks.isnan()
     empty = ~known.any(-1)
-    if empty.any(): raise ValueError(f'MUSDL needs judges, and these dives have no mark: {names(empty)}; leave them out or choose another method')
+    if empty.any(): raise ValueError(f'MUSDL needs judges, and these dives have no mark: {_dive_names(batch, empty)}; leave them out or choose another method')
     wrong = (known & ~((marks >= 0) & (marks <= 10))).any(-1)
-    if wrong.any(): raise ValueError(f'need marks from 0 to 10, got others in these dives: {names(wrong)}; mend the annotation')
+    if wrong.any(): raise ValueError(f'need marks from 0 to 10, got others in these dives: {_dive_names(batch, wrong)}; mend the annotation')
     return known
 
 # %% ../../nbs/peers/03_usdl.ipynb #79df54f4
