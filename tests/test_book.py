@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fspn_nb.analysis.compare import Scorer,ablation_table,average_cell,main_runs,stack
+from fspn_nb.analysis.compare import Scorer,ablation_table,main_runs,stack_predictions
+from fspn_nb.analysis.method_tables import average_cell
 from fspn_nb.analysis.runs import collect,mean_rho,read_predictions
 from fspn_nb.analysis.significance import seed_mean_ci
 from fspn_nb.config import override,make_config
@@ -174,7 +175,7 @@ def test_means_intervals_and_gains_are_what_they_say(root):
     shelf = open_shelf(root, (0, 1), n=100, tests=100, sizes=False)
     table = ablation_table('I', shelf.found, Scorer(root, 100, 100)).set_index('label')
     row, full = table.loc['I3D+MLP'], table.loc['FSPN (Ours)']
-    preds, true = stack(root, row.runs.split())
+    preds, true = stack_predictions(root, row.runs.split())
     assert row.rho == pytest.approx(np.mean([spearman(p, true) for p in preds])) and row.rho_sd == pytest.approx(np.std([spearman(p, true) for p in preds], ddof=1))
     assert (row.rho_lo, row.rho_hi) == seed_mean_ci(spearman, preds, true, n=100)
     assert row.rho_gain == pytest.approx(row.rho-full.rho) and np.isnan(full.rho_gain)
@@ -213,7 +214,7 @@ def again(row, metric, root=None):
         meta = collect(root).set_index('run').loc[runs].reset_index()
         got = average_cell(root, meta)
         return got[metric], got[f'{metric}_lo'], got[f'{metric}_hi']
-    preds, true = stack(root, runs)
+    preds, true = stack_predictions(root, runs)
     if 'exemplars' in row:
         sheets = [pd.read_csv(root/r/'votes.csv', dtype=dict(uid=str)) for r in runs]
         preds, true = np.stack([s[f'm_{int(row.exemplars)}'] for s in sheets]), sheets[0].true.to_numpy()

@@ -160,7 +160,7 @@ def _costs(name, dataset, n):
     cfg = replace(ModelCfg(name=name), clips=len(dataset.starts))
     model = create_model(name, replace(cfg, adapter=False)).eval()
     steps = _steps(model, random_batch(1, cfg.clips, side=-(-dataset.size//32)))
-    inner = [model.backbone_block(cfg.clips, dataset.size)] if hasattr(model, 'backbone_block') else [] # what it computes within the backbone
+    inner = [model.backbone_block(cfg.clips, dataset.size)] if hasattr(model, 'backbone_block') else [] # what it adds inside I3D
     video,vote = (flops_of(*step)/1e6 for step in steps)
     video += sum(flops_of(*step)/1e6 for step in inner)
     size = parameters_of(create_model(name, cfg))
