@@ -45,8 +45,7 @@ def relative_l2(
 )->float: # A fraction, >= 0; tables print it x100
     "Mean error of `pred` relative to the score range, to the power `p`"
     pred,true = _pair(pred, true)
-    lo = true.min() if lo is None else lo
-    hi = true.max() if hi is None else hi
+    lo,hi = true.min() if lo is None else lo,true.max() if hi is None else hi
     if not hi > lo: raise ValueError(f"empty score range: lo={lo}, hi={hi}; pass the lowest and highest score of the action")
     return float(((np.abs(pred-true)/(hi-lo))**p).mean()) # Eq. 19
 
@@ -176,11 +175,11 @@ def bca(
     "BCa bootstrap interval of `statistic` over test dives"
     positions = np.arange(size)
     if size < 2 or np.isnan(statistic(positions, axis=-1)): return float('nan'),float('nan')
-    options = dict(vectorized=True, n_resamples=n, batch=max(1, 2**15//size)) # 32768 drawn dives at a time
+    batch = max(1, 2**15//size) # 32768 drawn dives at a time
     with warnings.catch_warnings(), np.errstate(all='ignore'):
         warnings.simplefilter('ignore', stats.DegenerateDataWarning)
-        res = stats.bootstrap((positions,), statistic, confidence_level=level, method='BCa',
-                              random_state=np.random.default_rng(seed), **options)
+        res = stats.bootstrap((positions,), statistic, vectorized=True, n_resamples=n, batch=batch, method='BCa',
+                              confidence_level=level, random_state=np.random.default_rng(seed))
     interval = tuple(float(bound) for bound in res.confidence_interval)
     return interval if np.isfinite(interval).all() else _percentile(res.bootstrap_distribution, level)
 
@@ -228,8 +227,7 @@ def baseline_predictions(
     test:pd.DataFrame, # Test dives: the same columns
 )->dict[str,np.ndarray]: # Predictor's name -> points, shape (len(test),)
     "Predictions for `test` of three predictors that see no frame"
-    _check_sheet(train, 'train')
-    _check_sheet(test, 'test')
+    for sheet,name in ((train, 'train'), (test, 'test')): _check_sheet(sheet, name)
     mean,by_action = train.score.mean(),train.groupby('action').score.mean()
     out = {'constant mean': np.full(len(test), mean)}
     out['action-type mean'] = test.action.map(by_action).fillna(mean).to_numpy(float)

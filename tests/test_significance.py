@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from fspn_nb.analysis.published import unpack_runs
 from fspn_nb.analysis.significance import coverage,holm,paired_ci,paired_test,per_epoch,epoch_selection,seed_mean_ci
 from fspn_nb.metrics import bca,bootstrap_ci,on_rows,relative_l2,spearman,summarise
 
@@ -69,10 +70,10 @@ def test_intervals_are_those_of_the_loop(f, size, n):
     assert bootstrap_ci(f, p, y, n=n, seed=5) == _slow_ci(f, p, y, n, 5)
 
 
-RUNS = sorted(ROOT.glob('reports/*/*/metrics.json'))
+RUNS = sorted(unpack_runs(ROOT/'reports'/'published').glob('*/*/metrics.json'))
 
 
-@pytest.mark.skipif(not RUNS, reason='no finished runs under reports/')
+@pytest.mark.skipif(not RUNS, reason='no finished runs in reports/published')
 @pytest.mark.parametrize('file', RUNS[::max(1, len(RUNS)//8)], ids=lambda p: p.parent.name)
 def test_stored_intervals_come_out_again(file):
     kept, table = json.loads(file.read_text()), pd.read_csv(file.parent/'predictions.csv', dtype={'uid': str}).query("split == 'test'")

@@ -28,12 +28,14 @@ def _family(cfg):
     shared['model'] = {k: v for k,v in cfg.get('model', {}).items() if k != 'name'}
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:8]
 
+# %% ../../nbs/analysis/03_compare.ipynb #a4908903
 def _preset_of(cfg):
     "The configuration that the preset of `cfg` gives its method, as JSON holds it; {} where there is none"
     try: preset = method_epochs(make_config(cfg['dataset'], cfg['preset'], model__name=cfg.get('model', {})['name']))
     except (KeyError, ValueError): return {}
     return json.loads(json.dumps(asdict(preset)))
 
+# %% ../../nbs/analysis/03_compare.ipynb #89ce42a9
 def _facts(folder):
     "The family of the run in `folder`, whether it is plain, and whether it has the preset's epochs"
     cfg = json.loads((Path(folder)/'config.json').read_text(encoding='utf-8'))
@@ -58,6 +60,7 @@ def _preference(family):
     n_test = family.drop_duplicates('protocol').n.sum()
     return (family.data.iloc[0] != 'real', -family.seed.nunique(), -n_test, -family.method.nunique(), family.family.iloc[0])
 
+# %% ../../nbs/analysis/03_compare.ipynb #8b607946
 def main_runs(
     runs:pd.DataFrame, # From `collect`
     root:str|Path, # The reports folder
@@ -169,12 +172,14 @@ def _command(cell):
     if not len(lacking): return ''
     return re.sub(r'(?<=-p seeds )\S+', ','.join(map(str, lacking.seed)), lacking.command.iloc[0])
 
+# %% ../../nbs/analysis/03_compare.ipynb #31b09e6b
 def _missing(method, cell):
     "Why a row has no number, or not all of its seeds"
     if not len(cell): return 'no such method here' if method not in list_models() else 'no run of it'
     if (cell.run == '').all(): return 'not run yet'
     return 'some seeds not run yet' if (cell.run == '').any() else ''
 
+# %% ../../nbs/analysis/03_compare.ipynb #2255b677
 def _row(name, paper, cell, full, scorer):
     "One row of `ablation_table`"
     done = cell[cell.run != ''].sort_values('seed')
@@ -196,6 +201,7 @@ def _full_runs(cells, own):
     full = source[(source.experiment == 'fspn') & (source.run != '') & source.protocol.isin(set(own.protocol))]
     return dict(zip(full.seed, full.run))
 
+# %% ../../nbs/analysis/03_compare.ipynb #903a60cf
 def ablation_table(
     name:str, # 'I' to 'VIII', 'Fig. 7' or 'beyond'
     cells:pd.DataFrame, # Cells and their runs: table, row, experiment, protocol, seed, run ('' where there is none), command

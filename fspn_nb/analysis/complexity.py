@@ -146,6 +146,7 @@ def _steps(model, batch):
         if model.uses_exemplar: inputs += (model.encode(batch.exemplar).feature, batch.exemplar.label)
     return (model.encode, batch),(model.score, *inputs)
 
+# %% ../../nbs/analysis/05_complexity.ipynb #ba02969a
 def _backbone_gflops(model, clips, size):
     "Operations of I3D for all that `model` reads of one video, and the number of its streams"
     streams = sum(name in model.needs for name in ('scene','actor'))

@@ -95,6 +95,7 @@ def _read_votes(root, runs):
             raise ValueError(f'need votes for the same test videos, got others in {run} than in {runs[0]}')
     return sheets
 
+# %% ../../nbs/analysis/07_method_tables.ipynb #66147167
 def vote_points(
     runs, # Run folders with votes.csv, one per seed
     scorer:Scorer, # Of the reports folder

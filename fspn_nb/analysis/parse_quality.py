@@ -97,6 +97,7 @@ def _constant_parse(cuts, true):
     "A table for `parse_quality` that predicts `cuts` for every dive of `true`"
     return pd.DataFrame(np.column_stack([np.tile(cuts, (len(true), 1)), true]), columns=_PAIR)
 
+# %% ../../nbs/analysis/04_parse_quality.ipynb #ec132b7d
 def parse_baselines(
     steps:pd.DataFrame, # `parsing.csv` of any run on these test dives
     train:np.ndarray|None=None, # True cuts of the training dives, (m,2); None: no learnt constant
@@ -140,6 +141,7 @@ def _runs_of_folders(folders, root):
     seeds = [load_cfg(Path(root)/folder/'config.json').seed for folder in folders]
     return pd.DataFrame([dict(run=str(folder), label=folder_label(Path(root)/folder), seed=seed) for folder,seed in zip(folders, seeds)])
 
+# %% ../../nbs/analysis/04_parse_quality.ipynb #7f91ab02
 def runs_frame(
     runs, # Folders of runs, or a DataFrame with columns run, seed and label (or row), such as `find_runs` gives
     root:str|Path='', # What `run` is relative to
@@ -163,6 +165,7 @@ def _read_parsing(run):
     steps = pd.read_csv(file)
     return steps,steps[steps.split == 'test'].sort_values('uid')[['uid','true_1','true_2']].reset_index(drop=True)
 
+# %% ../../nbs/analysis/04_parse_quality.ipynb #87200d74
 def parse_table(
     runs, # As in `runs_frame`
     root:str|Path='', # What the runs' folders are relative to

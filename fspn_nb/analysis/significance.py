@@ -128,6 +128,7 @@ def _best_epoch(scores):
     "The epoch with the largest score, the first of equals; NaN where all are NaN"
     return scores.idxmax() if scores.notna().any() else np.nan
 
+# %% ../../nbs/analysis/02_significance.ipynb #5195dc56
 def _selected(group):
     "One row of `epoch_selection` from the epochs of one run"
     test,val = (group[group.split == split].set_index('epoch').sort_index() for split in ('test', 'val'))
