@@ -35,7 +35,7 @@ def test_the_switches_of_table_i_are_those_that_the_paper_ticks():
     for r in paper_table('I').itertuples():
         if r.method == 'i3d_mlp': continue
         m = config_of(grid_base(), TABLE_CELLS.query("table == 'I' and row == @r.label").experiment.iloc[0]).model
-        assert (m.iap, m.smt, m.mtf) == (bool(r.iap), bool(r.smt), bool(r.mtf)), r.label
+        assert (m.use_iap, m.use_smt, m.use_mtf) == (bool(r.iap), bool(r.smt), bool(r.mtf)), r.label
 
 
 def test_the_numbers_of_tables_ii_and_iii_are_those_that_the_paper_prints():
@@ -69,8 +69,8 @@ def test_cells_of_the_base_find_their_command(tmp_path):
 
 SCRIPT = """
 import sys
-from fspn_nb.experiments import grid_base
-from fspn_nb.grid import run_grid
+from fspn_nb.experiments.variants import grid_base
+from fspn_nb.experiments.grid import run_grid
 if __name__ == '__main__': run_grid(grid_base('smoke', train__epochs=1, model__stages=1), 'II,III', (0,), sys.argv[1], 'cpu', 2, False)
 """
 
