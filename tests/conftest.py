@@ -24,11 +24,11 @@ def shared():
     return find
 
 
-def edit_pickle(path, override):
+def edit_pickle(path, change):
     "Replace the content of one annotation pickle by `change(content)` (None: changed in place)"
     from fspn_nb.data.safe_pickle import load_pickle
     value = load_pickle(path)
-    new = override(value)
+    new = change(value)
     path.write_bytes(pickle.dumps(value if new is None else new, protocol=3))
 
 

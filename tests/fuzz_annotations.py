@@ -57,11 +57,11 @@ def _deep(value, rng):
         else: return value, k
 
 
-def _pickled(override):
+def _pickled(change):
     def mutate(data, rng):
         value = copy.deepcopy(pickle.loads(data))  # the unchanged, trusted file
         place, key = _deep(value, rng)
-        override(value, place, key, rng)
+        change(value, place, key, rng)
         return pickle.dumps(value, protocol=rng.choice([2, 3, 4, 5]))
     return mutate
 
@@ -79,10 +79,10 @@ def _stretch(value, place, key, rng):
     else: place[key] = rng.choice([x*2 if isinstance(x, (list, tuple)) else None, str(x)])
 
 
-def _matlab(override):
+def _matlab(change):
     def mutate(data, rng):
         name, table = next((k, v) for k, v in loadmat(io.BytesIO(data)).items() if not k.startswith('__'))
-        name, table = override(name, table.copy(), rng)
+        name, table = change(name, table.copy(), rng)
         savemat(out := io.BytesIO(), {name: table}, do_compression=rng.random() < .5)
         return out.getvalue()
     return mutate

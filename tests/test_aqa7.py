@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 from scipy.io import loadmat, savemat
 
-from fspn_nb.data.aqa7 import describe,ranges_of,read_aqa7,write_act_frames,write_aqa7
+from fspn_nb.data.aqa7 import ranges_of,read_aqa7,write_act_frames,write_aqa7
 from fspn_nb.data.matlab import load_mat,mat_bytes
 from fspn_nb.data.records import check_samples,frame_problem
+from fspn_nb.data.stats import aqa7_stats
 from fspn_nb.metrics import fisher_mean,relative_l2
 from fspn_nb.paper import paper_table
-from fspn_nb.protocols import SPORTS,Unit
+from fspn_nb.protocols import SPORTS,LabelTransform
 
-NOTEBOOK = Path(__file__).resolve().parents[1]/'nbs'/'14_data.aqa7.ipynb'
+NOTEBOOK = Path(__file__).resolve().parents[1]/'nbs'/'data'/'09_aqa7.ipynb'
 GREY = np.full((103, 8, 12, 3), 90, np.uint8)
 SPLITS = ('train', 'test')
 OFFICIAL, COPY = 'split_4_{}_list.mat', 'consolidated_{}_list.mat'
@@ -53,7 +54,7 @@ def scores(samples, sport, split): return np.array([o.score for o in samples if 
 # ---- the real lists
 
 def test_real_counts(real):
-    got = describe(real)
+    got = aqa7_stats(real)
     assert (got['samples'], got['train'], got['test'], got['sports'], got['with_frames']) == (1106, 803, 303, 6, 0)
     assert [got[k] for k in SPORTS] == [(300, 70), (120, 56), (120, 55), (140, 66), (60, 28), (63, 28)]
     assert len({o.uid for o in real}) == 1106 and all(o.difficulty is None and o.judges is None and o.n_frames == 103 for o in real)
@@ -101,8 +102,8 @@ def test_real_error_of_the_mean_under_both_ranges(real):
         true, mean = scores(real, k, 'test'), scores(real, k, 'train').mean()
         got[k] = 100*relative_l2(np.full(len(true), mean), true)
         for ranges in ('literature', 'train'):
-            unit = Unit('percent', *ranges_of(real, ranges)[k])
-            assert 100*relative_l2(unit.label(np.full(len(true), mean)), unit.label(true)) == pytest.approx(got[k])
+            unit = LabelTransform('percent', *ranges_of(real, ranges)[k])
+            assert 100*relative_l2(unit.transform(np.full(len(true), mean)), unit.transform(true)) == pytest.approx(got[k])
     assert list(got.values()) == pytest.approx([3.71, 4.50, 9.13, 8.49, 8.20, 11.38], abs=.006)
 
 

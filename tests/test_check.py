@@ -14,10 +14,11 @@ from PIL import Image
 from test_formats import EDITS, edit
 
 from fspn_nb.data.aqa7 import write_aqa7
-from fspn_nb.data.check import COLUMNS,KINDS,check_release,main,shared_dives,summary
+from fspn_nb.data.check import FINDING_COLUMNS,FINDING_KINDS,check_cli,check_release,summarize_findings
 from fspn_nb.data.check_files import check_image
-from fspn_nb.data.finediving import FRAMES,read_finediving,write_finediving
+from fspn_nb.data.finediving import FINEDIVING_FRAMES,read_finediving,write_finediving
 from fspn_nb.data.mtl_aqa import read_mtl_aqa,write_mtl_aqa,write_video_frames
+from fspn_nb.data.stats import shared_dives
 from fspn_nb.protocols import SPORTS
 from fspn_nb.synthetic.dive_motion import make_dive
 
@@ -45,7 +46,7 @@ def small(tmp_path):
 
 def frames(root, i):
     "Paths of the frames of dive 26/i"
-    return sorted((root/FRAMES/'26'/str(i)).iterdir())
+    return sorted((root/FINEDIVING_FRAMES/'26'/str(i)).iterdir())
 
 
 def harm(findings):
@@ -62,14 +63,14 @@ def shorten(root, i, name=FINE):
 
 def test_real_finediving_names_what_has_no_frames(shared, tmp_path, capsys):
     root = shared('data', 'finediving')
-    assert main(['finediving', str(root), '--csv', str(tmp_path/'f.csv')]) == 1
+    assert check_cli(['finediving', str(root), '--csv', str(tmp_path/'f.csv')]) == 1
     df = pd.read_csv(tmp_path/'f.csv', keep_default_na=False)
-    assert list(df.columns) == list(COLUMNS)
+    assert list(df.columns) == list(FINDING_COLUMNS)
     bare = {o.uid for o in read_finediving(root) if not o.files}
     assert len(bare) == 2988 and set(df[df.severity != 'note'].uid) == bare and (df[df.severity != 'note'].kind == 'no frames').all()
     text = capsys.readouterr().out
     assert '2,988 x no frames' in text and '12 without a fault (6 train, 6 test)' in text and 'as released' in text
-    assert df[df.kind == 'no frames'].file.str.startswith(str(root/FRAMES)).all()
+    assert df[df.kind == 'no frames'].file.str.startswith(str(root/FINEDIVING_FRAMES)).all()
 
 
 def test_real_frames_decode(shared):
@@ -105,7 +106,7 @@ def test_real_marks(shared):
     panel = {o.uid: len(o.judges) for o in read_finediving(None, shared('data', 'finediving')/'Annotations')}
     assert Counter(marks.uid.map(panel)) == {7: 100, 3: 13, 5: 8} # one of the hundred has an impossible mark that does not count
     assert marks.detail.str.contains('they would with difficulty').sum() == 79
-    assert 'frames not looked at' in summary(df)
+    assert 'frames not looked at' in summarize_findings(df)
 
 
 def test_real_aqa7_lists(shared):
@@ -116,7 +117,7 @@ def test_real_aqa7_lists(shared):
 # ---- a small release, damaged
 
 def test_a_clean_release_is_fit_for_use(small, capsys):
-    for extra in ([], ['--decode'], ['--workers', '1']): assert main(['finediving', str(small), *extra]) == 0
+    for extra in ([], ['--decode'], ['--workers', '1']): assert check_cli(['finediving', str(small), *extra]) == 0
     out = capsys.readouterr().out
     assert 'a part of it, or synthetic' in out and 'this release can be used' in out and '5 without a fault (3 train, 2 test)' in out
 
@@ -125,7 +126,7 @@ def test_a_clean_release_is_fit_for_use(small, capsys):
 def test_three_accidents_give_three_findings(small, decode, tmp_path, capsys):
     a, b = frames(small, 1)[7], frames(small, 4)[50]
     a.write_bytes(a.read_bytes()[:-40]); b.unlink(); shorten(small, 3)
-    assert main(['finediving', str(small), '--csv', str(tmp_path/'f.csv'), *['--decode']*decode]) == 1
+    assert check_cli(['finediving', str(small), '--csv', str(tmp_path/'f.csv'), *['--decode']*decode]) == 1
     df = pd.read_csv(tmp_path/'f.csv', keep_default_na=False)
     assert sorted(harm(df)) == [('26/1', 'cut off'), ('26/3', 'wrong entry'), ('26/4', 'frames missing')]
     by = df.set_index('kind')
@@ -176,7 +177,7 @@ def same_span(root):
     edit(root, FINE, lambda v: v['26', 2].update({'frames_labels': np.array(labels), 'sub-action_types': other}))
     edit(root, COARSE, lambda v: v['26', 2].update(start_frame=start, end_frame=end))
     for o in frames(root, 2): o.unlink()
-    for i in range(n): (root/FRAMES/'26'/'2'/f'{start+i:05d}.jpg').write_bytes(picture(32, 24))
+    for i in range(n): (root/FINEDIVING_FRAMES/'26'/'2'/f'{start+i:05d}.jpg').write_bytes(picture(32, 24))
 
 
 DAMAGE = {
@@ -203,7 +204,7 @@ def test_each_kind_of_damage_is_named_once(small, kind, decode):
     damage(small)
     df = check_release('finediving', small, decode=decode)
     assert harm(df) == [('26/2', kind)]
-    assert words in df.detail[0] and df.todo[0] == KINDS[kind][1]
+    assert words in df.detail[0] and df.todo[0] == FINDING_KINDS[kind][1]
 
 
 def test_frames_one_earlier(small):
@@ -232,13 +233,13 @@ def test_notes_do_no_harm(small):
     df = check_release('finediving', small)
     assert harm(df) == [] and 'stored 99.9' in df[df.kind == 'marks'].detail.item() and df[df.kind == 'marks'].uid.item() == '26/2'
     assert {'one exemplar', 'no exemplar'} & set(df.kind)
-    assert main(['finediving', str(small)]) == 0
+    assert check_cli(['finediving', str(small)]) == 0
 
 
 def test_many_samples_are_counted_not_listed(tmp_path):
     root = release(tmp_path/'fd', 8)
     for i in range(1, 8): [o.unlink() for o in frames(root, i)]
-    text = summary(check_release('finediving', root), names=2)
+    text = summarize_findings(check_release('finediving', root), names=2)
     assert '7 x no frames: 26/1, 26/2, ...' in text and '26/3' not in text and '1 without a fault (0 train, 1 test)' in text
 
 
@@ -248,8 +249,8 @@ def test_many_samples_are_counted_not_listed(tmp_path):
 def test_a_wrong_entry_is_one_problem(tmp_path, what):
     "All single faults that stop the strict reader: exactly one problem, the other dives readable; or an error, where the whole file is concerned"
     root = release(tmp_path/'fd')
-    name, override, _ = EDITS[what]
-    if name: edit(root, name, override)
+    name, change, _ = EDITS[what]
+    if name: edit(root, name, change)
     else:
         edit(root, AQA, lambda v: v['26', 2].__setitem__(2, 0.))
         for o in (FINE, COARSE): edit(root, o, lambda v: v['26', 2].update(difficulty=0.))
@@ -334,8 +335,8 @@ def test_aqa7(tmp_path):
 # ---- the command
 
 def test_wrong_places_are_one_finding(small, tmp_path, capsys):
-    for root, words in ((tmp_path/'nowhere', 'no folder'), (small/FRAMES, 'did you mean'), (tmp_path, 'did you mean')):
-        assert main(['finediving', str(root)]) == 1
+    for root, words in ((tmp_path/'nowhere', 'no folder'), (small/FINEDIVING_FRAMES, 'did you mean'), (tmp_path, 'did you mean')):
+        assert check_cli(['finediving', str(root)]) == 1
         out = capsys.readouterr().out
         assert words in out and '1 missing, 0 wrong' in out
     (small/'Annotations'/f'{FINE}.pkl').write_bytes(b'\x80\x03cut')
@@ -346,20 +347,20 @@ def test_wrong_places_are_one_finding(small, tmp_path, capsys):
 
 def test_annotations_elsewhere(small, tmp_path):
     (small/'Annotations').rename(tmp_path/'notes')
-    assert main(['finediving', str(small)]) == 1
-    assert main(['finediving', str(small), '--annotations', str(tmp_path/'notes')]) == 0
+    assert check_cli(['finediving', str(small)]) == 1
+    assert check_cli(['finediving', str(small), '--annotations', str(tmp_path/'notes')]) == 0
 
 
 @pytest.mark.parametrize('args', [[], ['finediving'], ['jigsaws', '.'], ['finediving', '.', '--against', 'mtl_aqa'], ['finediving', '.', '--against', 'finediving=.'],
                                   ['aqa7', '.', '--against', 'mtl_aqa=.'], ['finediving', '.', '--workers', '0'], ['finediving', '.', '--workers', 'x'],
                                   ['finediving', '.', '--csv', 'no/such/folder/f.csv'], ['finediving', '.', '--csv', '.']])
 def test_usage_ends_with_two(args, capsys):
-    with pytest.raises(SystemExit) as e: main(args)
+    with pytest.raises(SystemExit) as e: check_cli(args)
     assert e.value.code == 2 and 'usage: fspn_check' in capsys.readouterr().err
 
 
 def test_a_missing_other_release_is_said(small, tmp_path, capsys):
-    assert main(['finediving', str(small), '--against', f'mtl_aqa={tmp_path/"nowhere"}']) == 1
+    assert check_cli(['finediving', str(small), '--against', f'mtl_aqa={tmp_path/"nowhere"}']) == 1
     assert 'mtl_aqa: ' in capsys.readouterr().out
 
 
@@ -372,7 +373,7 @@ def test_no_file_breaks_the_look(tmp_path):
         data = bytearray(good)
         for _ in range(rng.randrange(1, 6)): data[rng.randrange(len(data))] = rng.randrange(256)
         path.write_bytes(data[:rng.choice([len(data), rng.randrange(len(data))])])
-        for decode in (False, True): assert check_image(path, decode)[0] in ('', *KINDS)
+        for decode in (False, True): assert check_image(path, decode)[0] in ('', *FINDING_KINDS)
     for other in (tmp_path, tmp_path/'none', tmp_path/'1.jpg'/'x'): assert check_image(other)[0] == 'unreadable'
     (tmp_path/'loop').symlink_to('loop')
     assert check_image(tmp_path/'loop')[0] == 'unreadable'
@@ -386,6 +387,6 @@ def test_copies_among_ten_thousand_files(tmp_path):
     path = tmp_path/'one.jpg'
     path.write_bytes(picture(256, 256))
     for i in range(10000//n):
-        (folder := tmp_path/FRAMES/'01'/str(i)).mkdir(parents=True)
+        (folder := tmp_path/FINEDIVING_FRAMES/'01'/str(i)).mkdir(parents=True)
         for k in range(n): os.link(path, folder/f'{1000*i+k:05d}.jpg')
     assert {o for _, o in harm(check_release('finediving', tmp_path))} == {'same frames'}

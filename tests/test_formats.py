@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from conftest import edit_pickle
 
-from fspn_nb.data.finediving import FRAMES,describe,read_finediving,write_finediving,write_frames
+from fspn_nb.data.finediving import FINEDIVING_FRAMES,read_finediving,write_finediving,write_frames
 from fspn_nb.data.records import check_samples,frame_problem,samples_frame,steps_on_axis
 from fspn_nb.data.safe_pickle import load_pickle
+from fspn_nb.data.stats import finediving_stats
 from fspn_nb.synthetic.dive_motion import make_dive
 
 AQA, FINE, COARSE = 'fine-grained_annotation_aqa', 'FineDiving_fine-grained_annotation', 'FineDiving_coarse_annotation'
@@ -47,15 +48,15 @@ def real(shared):
     return read_finediving(shared('data', 'finediving'))
 
 
-def edit(root, name, override):
+def edit(root, name, change):
     "Change one pickle of the release"
-    edit_pickle(root/'Annotations'/f'{name}.pkl', override)
+    edit_pickle(root/'Annotations'/f'{name}.pkl', change)
 
 
 # ---- the real release
 
 def test_real_counts(real):
-    got = describe(real)
+    got = finediving_stats(real)
     assert {k: got[k] for k in REAL} == REAL
     assert (got['with_frames'], got['train_with_frames'], got['test_with_frames']) == (12, 6, 6)
 
@@ -168,12 +169,12 @@ def test_keys_cannot_leave_the_root(small, key):
 
 
 def test_frames_missing_and_misnumbered(small, capsys):
-    folders = [small/FRAMES/'26'/str(i) for i in (1, 2, 3)]
+    folders = [small/FINEDIVING_FRAMES/'26'/str(i) for i in (1, 2, 3)]
     shutil.rmtree(folders[0])
     next(folders[1].iterdir()).unlink()
     last = sorted(folders[2].iterdir(), key=lambda o: int(o.stem))
     last[0].rename(folders[2]/f'{int(last[-1].stem)+1:05d}.jpg')
-    (small/FRAMES/'26'/'4'/'notes.txt').write_text('not a frame')
+    (small/FINEDIVING_FRAMES/'26'/'4'/'notes.txt').write_text('not a frame')
     samples = read_finediving(small)
     assert [str(frame_problem(o)).split(':')[0] for o in samples] == ['no frames', 'fewer frames than labels', 'other frame numbers than annotated', 'None']
     with pytest.raises(FileNotFoundError, match='3 of 4 samples.*1 with no frames: 26/1; .*26/2 .*; .*26/3'): check_samples(samples)
@@ -184,15 +185,15 @@ def test_frames_missing_and_misnumbered(small, capsys):
 
 
 def test_a_file_where_a_folder_should_be(small):
-    shutil.rmtree(small/FRAMES/'26'/'1')
-    (small/FRAMES/'26'/'1').write_text('')
+    shutil.rmtree(small/FINEDIVING_FRAMES/'26'/'1')
+    (small/FINEDIVING_FRAMES/'26'/'1').write_text('')
     assert frame_problem(read_finediving(small)[0]) == 'no frames'
 
 
 # ---- damaged trees
 
 def test_wrong_roots(small, tmp_path):
-    for root, why in ((small/FRAMES, 'did you mean'), (small/'Annotations', 'did you mean'), (tmp_path, 'did you mean'), (tmp_path/'nowhere', 'which is no folder')):
+    for root, why in ((small/FINEDIVING_FRAMES, 'did you mean'), (small/'Annotations', 'did you mean'), (tmp_path, 'did you mean'), (tmp_path/'nowhere', 'which is no folder')):
         with pytest.raises(FileNotFoundError, match=why): read_finediving(root)
     with pytest.raises(FileNotFoundError, match='root=None'): read_finediving(tmp_path/'nowhere', annotations=small/'Annotations')
     assert len(read_finediving(None, annotations=small/'Annotations')) == 4
@@ -241,8 +242,8 @@ EDITS = {
 
 @pytest.mark.parametrize('what', EDITS)
 def test_one_wrong_value(small, what):
-    name, override, why = EDITS[what]
-    if name: edit(small, name, override)
+    name, change, why = EDITS[what]
+    if name: edit(small, name, change)
     else:
         edit(small, AQA, lambda v: v[K].__setitem__(2, 0.))
         for o in (FINE, COARSE): edit(small, o, lambda v: v[K].update(difficulty=0.))

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from conftest import edit_pickle
 
-from fspn_nb.data import mtl_aqa
+from fspn_nb.data import mtl_aqa,release_files
 from fspn_nb.data.finediving import read_finediving
-from fspn_nb.data.mtl_aqa import FRAMES,describe,judge_mismatches,read_mtl_aqa,write_mtl_aqa,write_video_frames
+from fspn_nb.data.mtl_aqa import MTL_AQA_FRAMES,read_mtl_aqa,write_mtl_aqa,write_video_frames
 from fspn_nb.data.records import check_samples,frame_problem,samples_frame
 from fspn_nb.data.safe_pickle import load_pickle
+from fspn_nb.data.stats import judge_mismatches,mtl_aqa_stats
 from fspn_nb.metrics import baseline_predictions,relative_l2,spearman
 from fspn_nb.synthetic.dive_motion import make_dive
 
@@ -55,14 +56,14 @@ def sheets(real):
     return [samples_frame([o for o in real if o.split == split]) for split in ('train', 'test')]
 
 
-def edit(root, name, override):
+def edit(root, name, change):
     "Change one pickle of the release"
-    edit_pickle(root/'info'/f'{name}.pkl', override)
+    edit_pickle(root/'info'/f'{name}.pkl', change)
 
 
 def empty_frames(root, video, numbers, padding=8):
     "Files with the names of frames"
-    folder = root/FRAMES/f'{video:02d}'
+    folder = root/MTL_AQA_FRAMES/f'{video:02d}'
     folder.mkdir(parents=True, exist_ok=True)
     for n in numbers: (folder/f'{n:0{padding}d}.jpg').touch()
     return folder
@@ -71,7 +72,7 @@ def empty_frames(root, video, numbers, padding=8):
 # ---- the real release
 
 def test_real_counts(real):
-    got = describe(real)
+    got = mtl_aqa_stats(real)
     assert {k: got[k] for k in REAL} == REAL and got['with_frames'] == 0
     assert len({o.uid.split('/')[0] for o in real}) == 15
     assert all(o.n_frames == 103 and o.end_frame == o.annotated_span[1] and len(o.judges) == 7 and o.folder is None and o.files == () for o in real)
@@ -174,7 +175,7 @@ def test_real_annotations_are_read_fast(shared):
 
 def test_real_root_without_frames_says_what_to_do(shared):
     root = shared('data', 'mtl_aqa')
-    if (root/FRAMES).exists(): pytest.skip('frames are there')
+    if (root/MTL_AQA_FRAMES).exists(): pytest.skip('frames are there')
     with pytest.raises(FileNotFoundError, match='root=None'): read_mtl_aqa(root)
 
 
@@ -312,15 +313,15 @@ def test_a_broadcast_numbered_from_zero(small):
 def test_strange_names_and_a_file_for_a_folder(small):
     folder = empty_frames(small, 5, range(1, 420))
     for name in ('notes.txt', '00000050.jpg.part', '.00000050.jpg.7.part', '-0000050.jpg', '٥٠.jpg', '9'*30+'.jpg'): (folder/name).touch()
-    (small/FRAMES/'26').write_text('')
+    (small/MTL_AQA_FRAMES/'26').write_text('')
     assert [frame_problem(o) for o in read_mtl_aqa(small)] == [None, None, 'no frames', 'no frames']
 
 
 def test_each_broadcast_is_listed_once(real, shared, tmp_path, monkeypatch):
     "1,412 dives, fifteen folders of a hundred thousand names: fifteen listings"
-    (tmp_path/FRAMES).mkdir(parents=True)
+    (tmp_path/MTL_AQA_FRAMES).mkdir(parents=True)
     names, calls = [f'{n:08d}.jpg' for n in range(1, 100001)], []
-    monkeypatch.setattr(mtl_aqa.os, 'listdir', lambda folder: calls.append(folder.name) or names)
+    monkeypatch.setattr(release_files.os, 'listdir', lambda folder: calls.append(folder.name) or names)
     start = time.perf_counter()
     samples = read_mtl_aqa(tmp_path, shared('data', 'mtl_aqa', 'info'))
     assert time.perf_counter()-start < 20 # two seconds on an idle core
@@ -332,7 +333,7 @@ def test_each_broadcast_is_listed_once(real, shared, tmp_path, monkeypatch):
 # ---- damaged trees
 
 def test_wrong_roots(small, tmp_path):
-    for root, why in ((small/'info', 'did you mean'), (small/'new', 'did you mean'), (small/FRAMES, 'did you mean'), (tmp_path, 'did you mean'), (tmp_path/'nowhere', 'which is no folder')):
+    for root, why in ((small/'info', 'did you mean'), (small/'new', 'did you mean'), (small/MTL_AQA_FRAMES, 'did you mean'), (tmp_path, 'did you mean'), (tmp_path/'nowhere', 'which is no folder')):
         with pytest.raises(FileNotFoundError, match=why) as e: read_mtl_aqa(root)
         if 'mean' in why: assert str(e.value).endswith(f'{small}?')
     with pytest.raises(FileNotFoundError, match='root=None'): read_mtl_aqa(tmp_path/'nowhere', annotations=small/'info')
@@ -401,8 +402,8 @@ STRAY = { # entries that no dive can be blamed for
 @pytest.mark.parametrize('what', [*EDITS, *STRAY])
 def test_one_wrong_value(small, what):
     "Stops by default; with a list, it is named there and the other dives are read"
-    name, override, why, *stray = (EDITS | STRAY)[what]
-    edit(small, name, override)
+    name, change, why, *stray = (EDITS | STRAY)[what]
+    edit(small, name, change)
     with pytest.raises(ValueError, match=why) as e: read_mtl_aqa(small)
     assert len(str(e.value)) < 700 and '; ' in str(e.value)
     if what == 'no such rotation':
@@ -432,7 +433,7 @@ def test_the_released_typing_error_is_no_contradiction(small):
 def test_mismatches_of_a_made_up_release(small):
     for name in (CORE, MUSDL): edit(small, name, lambda v: v[K].update(final_score=v[K]['final_score']+2))
     wrong = judge_mismatches(read_mtl_aqa(small))
-    assert wrong.uid.tolist() == ['05/2'] and wrong.gap.tolist() == [2] and describe(read_mtl_aqa(small))['judges_off'] == 1
+    assert wrong.uid.tolist() == ['05/2'] and wrong.gap.tolist() == [2] and mtl_aqa_stats(read_mtl_aqa(small))['judges_off'] == 1
     assert list(judge_mismatches([]).columns) == ['uid', 'split', 'stored', 'computed', 'gap', 'odd_marks']
 
 

@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 
 from fspn_nb.data.aqa7 import read_aqa7,write_aqa7
-from fspn_nb.data.extract_frames import main,pieces_of,prepare_videos,where_to_get
+from fspn_nb.data.extract_frames import prepare_cli,prepare_videos
 from fspn_nb.data.finediving import read_finediving,write_finediving
 from fspn_nb.data.mtl_aqa import read_mtl_aqa,write_mtl_aqa
 from fspn_nb.data.records import check_samples,frame_problem
 from fspn_nb.data.video_io import encode_video,video_frames
+from fspn_nb.data.video_pieces import pieces_of,where_to_get
 from fspn_nb.protocols import PROTOCOLS
 from fspn_nb.synthetic.dive_motion import make_dive
 
@@ -112,7 +113,7 @@ def test_aqa7_layout(tmp_path, nested):
 def test_broken_film_is_passed_over(diving, capsys):
     videos, out = diving
     (videos/'Tokyo_final_r1.mkv').write_bytes(b'RIFF'*500)
-    assert main(['finediving', str(videos), str(out), '--workers', '2']) == 1
+    assert prepare_cli(['finediving', str(videos), str(out), '--workers', '2']) == 1
     said = capsys.readouterr().out
     assert '3 done, 0 skipped, 0 missing, 1 failed' in said and 'Tokyo_final_r1.mkv: need a video that can be decoded' in said
     assert not hidden(out) and not (out/'FINADiving_MTL_256s'/'Tokyo_final_r1'/'3').exists()
@@ -188,7 +189,7 @@ def test_killed_process_leaves_only_hidden_parts(tmp_path):
     keys = [('01', i) for i in range(5)]
     for o in ('killed', 'calm'): write_finediving(tmp_path/o, [(k, 1+i*N, DIVE) for i, k in enumerate(keys)], keys[:-1], keys[-1:])
     encode_video(film(5*N, 180, 320), tmp_path/'videos'/'01.mp4')
-    code = f"from fspn_nb.data.extract_frames import main; main(['finediving', {str(tmp_path/'videos')!r}, {str(tmp_path/'killed')!r}])"
+    code = f"from fspn_nb.data.extract_frames import prepare_cli; prepare_cli(['finediving', {str(tmp_path/'videos')!r}, {str(tmp_path/'killed')!r}])"
     run = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, 'IN_TEST': '1'})
     frames, end = tmp_path/'killed'/'FINADiving_MTL_256s', time.time()+60
     while not (frames/'01'/'1').exists() and time.time() < end and run.poll() is None: time.sleep(.002)
@@ -225,12 +226,12 @@ def test_broadcast_goes_on_where_it_stopped(broadcast):
 
 
 @pytest.mark.parametrize('change', ['film', 'height', 'names'])
-def test_broadcast_does_not_go_on_with_other_frames(broadcast, override):
+def test_broadcast_does_not_go_on_with_other_frames(broadcast, change):
     videos, out, folder = broadcast
     for i in range(60, 119): (folder/f'{i:08d}.jpg').unlink()
-    if override == 'film': encode_video((255-o for o in film(120)), videos/'05.mp4')
-    if override == 'names': [(folder/f'{i:08d}.jpg').rename(folder/f'{i:06d}.jpg') for i in range(1, 60)]
-    row = prepare_videos('mtl_aqa', videos, out, height=36 if override == 'height' else 256).iloc[0]
+    if change == 'film': encode_video((255-o for o in film(120)), videos/'05.mp4')
+    if change == 'names': [(folder/f'{i:08d}.jpg').rename(folder/f'{i:06d}.jpg') for i in range(1, 60)]
+    row = prepare_videos('mtl_aqa', videos, out, height=36 if change == 'height' else 256).iloc[0]
     assert row.status == 'failed' and 'remove' in row.why
     assert len(os.listdir(folder)) == 59
 
@@ -258,7 +259,7 @@ def test_folder_of_somebody_else_is_left_alone(diving):
 def test_missing_films_are_no_failure(diving, capsys):
     videos, out = diving
     (videos/'01.mp4').rename(videos/'01.mp4.part')
-    assert main(['finediving', str(videos), str(out)]) == 0
+    assert prepare_cli(['finediving', str(videos), str(out)]) == 0
     assert '1 done, 0 skipped, 3 missing, 0 failed' in (said := capsys.readouterr().out) and 'missing: 01/1, 01/2, 01/6: no video 01' in said
 
 
@@ -273,18 +274,18 @@ def test_wrong_folders(diving, tmp_path, capsys):
     videos, out = diving
     (tmp_path/'empty').mkdir()
     for args, said in (((tmp_path/'empty', out), 'need videos of FineDiving'), ((tmp_path/'none', out), 'need a folder of videos'), ((videos, tmp_path/'empty'), 'Annotations')):
-        assert main(['finediving', *map(str, args)]) == 1
+        assert prepare_cli(['finediving', *map(str, args)]) == 1
         assert said in (err := capsys.readouterr().err)
         assert (where_to_get('finediving') in err) == (said == 'need videos of FineDiving')
-    with pytest.raises(SystemExit): main(['finediving', str(videos)])
-    with pytest.raises(SystemExit): main(['jigsaws', str(videos), str(out)])
+    with pytest.raises(SystemExit): prepare_cli(['finediving', str(videos)])
+    with pytest.raises(SystemExit): prepare_cli(['jigsaws', str(videos), str(out)])
     for bad in (dict(height=0), dict(quality=101), dict(workers=0), dict(workers=-1), dict(height=2.5)):
         with pytest.raises(ValueError, match='need '): prepare_videos('finediving', videos, out, **bad)
 
 
 @pytest.mark.parametrize('dataset', PROTOCOLS)
 def test_dataset_alone_says_where_to_get_it(dataset, capsys):
-    assert main([dataset]) == 0
+    assert prepare_cli([dataset]) == 0
     assert capsys.readouterr().out.strip() == where_to_get(dataset)
 
 
@@ -296,7 +297,7 @@ def test_missing_decoder(diving, monkeypatch, capsys):
         return real(name, *args, **kw)
     monkeypatch.setattr(builtins, '__import__', without)
     with pytest.raises(ImportError, match=r"pip install 'fspn_nb\[video\]'"): prepare_videos('finediving', videos, out)
-    assert main(['finediving', str(videos), str(out)]) == 1
+    assert prepare_cli(['finediving', str(videos), str(out)]) == 1
     assert 'fspn_nb[video]' in capsys.readouterr().err
 
 
@@ -315,7 +316,7 @@ def test_another_height_is_said(diving):
 
 @pytest.mark.parametrize('pixel', [Fraction(4, 3), Fraction(1, 2), Fraction(16, 11)])
 def test_pixels_that_are_not_square(tmp_path, pixel):
-    encode_video(film(3), tmp_path/'a.mp4', pixel=float(pixel))
+    encode_video(film(3), tmp_path/'a.mp4', pixel_aspect=float(pixel))
     (_, o), *_ = video_frames(tmp_path/'a.mp4')
     assert o.shape == (72, round(128*pixel), 3)
     (_, o), *_ = video_frames(tmp_path/'a.mp4', 36)
