@@ -6,10 +6,10 @@ PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 ENV := .venv/.installed
 DATASET ?= finediving
-OUT ?= reports/$(DATASET)/run.ipynb
+OUT ?= reports/runs/$(DATASET)/run.ipynb
 ARGS ?=
 
-.PHONY: help run test env hooks check clean-env
+.PHONY: help run test env hooks check clean clean-env
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -18,7 +18,7 @@ run: $(ENV)  ## train and compare on a synthetic release; DATASET=mtl_aqa or aqa
 	@mkdir -p $(dir $(OUT))
 	@echo "== executing nbs/run_$(DATASET).ipynb -> $(OUT)"
 	$(BIN)/papermill nbs/run_$(DATASET).ipynb $(OUT) --log-output --no-progress-bar $(ARGS)
-	@echo "== done: open $(OUT) in JupyterLab ($(BIN)/jupyter lab), tables and figures are in reports/"
+	@echo "== done: open $(OUT) in JupyterLab ($(BIN)/jupyter lab), tables and figures are in reports/runs/$(DATASET)/"
 
 test: $(ENV)  ## every notebook under nbdev_test, then pytest
 	@echo "== nbdev_test: every notebook, two at a time"
@@ -57,6 +57,10 @@ $(ENV): settings.ini setup.py pyproject.toml requirements.lock
 hooks: $(ENV)  ## once per clone: merge notebooks cell by cell instead of line by line
 	@git config --local include.path ../.gitconfig
 	@git config --local merge.nbdev-merge.driver "$(BIN)/nbdev_merge %O %A %B %P"
+
+clean:  ## remove what runs left: run folders with their weights, executed notebooks that are not in git, unfinished files
+	rm -rf reports/runs out.ipynb nbs/out.ipynb nbs/out
+	@find . -name '*.part' -not -path './.venv/*' -not -path './.git/*' -prune -exec rm -rf {} +
 
 clean-env:  ## remove .venv and the caches
 	rm -rf .venv .cache .pytest_cache fspn_nb.egg-info

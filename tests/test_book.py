@@ -1,4 +1,5 @@
 "The report: links, forms, the same bytes twice, and numbers that follow from predictions"
+import gzip
 import re
 import shutil
 from functools import cache, partial
@@ -13,16 +14,18 @@ import pytest
 
 from fspn_nb.analysis.compare import Scorer,ablation_table,main_runs,stack_predictions
 from fspn_nb.analysis.method_tables import average_cell
+from fspn_nb.analysis.published import pack_runs,unpack_runs
 from fspn_nb.analysis.runs import collect,mean_rho,read_predictions
 from fspn_nb.analysis.significance import seed_mean_ci
 from fspn_nb.config import override,make_config
 from fspn_nb.experiments.variants import config_of,grid_base
 from fspn_nb.metrics import cs_area,relative_l2,spearman
 from fspn_nb.protocols import SPORTS
-from fspn_nb.report.build import build_report
-from fspn_nb.report.chapters import methods_chapter,open_shelf
+from fspn_nb.report.build import build_report,publish_report
 from fspn_nb.report.fake_runs import fake_run
-from fspn_nb.report.writers import ReportSection,chapter_md,escape_tex,page_html,to_latex
+from fspn_nb.report.run_index import open_index
+from fspn_nb.report.table_sections import methods_section
+from fspn_nb.report.writers import ReportSection,section_md,escape_tex,page_html,to_latex
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = dict(fspn=5., i3d_mlp=9., i3d_smt=6., without_actor=5.5, fspn_s=7., blocks_1=6.)
@@ -45,8 +48,8 @@ def built(root, tmp_path_factory):
     copy = tmp_path_factory.mktemp('copy')/'deeper'/'reports'
     shutil.copytree(root, copy)
     outs = [tmp_path_factory.mktemp('book'), copy]
-    for r, out in ((root, outs[0]), (copy, outs[1])): files, chapters = build_report(r, out, seeds=(0, 1), n=40, tests=40, sizes=False)
-    return outs, [f.relative_to(copy) for f in files], chapters
+    for r, out in ((root, outs[0]), (copy, outs[1])): files, sections = build_report(r, out, seeds=(0, 1), n=40, tests=40, sizes=False)
+    return outs, [f.relative_to(copy) for f in files], sections
 
 
 def test_two_builds_are_the_same_bytes(built):
@@ -132,8 +135,8 @@ def test_escaped_text_has_no_bare_command(text):
 
 def test_markup_in_names_cannot_break_the_page():
     shown = pd.DataFrame(dict(row=['a|b', '<script>x</script>'], seeds=['', '']))
-    ch = ReportSection('t', 'T', 'c', shown.assign(runs='', label=shown.row), shown)
-    page = page_html('# T\n\n'+chapter_md(ch), '<T>')
+    section = ReportSection('t', 'T', 'c', shown.assign(runs='', label=shown.row), shown)
+    page = page_html('# T\n\n'+section_md(section), '<T>')
     assert '<script' not in page and page.count('<tr>') == 3
     assert '<script' not in to_latex(shown, 'c', 't')
 
@@ -145,10 +148,10 @@ def test_one_edited_prediction_takes_its_run_off_the_page(built, tmp_path):
     df = pd.read_csv(run/'predictions.csv')
     df.loc[0, 'pred'] += 60
     df.to_csv(run/'predictions.csv', index=False)
-    shelf = open_shelf(root, (0, 1), n=20, tests=20, sizes=False)
+    index = open_index(root, (0, 1), n=20, tests=20, sizes=False)
     name = f'finediving/{run.name}'
-    assert name not in set(shelf.found.run) | set(shelf.main.run)
-    assert 'evaluate the run again' in shelf.runs.set_index('run').problem[name]
+    assert name not in set(index.cells.run) | set(index.main.run)
+    assert 'evaluate the run again' in index.runs.set_index('run').problem[name]
 
 
 def test_no_ablation_leaks_into_table_nine(root):
@@ -163,7 +166,7 @@ def test_no_ablation_leaks_into_table_nine(root):
 
 
 def test_a_folder_without_runs_gives_a_page_of_commands(tmp_path):
-    files, chapters = build_report(tmp_path, n=20, tests=20, sizes=False)
+    files, sections = build_report(tmp_path, n=20, tests=20, sizes=False)
     page = (tmp_path/'README.md').read_text()
     assert page.count('papermill nbs/run_ablations.ipynb out.ipynb -p tables "I" -p seeds 0,1,2') == 1
     assert 'Finished runs: none' in page and page.count('No finished run') >= 11
@@ -172,8 +175,8 @@ def test_a_folder_without_runs_gives_a_page_of_commands(tmp_path):
 
 
 def test_means_intervals_and_gains_are_what_they_say(root):
-    shelf = open_shelf(root, (0, 1), n=100, tests=100, sizes=False)
-    table = ablation_table('I', shelf.found, Scorer(root, 100, 100)).set_index('label')
+    index = open_index(root, (0, 1), n=100, tests=100, sizes=False)
+    table = ablation_table('I', index.cells, Scorer(root, 100, 100)).set_index('label')
     row, full = table.loc['I3D+MLP'], table.loc['FSPN (Ours)']
     preds, true = stack_predictions(root, row.runs.split())
     assert row.rho == pytest.approx(np.mean([spearman(p, true) for p in preds])) and row.rho_sd == pytest.approx(np.std([spearman(p, true) for p in preds], ddof=1))
@@ -183,7 +186,7 @@ def test_means_intervals_and_gains_are_what_they_say(root):
 
 
 def test_the_average_of_classes_is_fishers(root):
-    ten = methods_chapter(open_shelf(root, (0, 1), n=100, sizes=False), 'aqa7').table
+    ten = methods_section(open_index(root, (0, 1), n=100, sizes=False), 'aqa7').table
     row = ten[(ten.protocol == 'average') & (ten.method == 'fspn')].iloc[0]
     runs = collect(root)
     runs = runs[runs.dataset == 'aqa7'].set_index(['seed', 'protocol']).spearman
@@ -191,10 +194,16 @@ def test_the_average_of_classes_is_fishers(root):
     assert row.rho_lo < row.rho < row.rho_hi and len(row.runs.split()) == 12
 
 
-# What stands in reports/ now: ten numbers, drawn with fixed seeds, computed again from the predictions of the runs that they name
+# What stands in reports/ now: ten numbers, drawn with fixed seeds, computed again from the published predictions of the runs that they name
 
 REPORTS = ROOT/'reports'
 METRICS = dict(rho=(spearman, 1), r_l2_x100=(relative_l2, 100), cs_area=(partial(cs_area, top=20.), 1))
+
+
+@cache
+def published_runs():
+    "The run folders that reports/published was made of"
+    return unpack_runs(REPORTS/'published')
 
 
 @cache
@@ -209,7 +218,7 @@ def printed():
 
 def again(row, metric, root=None):
     "(value, low, high) of a printed row, from predictions.csv (votes.csv where voters are counted) alone"
-    runs, (f, k), root = row.runs.split(), METRICS[metric], root or REPORTS
+    runs, (f, k), root = row.runs.split(), METRICS[metric], root or published_runs()
     if row.get('protocol') == 'average':
         meta = collect(root).set_index('run').loc[runs].reset_index()
         got = average_cell(root, meta)
@@ -265,5 +274,41 @@ def test_every_score_on_the_pages_is_one_of_the_csv_files(form):
 def test_the_committed_page_is_the_one_that_its_runs_give():
     if not (REPORTS/'README.md').is_file(): pytest.skip('reports/README.md is absent: build it with nbs/report.ipynb')
     page = (REPORTS/'README.md').read_text()
-    for link in re.findall(r'\]\(([^)#]+)\)', page): assert (REPORTS/link).exists(), link
-    for run in set(re.findall(r'\]\(((?:finediving|mtl_aqa|aqa7)/[^)]+)/\)', page)): assert len(read_predictions(REPORTS/run)) > 0
+    rows = (REPORTS/'published'/'runs.csv').read_text().splitlines()
+    links = re.findall(r'\]\(([^)#]+)(?:#L(\d+))?\)', page)
+    assert sum(line != '' for _, line in links) > 100
+    for path, line in links:
+        assert (REPORTS/path).exists(), path
+        if line: assert len(read_predictions(published_runs()/'/'.join(rows[int(line)-1].split(',')[:2]))) > 0
+
+
+def test_the_published_page_is_rebuilt_byte_for_byte(tmp_path):
+    files, _ = publish_report((), REPORTS, tmp_path)
+    names = [path.relative_to(tmp_path) for path in files]
+    assert len(names) > 70 and {'README.md', 'report.html'} <= {str(name) for name in names}
+    for name in names: assert (tmp_path/name).read_bytes() == (REPORTS/name).read_bytes(), f'{name}: build the page again with nbs/report.ipynb -p publish True'
+
+
+def test_published_files_are_what_their_runs_pack_to(tmp_path):
+    for path in pack_runs([published_runs()], tmp_path):
+        kept = (REPORTS/'published'/path.name).read_bytes()
+        read = gzip.decompress if path.suffix == '.gz' else bytes # compressed bytes depend on the version of zlib
+        assert read(kept) == read(path.read_bytes()), path.name
+
+
+def test_published_runs_keep_their_former_names():
+    runs = pd.read_csv(REPORTS/'published'/'runs.csv', dtype=str)
+    assert runs['provenance.old_run_id'].notna().sum() == 271 and not runs.run.duplicated().any()
+    assert (runs.run == runs['provenance.run_id']).all()
+
+
+def test_publishing_adds_runs_and_replaces_the_same(root, tmp_path):
+    options = dict(seeds=(0, 1), n=20, tests=20, sizes=False)
+    first, second = tmp_path/'first', tmp_path/'second'
+    for seed, folder in ((0, first), (1, second)): fake_run(folder, config_of(grid_base('smoke'), 'fspn', seed), 5., n=24)
+    publish_report([first], tmp_path/'page', **options)
+    once = (tmp_path/'page'/'published'/'runs.csv').read_text()
+    publish_report([first, second], tmp_path/'page', **options)
+    both = (tmp_path/'page'/'published'/'runs.csv').read_text()
+    assert (len(once.splitlines()), len(both.splitlines())) == (2, 3)
+    for run in collect(unpack_runs(tmp_path/'page'/'published')).run: assert len(read_predictions(unpack_runs(tmp_path/'page'/'published')/run)) == 24

@@ -77,8 +77,8 @@ RUNS = sorted(unpack_runs(ROOT/'reports'/'published').glob('*/*/metrics.json'))
 @pytest.mark.parametrize('file', RUNS[::max(1, len(RUNS)//8)], ids=lambda p: p.parent.name)
 def test_stored_intervals_come_out_again(file):
     kept, table = json.loads(file.read_text()), pd.read_csv(file.parent/'predictions.csv', dtype={'uid': str}).query("split == 'test'")
-    got = summarise(table.pred.to_numpy(), table.true.to_numpy(), seed=kept['seed'])
-    assert got == {k: pytest.approx(kept[k], abs=1e-12, rel=0, nan_ok=True) for k in got}
+    result = summarise(table.pred.to_numpy(), table.true.to_numpy(), seed=kept['seed'])
+    assert result == {k: pytest.approx(kept[k], abs=1e-12, rel=0, nan_ok=True) for k in result}
 
 
 def test_memory_does_not_grow_with_the_resamples():
@@ -138,7 +138,7 @@ def test_repeats_for_a_seed_and_only_for_it(pair):
 
 def _enumerated(metric, a, b, true):
     "Difference and p by trying every swap: Eq.-free, one Python loop"
-    if metric is spearman: a, b = (stats.rankdata(o, axis=1) for o in (a, b))
+    if metric is spearman: a, b = (stats.rankdata(preds, axis=1) for preds in (a, b))
     def gap(swap): return np.mean([metric(np.where(swap, q, p), true)-metric(np.where(swap, p, q), true) for p, q in zip(a, b)])
     d, null = gap(np.zeros(len(true), bool)), np.array([gap(np.array(s)) for s in itertools.product([False, True], repeat=len(true))])
     return d, min(1, 2*min((null >= d-1e-12).mean(), (null <= d+1e-12).mean()))
@@ -157,20 +157,20 @@ def test_p_is_exact_for_few_videos(f, seeds, size):
 def test_d120_a_bias_or_a_stretch_changes_no_rank_and_no_p(pair):
     a, _, y = pair
     b = a+np.random.default_rng(5).normal(0, 4, (3, 60))
-    want = paired_test(spearman, a, b, y, n=300)
-    assert paired_test(spearman, a, b+30, y, n=300) == paired_test(spearman, a, np.exp(b/20), y, n=300) == want
+    expected = paired_test(spearman, a, b, y, n=300)
+    assert paired_test(spearman, a, b+30, y, n=300) == paired_test(spearman, a, np.exp(b/20), y, n=300) == expected
     assert paired_test(mae, a, b+30, y, n=300)[1] < .01
 
 
 def test_d120_false_alarms_are_as_rare_as_promised():
     "Two equal methods, one of which answers on another scale: p < .1 in a tenth of the cases, neither never nor often"
-    found = 0
+    rejected = 0
     for k in range(150):
         rng = np.random.default_rng(k)
         y = rng.normal(0, 1, 40)
         a, b = y+rng.normal(0, .5, (2, 1, 40))
-        found += paired_test(spearman, a, 3*b+1, y, n=199, seed=k)[1] < .1
-    assert 5 <= found <= 27
+        rejected += paired_test(spearman, a, 3*b+1, y, n=199, seed=k)[1] < .1
+    assert 5 <= rejected <= 27
 
 
 def test_undefined_swaps_count_against_the_difference():
@@ -222,8 +222,8 @@ def test_holm_by_hand():
 
 
 def test_holm_keeps_nan_and_does_not_count_it():
-    got = holm([np.nan, .01, np.nan, .04])
-    assert np.isnan(got).tolist() == [True, False, True, False] and got[[1, 3]] == pytest.approx([.02, .04])
+    result = holm([np.nan, .01, np.nan, .04])
+    assert np.isnan(result).tolist() == [True, False, True, False] and result[[1, 3]] == pytest.approx([.02, .04])
     assert np.isnan(holm([np.nan, np.nan])).all()
 
 
@@ -253,7 +253,7 @@ def test_holm_refuses_what_is_no_p(p):
 def _watched(rhos, split='test', true=(0, 10, 20, 30.)):
     "One run whose predictions have these rhos; 1: in order, .8: the last two swapped, -1: reversed, None: constant"
     order = {1: (0, 10, 20, 30), .8: (0, 10, 30, 20), -1: (30, 20, 10, 0), None: (7, 7, 7, 7)}
-    return pd.concat([pd.DataFrame(dict(method='m', seed=0, epoch=10*k, split=split, uid=list('abcd'), true=true, pred=np.array(order[o], float))) for k, o in enumerate(rhos, 1)])
+    return pd.concat([pd.DataFrame(dict(method='m', seed=0, epoch=10*k, split=split, uid=list('abcd'), true=true, pred=np.array(order[rho], float))) for k, rho in enumerate(rhos, 1)])
 
 
 def test_picking_by_hand():
@@ -282,9 +282,9 @@ def test_constant_epochs_are_passed_over():
 def test_rows_may_come_in_any_order_and_methods_apart():
     w = pd.concat([_watched([-1, 1, .8]), _watched([.8, -1, .8], 'val')])
     both = pd.concat([w, w.assign(method='k', pred=w.pred+1), w.assign(seed=1)])
-    got = epoch_selection(both.sample(frac=1, random_state=0))
-    assert got[['method', 'seed']].values.tolist() == [['k', 0], ['m', 0], ['m', 1]]
-    pd.testing.assert_series_equal(got.iloc[1], epoch_selection(w).iloc[0], check_names=False)
+    result = epoch_selection(both.sample(frac=1, random_state=0))
+    assert result[['method', 'seed']].values.tolist() == [['k', 0], ['m', 0], ['m', 1]]
+    pd.testing.assert_series_equal(result.iloc[1], epoch_selection(w).iloc[0], check_names=False)
     assert len(per_epoch(both)) == 18
 
 

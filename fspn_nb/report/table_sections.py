@@ -163,7 +163,7 @@ def rank_lines(
 def _family_line(runs):
     "Which family of runs a table of methods takes"
     if not len(runs): return ''
-    return (f' All runs are of one family, {runs.family.iloc[0]}: equal but for method, setting, seed and epochs; '
+    return (f' All runs are of one family, {runs.family.iloc[0]}: equal but for method, protocol, seed and epochs; '
             f'other families of this dataset on disk, not used here: {runs.others.iloc[0]}.')
 
 def _methods_table(index, dataset, runs):
