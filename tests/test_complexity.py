@@ -60,7 +60,7 @@ def test_d09_the_backbone_alone_is_thousands_of_times_the_printed_operations():
     assert small/1e9 == pytest.approx(14.0, abs=.05) and large/1e9 == pytest.approx(55.6, abs=.05)
     assert backbone_flops(112, length=32) == pytest.approx(2*small, rel=1e-6)
     assert parameters_of(I3D())['head'] == 12_697_264
-    printed = max(paper_table(o).mflops.max() for o in ('VII', 'VIII'))
+    printed = max(paper_table(name).mflops.max() for name in ('VII', 'VIII'))
     assert small/1e6 > 5000*printed
 
 
@@ -71,8 +71,8 @@ def test_the_backbones_count_does_not_depend_on_the_device():
 
 @pytest.mark.parametrize('name, head', [('fspn', 3_925_127), ('fspn_m', 1_244_295), ('fspn_s', 444_167)])
 def test_fspn_has_the_printed_sizes(name, head):
-    got = parameters_of(create_model(name))
-    assert got == dict(head=head, adapter=1_049_600)
+    sizes = parameters_of(create_model(name))
+    assert sizes == dict(head=head, adapter=1_049_600)
     printed = paper_table('VIII').set_index('method').mparams[name]
     assert abs(head/1e6/printed-1) < (.05 if name == 'fspn' else .1)
 
@@ -142,5 +142,5 @@ def test_latency_is_a_median_of_seconds():
 @pytest.mark.parametrize('name, counted', [('core_tree', 2_510_382), ('musdl', 2_086_035), ('tsa', 311_759)])
 def test_d94_sizes_counted_in_the_released_code_are_ours_and_not_the_prints(table, name, counted):
     if name not in list_models(): pytest.skip(f'{name} is not in the zoo')
-    printed = pd.concat([paper_table(o) for o in ('VII', 'VIII')]).set_index('method').mparams[name]
+    printed = pd.concat([paper_table(number) for number in ('VII', 'VIII')]).set_index('method').mparams[name]
     assert table.set_index('method').parameters[name] == counted and abs(counted/1e6/printed-1) > .1

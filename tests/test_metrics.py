@@ -47,13 +47,13 @@ def test_d08_three_averages_do_not_follow_from_their_rows(name):
 
 
 def test_released_tsa_predictions(shared):
-    pred, true = (np.load(shared('data', 'finediving', 'oracle', f'tsa_{o}.npy'), allow_pickle=False) for o in ('pred', 'true'))
+    pred, true = (np.load(shared('data', 'finediving', 'oracle', f'tsa_{name}.npy'), allow_pickle=False) for name in ('pred', 'true'))
     assert len(true) == 749
     assert spearman(pred, true) == pytest.approx(.92124, abs=5e-6)
     assert relative_l2(pred, true) == pytest.approx(.0033699, abs=5e-8)
     assert relative_l2(pred, true, p=1) == pytest.approx(.04011, abs=5e-6)
-    got = summarise(pred, true, n=300)
-    assert got['spearman_lo'] < .9203 < got['spearman_hi'] and got['n'] == 749
+    result = summarise(pred, true, n=300)
+    assert result['spearman_lo'] < .9203 < result['spearman_hi'] and result['n'] == 749
 
 
 class _Plain(pickle.Unpickler):
@@ -160,19 +160,19 @@ def test_bootstrap_keeps_pairs_together():
 
 @pytest.mark.parametrize('pred, true', [([1., 2.], [3., 4.]), ([1., 1., 2.], [2., 2., 1.]), ([1., 2., 3.], [1., 3., 2.])])
 def test_tiny_splits_warn_or_give_nan_but_never_raise(pred, true):
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as messages:
         warnings.simplefilter('always')
-        got = summarise(pred, true, n=100)
-    assert got['n'] == len(pred)
-    assert any('degenerate' in str(o.message) for o in said)
-    assert np.isnan(got['spearman_lo']) or -1 <= got['spearman_lo'] <= got['spearman_hi'] <= 1
+        result = summarise(pred, true, n=100)
+    assert result['n'] == len(pred)
+    assert any('degenerate' in str(warning.message) for warning in messages)
+    assert np.isnan(result['spearman_lo']) or -1 <= result['spearman_lo'] <= result['spearman_hi'] <= 1
 
 
 def test_constant_predictor_has_an_error_but_no_order():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        got = summarise(np.full(30, 60.), np.arange(30.), n=100)
-    assert np.isnan([got[f'spearman{o}'] for o in ('', '_lo', '_hi')]).all() and got['relative_l2_lo'] < got['relative_l2'] < got['relative_l2_hi']
+        result = summarise(np.full(30, 60.), np.arange(30.), n=100)
+    assert np.isnan([result[f'spearman{end}'] for end in ('', '_lo', '_hi')]).all() and result['relative_l2_lo'] < result['relative_l2'] < result['relative_l2_hi']
 
 
 def test_a_bug_in_a_metric_is_not_swallowed():

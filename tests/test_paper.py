@@ -38,7 +38,7 @@ def test_ablations_cell_by_cell():
     assert {k: paper_table(k).r_l2_x100.tolist() for k in printed} == printed
     assert paper_table('II').rho.tolist() == [.936, .942, .933, .929] and paper_table('III').rho.tolist() == [.931, .929, .933, .942, .938, .935]
     assert paper_table('VI').rho.tolist() == [.850, .920, .932, .938, .942]
-    seven, eight = (paper_table(o)[['mflops', 'mparams']].values.tolist() for o in ('VII', 'VIII'))
+    seven, eight = (paper_table(name)[['mflops', 'mparams']].values.tolist() for name in ('VII', 'VIII'))
     assert seven == [[1.5, .79], [1.5, 2.21], [2.7, 2.1], [1.51, 3.75]] and eight == [[1.5, .6], [1.49, .48], [1.5, 1.31], [1.51, 3.75]]
 
 
@@ -54,7 +54,7 @@ def test_knowing_the_dive_number_helps_every_method():
 
 
 def test_d01_tables_one_and_four_contradict_each_other():
-    one, four = (paper_table(o).set_index('method')[PAIR] for o in ('I', 'IV'))
+    one, four = (paper_table(name).set_index('method')[PAIR] for name in ('I', 'IV'))
     assert one.loc['i3d_iap'].tolist() == [.891, .468] and four.loc['i3d_iap'].tolist() == [.932, .314]
     assert one.loc['i3d_smt_mtf'].tolist() == [.936, .289] and four.loc['i3d_smt_mtf'].tolist() == [.891, .468]
 
@@ -80,12 +80,12 @@ def test_d02_the_same_baseline_without_dive_number_opens_four_tables(name):
 
 
 def test_d03_sentences_disagree_with_tables():
-    said = read_rows(paper.CLAIMS)
-    size, one = (paper_table(o).set_index('method') for o in ('VIII', 'I'))
+    claims = read_rows(paper.CLAIMS)
+    size, one = (paper_table(name).set_index('method') for name in ('VIII', 'I'))
     dd = paper_table('XI').query("protocol == 'w_dd'").set_index('method')
     gain = IX.loc[('w_dn', 'tsa'), 'r_l2_x100']-IX.loc[('w_dn', 'fspn'), 'r_l2_x100']
     table = [gain, size.mflops['fspn']-size.mflops['tsa'], size.mparams['fspn_s'], 100*(one.rho['i3d_smt']-one.rho['i3d_mlp']), dd.r_l2_x100['hgcn']-dd.r_l2_x100['fspn']]
-    assert table == pytest.approx([.064, .01, .48, 7.8, .014]) and said[said.id == 'D-03'].text.tolist() == [.530, .1, .4, 7, 1.4]
+    assert table == pytest.approx([.064, .01, .48, 7.8, .014]) and claims[claims.id == 'D-03'].text.tolist() == [.530, .1, .4, 7, 1.4]
 
 
 def test_d04_the_temperature_cancels_as_printed():
@@ -157,12 +157,12 @@ def test_d92_points_of_figures_are_those_of_the_text_and_no_others():
 
 
 def test_d93_two_networks_have_fewer_operations_than_weights():
-    size = pd.concat([paper_table(o) for o in ('VII', 'VIII')])
+    size = pd.concat([paper_table(name) for name in ('VII', 'VIII')])
     assert set(size[size.mflops < size.mparams].method) == {'core_tree', 'fspn'}
 
 
 def test_d94_counted_sizes_stand_in_the_notes():
-    seven, eight = (paper_table(o).set_index('method').note for o in ('VII', 'VIII'))
+    seven, eight = (paper_table(name).set_index('method').note for name in ('VII', 'VIII'))
     assert '2.51 M' in seven['core_tree'] and '2.09 M' in seven['musdl'] and '0.31 M' in eight['tsa']
 
 
@@ -174,7 +174,7 @@ def test_d95_the_best_average_is_not_fspns():
 
 
 def test_d97_a_third_of_the_ablated_rows_lies_in_the_interval_of_the_full_model():
-    rows = pd.concat([paper_table(o) for o in ('I', 'II', 'III', 'IV', 'V', 'VI')])
+    rows = pd.concat([paper_table(name) for name in ('I', 'II', 'III', 'IV', 'V', 'VI')])
     rows = rows[(rows.rho != .942) & ~rows.method.isin(['i3d_mlp', 'tsa'])]
     low, high = np.tanh(np.arctanh(.942)+1.96*1.03/np.sqrt(746)*np.array([-1, 1]))
     evidence = ledger().set_index('id').evidence['D-97']
@@ -195,15 +195,15 @@ def test_ledger_has_every_seed_once_and_no_empty_cell():
 
 
 def test_notes_point_to_ledger_rows_that_exist():
-    notes = ' '.join([*pd.concat([paper_table(o).note for o in ALL]), *paper_figure_points(7).note, *read_rows(paper.CLAIMS).id])
+    notes = ' '.join([*pd.concat([paper_table(name).note for name in ALL]), *paper_figure_points(7).note, *read_rows(paper.CLAIMS).id])
     assert set(re.findall(r'D-\d+', notes)) <= set(ledger().id)
 
 
 def test_each_finding_in_the_paper_has_a_test_or_a_reason():
     "D-01 to D-12, D-56 to D-58 and D-90 to D-98 are slips of the paper; the others are choices where it is silent, tested where they are made"
     tests = '\n'.join(p.read_text() for p in sorted(Path(__file__).parent.glob('test_*.py')))
-    slips = [o for o in ledger().id if (n := int(o[2:])) <= 12 or 56 <= n <= 58 or 90 <= n <= 98]
-    tested = {o for o in slips if f'def test_d{o[2:]}_' in tests}
+    slips = [row for row in ledger().id if (n := int(row[2:])) <= 12 or 56 <= n <= 58 or 90 <= n <= 98]
+    tested = {row for row in slips if f'def test_d{row[2:]}_' in tests}
     assert len(slips) >= 24 and set(slips)-tested == set(UNTESTED), sorted(set(slips)-tested ^ set(UNTESTED))
     assert all(UNTESTED.values())
 
@@ -222,14 +222,14 @@ def test_frames_are_fresh():
 def test_d08_fisher_reproduces_twelve_of_fifteen_averages():
     from fspn_nb.metrics import fisher_mean
     x = paper_table('X').pivot(index='method', columns='protocol', values='rho')
-    classes = [o for o in x if o != 'average']
+    classes = [name for name in x if name != 'average']
     whole = x.dropna()
     ours = whole[classes].apply(lambda r: fisher_mean(r.to_numpy()), axis=1)
     off = (ours-whole.average).abs().round(4) > .0001
     assert len(whole) == 15 and sorted(off.index[off]) == ['core_tree', 'fspn', 'pcln']
     assert ours[['core_tree', 'fspn', 'pcln']].round(4).tolist() == [.8433, .8734, .8795]
     evidence = ledger().set_index('id').evidence['D-08']
-    assert all(o in evidence for o in ('0.8433', '0.8734', '0.8795', '1.54'))
+    assert all(number in evidence for number in ('0.8433', '0.8734', '0.8795', '1.54'))
 
 
 def test_d08_the_mean_error_of_fspn_is_not_what_is_printed():

@@ -120,7 +120,7 @@ def test_order_of_rows_does_not_matter_but_the_dives_do(tmp_path, true):
 def real(shared):
     "True cuts of FineDiving's dives on 96 frames, which of them are test dives, and the samples"
     dives = read_finediving(None, shared('data', 'finediving', 'Annotations'))
-    return np.array([steps_on_axis(o, frame_indices(o)) for o in dives], float), np.array([o.split == 'test' for o in dives]), dives
+    return np.array([steps_on_axis(dive, frame_indices(dive)) for dive in dives], float), np.array([dive.split == 'test' for dive in dives]), dives
 
 
 def test_real_constant_is_hard_to_beat(real):
@@ -142,9 +142,9 @@ def test_real_learnt_constant_and_chance(real):
 
 def test_real_transitions_out_of_order_have_no_say_on_the_axis(real):
     cuts, _, dives = real
-    wrong = {o.uid for o in dives if list(o.transitions) != sorted(set(o.transitions))}
+    wrong = {dive.uid for dive in dives if list(dive.transitions) != sorted(set(dive.transitions))}
     assert len(wrong) == 3 and (cuts[:, 0] < cuts[:, 1]).all()
-    assert sum(min(o.transitions) < 0 or max(o.transitions) >= o.n_frames for o in dives) == 6
+    assert sum(min(dive.transitions) < 0 or max(dive.transitions) >= dive.n_frames for dive in dives) == 6
 
 
 @pytest.mark.parametrize('strength', [.5, 3., 20.])
