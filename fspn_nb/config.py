@@ -37,7 +37,7 @@ class ActorCfg:
 # %% ../nbs/root/05_config.ipynb #7b7d6485
 @dataclass(frozen=True)
 class SyntheticCfg:
-    "The synthetic release that stands in when no data folder is given"
+    "The synthetic release, used when no data folder is given"
     n_train:int=130 # Training samples; on AQA-7 of each class
     n_test:int=50 # Test samples; on AQA-7 of each class
     seed:int=0 # Seed of the release
@@ -99,7 +99,7 @@ class TrainCfg:
 @dataclass(frozen=True)
 class EvalCfg:
     "How a trained model is measured"
-    num_exemplars:int=10 # M: exemplars that vote on one test dive (peers; Fig. 8 varies it)
+    num_exemplars:int=10 # M: exemplars whose predictions are averaged for one test dive (peers; Fig. 8 varies it)
     checkpoint_selection:str='last' # 'last' | 'best_val': which weights are measured (D-11); never the best on test
 
 # %% ../nbs/root/05_config.ipynb #8f9f525b

@@ -18,8 +18,8 @@ def check_parameters(
 )->None:
     "Raise a `ValueError` for a parameter that the notebook does not have"
     shell = {'In','Out','exit','quit','open','get_ipython'}
-    if strange := sorted(n for n in set(names)-set(known)-shell if not n.startswith('_')):
-        raise ValueError(f'unknown parameter {", ".join(strange)}; this notebook has {", ".join(sorted(known))}')
+    if unknown := sorted(n for n in set(names)-set(known)-shell if not n.startswith('_')):
+        raise ValueError(f'unknown parameter {", ".join(unknown)}; this notebook has {", ".join(sorted(known))}')
 
 # %% ../../nbs/experiments/01_parameters.ipynb #d2878059
 def notebook_parameters(

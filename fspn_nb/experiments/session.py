@@ -43,7 +43,7 @@ class RunContext:
     files:list[Path]=field(default_factory=list) # Tables and figures
 
     @property
-    def protocol(self): return PROTOCOLS[self.dataset]
+    def dataset_protocol(self): return PROTOCOLS[self.dataset]
 
     @property
     def folder(self): return self.reports/self.dataset
@@ -51,7 +51,7 @@ class RunContext:
     def variant(self,
         cfg:RunCfg, # One of `runs`
     )->ProtocolVariant: # The block of the table that it fills
-        return self.protocol.variants[cfg.protocol]
+        return self.dataset_protocol.variants[cfg.protocol]
 
 # %% ../../nbs/experiments/03_session.ipynb #4c3954dc
 def given_parameters(
@@ -106,7 +106,7 @@ def read_data(
         data = datas[action] = prepare(cfg, session.device)
         counts = ', '.join(f'{len(indices)} {split}' for split,indices in data.splits.items())
         seconds = time.perf_counter()-began
-        print(f'{action or session.protocol.title} ({data.release.source}): {counts} {session.protocol.noun}s; ready after {seconds:.0f} s')
+        print(f'{action or session.dataset_protocol.title} ({data.release.source}): {counts} {session.dataset_protocol.noun}s; ready after {seconds:.0f} s')
         print(*data.provenance['actor_boxes'], sep='\n', end='\n'*bool(data.provenance['actor_boxes']))
         _print_deviations(printed, data)
     return datas
@@ -119,7 +119,7 @@ def overview(
     "What the release holds, and what of it is used"
     columns = {}
     for action,data in datas.items():
-        title = action or session.protocol.title
+        title = action or session.dataset_protocol.title
         columns[title,'annotated'] = data.release.stats
         columns[title,'used here'] = release_stats(session.dataset, data.release.samples)
     return pd.DataFrame(columns)

@@ -100,7 +100,7 @@ Fig. 7,128,channels_128
 Fig. 7,256,channels_256
 Fig. 7,64-128,fspn_m
 Fig. 7,64-128-256,fspn
-Fig. 8,1 to 25 voters,fspn
+Fig. 8,1 to 25 exemplars,fspn
 beyond,without group contrast,without_gc
 beyond,without intervals,without_bce
 beyond,S = 2,sub_actions_2
@@ -170,7 +170,7 @@ def plan_grid(
     seeds=(0,1,2), # One training each
     scale_epochs:bool=True, # As in `config_of`
 )->pd.DataFrame: # experiment, protocol, seed, run (its folder), tables (that need it); each run once
-    "The runs that fill some tables"
+    "The runs that fill the named tables"
     rows = {}
     for seed in map(int, seeds):
         for cell in cells_of(tables).itertuples():
