@@ -1,4 +1,6 @@
 "The paper's tables are evidence: nobody may repair a digit, least of all by accident"
+import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -7,14 +9,14 @@ import pandas as pd
 import pytest
 import torch
 
-from fspn_nb import paper
+from fspn_nb import config,paper
 from fspn_nb.ledger import ledger
 from fspn_nb.paper import paper_figure_points,paper_table,read_rows
 
 ALL = ('I', 'II', 'III', 'IV', 'V', 'VI', 'VII', 'VIII', 'IX', 'X', 'XI')
 KEY = {'II': 'blocks', 'III': 'heads'} # What tells the rows of a table apart; the others have one row a method, or a method and a protocol
-UNTESTED = {'D-06': 'three meanings of one letter are words; which one runs is EvalCfg.exemplars',
-            'D-10': 'Eq. 9 against its sentence: words; the block that runs is in 32_models.smt',
+UNTESTED = {'D-06': 'three meanings of one letter are words; which one runs is EvalCfg.num_exemplars',
+            'D-10': 'Eq. 9 against its sentence: words; the block that runs is in models/06_smt',
             'D-98': 'a caption against its sentence: words; figures name whatever predictions they are given'}
 IX = paper_table('IX').set_index(['protocol', 'method'])
 PAIR = ['rho', 'r_l2_x100']
@@ -192,6 +194,21 @@ def test_ledger_has_every_seed_once_and_no_empty_cell():
     assert book.id.is_unique and book.id.str.fullmatch(r'D-\d{2,3}').all() and book.id.str[2:].astype(int).is_monotonic_increasing
     assert {f'D-{i:02d}' for i in range(1, 13)} <= set(book.id)
     assert (book.map(len) > 0).all(axis=None)
+
+
+def test_every_switch_of_the_ledger_exists():
+    "A switch is 'none', a command, a field of a configuration class, or a function of a module with its parameters"
+    for row in ledger().itertuples():
+        for switch in re.split(r', (?![^(]*\))', row.switch):
+            if switch == 'none' or switch.startswith('fspn_'): continue
+            path, _, rest = re.match(r'([\w.]+)(\((.*)\))?', switch).groups()
+            owner, _, name = path.rpartition('.')
+            if (owner or name).endswith('Cfg'):
+                cfg = getattr(config, owner or name)
+                assert not owner or name in cfg.__dataclass_fields__, (row.id, switch)
+                continue
+            function = getattr(importlib.import_module(f'fspn_nb.{owner}'), name)
+            if rest: assert set(re.findall(r'(\w+)=', rest)) <= set(inspect.signature(function).parameters), (row.id, switch)
 
 
 def test_notes_point_to_ledger_rows_that_exist():
