@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import nn
 
-from .config import RunCfg,load_cfg
+from .config import load_cfg
 from .core import write_atomic,write_json
 from .metrics import summarise,temporal_iou
 from .training.checkpoint import load_ckpt

@@ -52,7 +52,13 @@ _PARTS = ('model','optimiser','schedule') # attributes of `_Trainer` whose state
 
 class _Trainer:
     "The state of a run, and what it writes into its folder"
-    def __init__(self, model, data, run, state=None, max_overhead=.02):
+    def __init__(self,
+        model:nn.Module, # Any method
+        data:RunData, # Of the run
+        run:Path, # Its folder
+        state:dict|None=None, # A checkpoint of it
+        max_overhead:float=.02, # As in `CheckpointTimer`
+    ):
         cfg = data.cfg
         self.model,self.data,self.run,self.timer = model,data,run,CheckpointTimer(max_overhead)
         self.optimiser = make_optimiser(model, cfg)
@@ -62,28 +68,31 @@ class _Trainer:
         for name in _PARTS:
             if name in state: getattr(self, name).load_state_dict(state[name])
 
-    def save(self, epoch, within_epoch=None):
-        "Write last.pt; `within_epoch`: the position in an unfinished epoch"
+    def save(self,
+        epoch:int, # Finished epochs
+        within_epoch:dict|None=None, # The position in an unfinished epoch
+    ):
+        "Write last.pt"
         if not self.data.dist.is_main_process: return
         with self.timer.time_write():
             parts = {name: getattr(self, name).state_dict() for name in _PARTS}
             save_ckpt(self.run/'last.pt', keep_backup=True, run_id=self.data.run_id, epoch=epoch, within_epoch=within_epoch,
                       history=self.history, best=self.best, **parts)
 
-    def train(self, epoch, stop_requested):
-        "Train one epoch; its row of the log"
-        cfg,within = self.data.cfg,self.within_epoch
-        began = time.perf_counter()-(within['seconds'] if within else 0)
-        def _on_step_end(position):
-            stop = any_rank(self.data.dist, stop_requested())
-            if stop or self.timer.is_due(): self.save(epoch, dict(position, rng=rng_state(), seconds=time.perf_counter()-began))
-            if stop: raise Preempted(f"epoch {epoch+1}, step {position['step']}")
-        row = dict(epoch=epoch+1, lr=self.optimiser.param_groups[0]['lr'],
-                   **train_epoch(self.model, self.data, self.optimiser, self.schedule, epoch, within, _on_step_end))
-        measured = (epoch+1) % max(1, cfg.train.epochs//10) == 0
-        row['val_rho'] = validation_rho(self.model, self.data) if measured else float('nan')
-        self.within_epoch = None
-        return dict(row, seconds=round(time.perf_counter()-began, 3))
+# %% ../nbs/root/09_train.ipynb #4d0f0d3d
+def _train_one_epoch(trainer, epoch, stop_requested):
+    "Train one epoch; its row of the log"
+    model,data,epochs,within = trainer.model,trainer.data,trainer.data.cfg.train.epochs,trainer.within_epoch
+    began = time.perf_counter()-(within['seconds'] if within else 0)
+    def _on_step_end(position):
+        stop = any_rank(data.dist, stop_requested())
+        if stop or trainer.timer.is_due(): trainer.save(epoch, dict(position, rng=rng_state(), seconds=time.perf_counter()-began))
+        if stop: raise Preempted(f"epoch {epoch+1}, step {position['step']}")
+    lr = trainer.optimiser.param_groups[0]['lr']
+    losses = train_epoch(model, data, trainer.optimiser, trainer.schedule, epoch, within, _on_step_end)
+    trainer.within_epoch = None
+    val_rho = validation_rho(model, data) if (epoch+1) % max(1, epochs//10) == 0 else float('nan')
+    return dict(epoch=epoch+1, lr=lr, **losses, val_rho=val_rho, seconds=round(time.perf_counter()-began, 3))
 
 # %% ../nbs/root/09_train.ipynb #5d51f703
 def _finish_epoch(trainer, epoch, row, on_epoch_end):
@@ -97,13 +106,14 @@ def _finish_epoch(trainer, epoch, row, on_epoch_end):
         write_atomic(run/'log.csv', pd.DataFrame(trainer.history).to_csv(index=False))
     if epoch+1 == data.cfg.train.epochs or trainer.timer.is_due(): trainer.save(epoch+1)
 
+# %% ../nbs/root/09_train.ipynb #7cbe23eb
 def _train_epochs(trainer, on_epoch_end=None):
     "Train from where `trainer` stands to the end of the run"
     cfg = trainer.data.cfg
     epochs = range(trainer.first_epoch, cfg.train.epochs)
     if trainer.data.dist.is_main_process: epochs = progress(epochs, f'{cfg.model.name} {cfg.protocol}')
     with sigterm_flag() as stop_requested:
-        for epoch in epochs: _finish_epoch(trainer, epoch, trainer.train(epoch, stop_requested), on_epoch_end)
+        for epoch in epochs: _finish_epoch(trainer, epoch, _train_one_epoch(trainer, epoch, stop_requested), on_epoch_end)
 
 # %% ../nbs/root/09_train.ipynb #d5e1d9b9
 def missing_files(
@@ -128,6 +138,7 @@ def _resume_state(run, cfg, dist):
         print(f'{run.name}: no {", ".join(missing)} in its folder, training starts from the beginning')
         for path in (run/'last.pt', backup_path(run/'last.pt'), run/'best_val.pt'): path.unlink(missing_ok=True)
 
+# %% ../nbs/root/09_train.ipynb #d718da12
 def _start_folder(run, data, model):
     "Write what is known before training: configuration and provenance"
     cfg = data.cfg
@@ -146,9 +157,11 @@ def run_folder(
 )->Path: # <out>/<dataset>/<run_id>
     "The folder of the run `cfg`; a `ValueError` for a `cfg` that no run can have"
     if data is None: validate(cfg)
-    elif data.cfg != cfg: raise ValueError(f'need the data of the run that is trained, got that of {data.run_id}; call prepare with its cfg')
+    elif data.cfg != cfg:
+        raise ValueError(f'need the data of the run that is trained, got that of {data.run_id}; call prepare with its cfg')
     return reports_dir(str(out))/cfg.dataset/(data.run_id if data else run_id(cfg))
 
+# %% ../nbs/root/09_train.ipynb #50835b84
 def fit(
     cfg:RunCfg, # The run
     out:str|Path='', # Folder for all runs; '': `reports/runs`
@@ -192,6 +205,7 @@ def _parser():
     p.add_argument('--max-overhead', type=float, default=.02, help='fraction of the time that may go into checkpoints')
     return p
 
+# %% ../nbs/root/09_train.ipynb #d2b25ca4
 def train_cli(
     args:list[str]|None=None, # Command line; None: the process's own
 )->None:

@@ -248,7 +248,7 @@ def counted(monkeypatch, *names):
 
 @pytest.mark.parametrize('method', ['fspn_s','i3d_mlp'])
 def test_a_prepared_run_is_resolved_once(release, tmp_path, monkeypatch, method):
-    cfg = finediving('smoke', **SMALL, model__name=method, train__epochs=2, train__val_fraction=.5)
+    cfg = finediving('smoke', **SMALL, protocol='wo_dn', model__name=method, train__epochs=2, train__val_fraction=.5)
     calls = counted(monkeypatch, 'protocol_variant', 'run_id')
     data = prepare(cfg, 'cpu')
     assert min(calls.values()) > 0, 'the counting functions are in place'

@@ -118,6 +118,7 @@ class LabelledSamples:
     labels:Labels # Row by row
     candidate_sets:CandidateSets # Which samples may be exemplars of each
 
+# %% ../../nbs/batches/02_dataset.ipynb #174d490c
 def load_dataset(
     cfg:RunCfg, # The run
     release:Release|None=None, # What `load_samples` gave, where it is at hand

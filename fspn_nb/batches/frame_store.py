@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.transforms.v2 import functional as V
 
-from ..actor.crop import around,crop_actor,samples_per_pixel,square_box,resampling_weights
+from ..actor.crop import crop_region,crop_actor,samples_per_pixel,square_box,resampling_weights
 from .features import feature_key
 from ..config import ClipCfg,RunCfg
 from ..core import data_cache,tune_malloc,progress,write_atomic
@@ -59,7 +59,7 @@ def store_frames(
     return {'scene': torch.cat(scene).contiguous(), **({'actor': torch.cat(actor)} if actor else {})}
 
 # %% ../../nbs/batches/05_frame_store.ipynb #1584c3fb
-_PIXEL_CODE = (scene_size, around, resampling_weights, samples_per_pixel, crop_actor, store_frames)
+_PIXEL_CODE = (scene_size, crop_region, resampling_weights, samples_per_pixel, crop_actor, store_frames)
 _CODE_CHECKSUM = zlib.crc32(''.join(map(inspect.getsource, _PIXEL_CODE)).encode())
 
 def record_name(

@@ -137,7 +137,9 @@ class ClipDataset:
     )->dict[str,Tensor]: # 'boxes' (B,K,L,4) for a method that reads them; the backbone makes the other fields from the clips
         "Further fields of `Batch`"
         if 'boxes' not in METHODS[self.cfg.model.name].extra_inputs: return {}
-        rows = [dive_boxes(self.samples[i], self.cfg.clip, self.boxes[self.samples[i].uid], *self._augmentation(int(i), rng_key)) for i in ids]
+        samples = [self.samples[i] for i in ids]
+        clip = self.cfg.clip
+        rows = [dive_boxes(sample, clip, self.boxes[sample.uid], *self._augmentation(int(i), rng_key)) for i,sample in zip(ids, samples)]
         return {'boxes': torch.stack(rows)}
 
 # %% ../../nbs/batches/03_sources.ipynb #4939c3d5

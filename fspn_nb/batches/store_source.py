@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .frame_store import FrameStore,build_store,record_bytes,record_name,store_frames
+from .frame_store import FrameStore,build_store,record_bytes,record_name
 from .sources import ClipDataset,normalized_boxes
 from ..config import ClipCfg,RunCfg
 from ..core import rng_for,data_cache
@@ -108,7 +108,8 @@ class CachedDataset:
         sample,clip = self.store.samples[i],self.cfg.clip
         boxes = self.store.boxes[sample.uid]
         if boxes is None: return torch.tensor([0.,0.,1.,1.]).expand(len(clip.starts), clip.length, 4)
-        if i not in self.frame_sizes: self.frame_sizes[i] = load_frames(sample, [0]).shape[1:3] # the store knows only the size after resizing
+        if i not in self.frame_sizes: # the store knows only the size after resizing
+            self.frame_sizes[i] = load_frames(sample, [0]).shape[1:3]
         shown = boxes[frame_indices(sample, clip.frames)]
         return to_clips(normalized_boxes(shown, self.frame_sizes[i], clip, flip, crop_position), clip.starts, clip.length)
 

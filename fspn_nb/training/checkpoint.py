@@ -39,6 +39,7 @@ def backup_path(
     "Where the checkpoint before `path` is kept"
     return Path(path).with_suffix('.backup.pt')
 
+# %% ../../nbs/training/02_checkpoint.ipynb #e8158952
 def save_ckpt(
     path:Path, # Usually last.pt
     keep_backup:bool=False, # Keep the checkpoint that it replaces
@@ -53,6 +54,7 @@ def _damaged(path, reason):
     "The error for a file that cannot be used"
     return ValueError(f'{path}: need a checkpoint of this trainer, got a damaged or foreign file ({reason}); remove it to start afresh')
 
+# %% ../../nbs/training/02_checkpoint.ipynb #61ee255e
 def load_ckpt(
     path:Path, # A file of `save_ckpt`
     run_id:str, # Of the run that wants to use it

@@ -56,6 +56,7 @@ def all_gather(
     all_rows = dist.fabric.all_gather(x.detach()).flatten(0, 1)
     return all_gather_with_grad(all_rows, x, dist.rank)[:total]
 
+# %% ../../nbs/training/01_distributed.ipynb #945bd890
 def gather_batch(
     dist:DistributedContext, # Of any size
     batch:Batch, # Features of the samples of this process
@@ -75,6 +76,7 @@ def _reduce(dist, grads, op):
     flat = dist.fabric.all_reduce(torch.cat([grad.flatten() for grad in grads]), reduce_op=op)
     for grad,reduced in zip(grads, flat.split([grad.numel() for grad in grads])): grad.copy_(reduced.view_as(grad))
 
+# %% ../../nbs/training/01_distributed.ipynb #89ff9570
 def all_reduce_gradients(
     dist:DistributedContext, # Of any size
     model:nn.Module, # After `backward`; what is shared out lies under `backbone`
@@ -96,6 +98,7 @@ def main_process_first(
     if dist.world_size > 1 and dist.is_main_process: dist.fabric.barrier()
     return result
 
+# %% ../../nbs/training/01_distributed.ipynb #31a88b76
 def any_rank(
     dist:DistributedContext, # Of any size
     flag:bool, # Of this process
@@ -113,6 +116,7 @@ def _fabric_class():
                           "pip install 'fspn_nb[processes]', or take processes=1") from e
     return Fabric
 
+# %% ../../nbs/training/01_distributed.ipynb #b697e164
 def init_distributed(
     processes:int=1, # On this machine; with GPUs, one each
     device:str='auto', # 'auto' | 'cpu' | 'cuda'

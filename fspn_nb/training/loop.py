@@ -34,9 +34,11 @@ def _make_head(data):
     cfg,train = data.cfg,data.splits['train']
     groups = [group_of(data.release.samples[i], data.variant) for i in train]
     head = create_model(cfg.model.name, cfg.model, data.labels.label[torch.as_tensor(train)], groups)
-    if hasattr(head, 'on_train_start'): head.on_train_start(cfg.train.epochs*steps_per_epoch(data)) # TSA begins with true transitions (D-126)
+    if hasattr(head, 'on_train_start'): # TSA begins with true transitions (D-126)
+        head.on_train_start(cfg.train.epochs*steps_per_epoch(data))
     return head
 
+# %% ../../nbs/training/06_loop.ipynb #0b629115
 def build_model(
     data:RunData, # Training labels, candidate sets, backbone
 )->nn.Module: # On `data.device`
@@ -82,6 +84,7 @@ def _pair_within(batch, exemplar_index):
     exemplar = Batch(**{name: v[rows] for name,v in vars(batch).items() if isinstance(v, Tensor)})
     return Batch(**vars(batch)|dict(exemplar_index=rows, exemplar=exemplar))
 
+# %% ../../nbs/training/06_loop.ipynb #7466989d
 def extract_and_gather(
     model:nn.Module, # With or without a backbone
     batch:Batch, # The shard of this process
@@ -134,6 +137,7 @@ def _check_finite(losses, epoch, lr):
     if not np.isfinite(sum(losses.values())):
         raise FloatingPointError(f'loss is {losses} after epoch {epoch}; lower train.lr ({lr}) or look at the labels')
 
+# %% ../../nbs/training/06_loop.ipynb #4de2a7c6
 def train_epoch(
     model:nn.Module, # Any method
     data:RunData, # Source, labels, candidate sets, and the processes that share them

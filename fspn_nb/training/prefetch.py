@@ -9,7 +9,6 @@ __all__ = ['prefetch', 'tensors_of', 'pin_memory', 'batches']
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +39,7 @@ def tensors_of(
     values = [getattr(batch, f.name) for f in fields(batch)]
     return [v for v in values if isinstance(v, Tensor)]+(tensors_of(batch.exemplar) if batch.exemplar is not None else [])
 
+# %% ../../nbs/training/03_prefetch.ipynb #9ed56178
 def pin_memory(
     batch:Batch, # On the CPU or on a GPU
 )->Batch: # What was on the CPU is in pinned memory

@@ -97,8 +97,8 @@ class RunData:
     def __post_init__(self):
         "Resolve once what follows from `cfg`"
         cfg = self.cfg
-        for name,value in (('run_id', run_id(cfg)), ('variant', protocol_variant(cfg.dataset, cfg.protocol)), ('dataset_protocol', PROTOCOLS[cfg.dataset])):
-            object.__setattr__(self, name, value) # the dataclass is frozen
+        facts = dict(run_id=run_id(cfg), variant=protocol_variant(cfg.dataset, cfg.protocol), dataset_protocol=PROTOCOLS[cfg.dataset])
+        for name,value in facts.items(): object.__setattr__(self, name, value) # the dataclass is frozen
 
 # %% ../../nbs/training/04_prepare.ipynb #c4769d05
 _ACTOR_DEVIATIONS = {
@@ -107,6 +107,7 @@ _ACTOR_DEVIATIONS = {
     'motion': 'actor: boxes from camera-compensated motion, no person detector',
     'onnx': 'actor: boxes by an ONNX detector, not SSD'}
 
+# %% ../../nbs/training/04_prepare.ipynb #c22dcef0
 def deviations(
     release:Release, # Samples
     actor:str, # Source of the boxes
@@ -128,6 +129,7 @@ def _clip_source(cfg, release, boxes, device, dist, reuse=None):
     if isinstance(reuse, CachedDataset) and not cfg.train.temporal_jitter: return CachedDataset(reuse.store, cfg, device)
     return main_process_first(dist, lambda: choose_source(release.samples, cfg, boxes, device=device, processes=dist.world_size))
 
+# %% ../../nbs/training/04_prepare.ipynb #e5c67ed6
 def _feature_source(cfg, release, boxes, device):
     "(features of a frozen backbone, provenance of its weights)"
     encode,key = feature_extractor(cfg.weights, device)
@@ -136,6 +138,7 @@ def _feature_source(cfg, release, boxes, device):
     weights_hash,_,precision = key.split('-')
     return source, dict(name=name, sha256=weights_hash, precision=precision, file=cfg.weights.split('/')[-1] if name == 'file' else '')
 
+# %% ../../nbs/training/04_prepare.ipynb #af632ab6
 def _source(cfg, release, boxes, device, dist, reuse=None):
     "(source, backbone, provenance of the weights) for the mode of `cfg`; `reuse`: an earlier run on the same samples"
     if cfg.train.backbone == 'finetune':
@@ -173,8 +176,8 @@ def prepare(
     validate(cfg)
     device = pick_device(device)
     if dist.world_size > 1 and cfg.train.backbone == 'frozen':
-        raise ValueError(f"need train.backbone='finetune' for {dist.world_size} processes, got 'frozen': a head on kept features trains in one; "
-                         "several runs side by side are what run_ablations does")
+        raise ValueError(f"need train.backbone='finetune' for {dist.world_size} processes, got 'frozen': "
+                         "a head on kept features trains in one; several runs side by side are what run_ablations does")
     if reuse is not None and (_inputs(cfg) != _inputs(reuse.cfg) or device != reuse.device): reuse = None
     release = reuse.release if reuse else main_process_first(dist, lambda: load_samples(cfg))
     boxes = reuse.boxes if reuse else main_process_first(dist, lambda: load_actor_boxes(release, cfg.actor, device))
