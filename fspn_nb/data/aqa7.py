@@ -30,6 +30,7 @@ def _fits(sport, score, unit):
     "Whether `score` lies in the literature's range of `sport`, taken `unit` times (not-a-number lies nowhere)"
     return (SPORTS[sport].lo-1e-6)*unit <= score <= (SPORTS[sport].hi+1e-6)*unit
 
+# %% ../../nbs/data/09_aqa7.ipynb #661f0554
 def _range_error(where, sport, got):
     "The error for scores that fit neither unit"
     row = SPORTS[sport]
@@ -202,6 +203,7 @@ def _write_lists(folder, splits, scores):
         rows = [(SPORTS[sport].id, i, scores[sport,i]) for (sport,i),name in splits.items() if name == split]
         write_atomic(folder/_NAMES[0].format(split), mat_bytes(f'consolidated_{split}_list', rows))
 
+# %% ../../nbs/data/09_aqa7.ipynb #f32517c1
 def write_aqa7(
     root, # Folder of the release; made if need be
     acts, # Pairs ((sport, id), act): `act.score` in points, `act.frames` (103,H,W,3) uint8 or None

@@ -110,8 +110,10 @@ _RELEASED = { # Training and test samples
 # %% ../../nbs/data/12_check.ipynb #74e8230b
 def _per_split(samples): return tuple(sum(s.split == split for s in samples) for split in ('train','test'))
 
+# %% ../../nbs/data/12_check.ipynb #9fbbe152
 def _readable(counts): return f'{counts[0]:,} train, {counts[1]:,} test'
 
+# %% ../../nbs/data/12_check.ipynb #1d97adf4
 def _count_row(dataset, samples, n_problems, bad):
     "The row that says how many samples there are, and how many of them are not `bad` (None: only annotations were read)"
     counts,released = _per_split(samples),_RELEASED[dataset]
@@ -187,6 +189,7 @@ def _kind_lines(severity, kind, group, names):
     detail = (f'{first.uid}: ' if first.uid else '')+first.detail+(f' [{first.file}]' if first.file else '')
     return [f'{severity:8}{len(group):6,} x {kind}{who}', f'{"":17}{detail}', f'{"":17}-> {first.todo}']
 
+# %% ../../nbs/data/12_check.ipynb #58fe436e
 def summarize_findings(
     findings:pd.DataFrame, # From `check_release`
     names:int=3, # Samples named per kind
@@ -215,6 +218,7 @@ def _parser():
     p.add_argument('--workers', type=int, help='threads (default: four per core, at most 16)')
     return p
 
+# %% ../../nbs/data/12_check.ipynb #05a9e1fe
 def _can_write(path):
     "Whether a file at `path` can be written"
     return not Path(path).is_dir() and os.access(Path(path).absolute().parent, os.W_OK)

@@ -92,6 +92,7 @@ def check_image(
 # %% ../../nbs/data/11_check_files.ipynb #a25ac3a6
 def _first_few(numbers): return ', '.join(map(str, numbers[:3]))+(', ...' if len(numbers) > 3 else '')
 
+# %% ../../nbs/data/11_check_files.ipynb #585d92a3
 def _compare_numbers(numbers, expected):
     "(kind, detail) of frame numbers that are not `expected`, both ascending; None when they are the same"
     absent,extra = sorted(set(expected)-set(numbers)),sorted(set(numbers)-set(expected))
@@ -109,6 +110,7 @@ def _number(name):
     "The number in a frame's name: 'img_00070.jpg' -> 70"
     return int(re.findall(r'\d+', name.rpartition('.')[0])[-1])
 
+# %% ../../nbs/data/11_check_files.ipynb #f2dd29b7
 def frame_number_rows(
     s:Sample, # Only names are looked at
 )->list[tuple]: # Rows (uid, kind, detail, file)

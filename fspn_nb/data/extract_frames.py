@@ -45,9 +45,17 @@ class _FrameWriter:
     to_compare:set # Numbers of old frames that are still to be compared
     complete:bool=False # All frames are there
 
-    def needs(self, i): return not self.complete and i in self.piece.numbers and (i not in self.there or i in self.to_compare)
+    def needs(self,
+        i:int, # Number of a frame
+    )->bool:
+        "Whether frame `i` is to be written or compared"
+        return not self.complete and i in self.piece.numbers and (i not in self.there or i in self.to_compare)
 
-    def write(self, i, frame, quality):
+    def write(self,
+        i:int, # Number of the frame
+        frame:np.ndarray, # (H,W,3) uint8
+        quality:int, # JPEG quality
+    ):
         "Write frame `i`, or compare it with the one that is there; the last one completes the piece"
         if i in self.to_compare:
             _check_same(self.folder/self.there[i], frame)

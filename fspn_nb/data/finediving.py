@@ -97,6 +97,7 @@ def _splits(folder, known, errors=None):
                              "take splits and annotations from one release")
     return splits
 
+# %% ../../nbs/data/07_finediving.ipynb #8a074ef6
 def _check_listed(name, key, splits, known):
     "Raises where `key` is listed for the second time or has no annotation"
     if key in splits:

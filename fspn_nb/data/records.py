@@ -46,6 +46,7 @@ def _sample_row(s):
     return dict(uid=s.uid, split=s.split, action=s.action, score=s.score, difficulty=s.difficulty, n_frames=s.n_frames,
                 files=len(s.files), steps=len(set(s.labels)), transitions=len(s.transitions), judges=len(s.judges or ()))
 
+# %% ../../nbs/data/01_records.ipynb #3903d1ce
 def samples_frame(
     samples, # `Sample`s of any dataset
 )->pd.DataFrame: # One row per sample, in the order given

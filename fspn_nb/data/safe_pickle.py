@@ -129,6 +129,7 @@ def _text(x, where):
         raise wrong_value(where, 'a short printable text', x)
     return x
 
+# %% ../../nbs/data/03_safe_pickle.ipynb #475de9c4
 def _wholes(x, where):
     if isinstance(x, np.ndarray):
         if x.ndim != 1 or x.dtype.kind not in 'iu': raise wrong_value(where, 'a vector of whole numbers', x)
@@ -194,6 +195,7 @@ def collect_errors(
         if isinstance(problems, dict): problems.setdefault(uid, str(e))
         else: problems.append((uid, str(e)))
 
+# %% ../../nbs/data/03_safe_pickle.ipynb #544f39d8
 def try_or_collect(
     problems, # As for `collect_errors`
     uid, # Whose entry is read

@@ -91,11 +91,13 @@ def release_stats(
 # %% ../../nbs/data/10_stats.ipynb #736be6df
 def _span(s): return s.annotated_span or (s.start_frame,s.end_frame)
 
+# %% ../../nbs/data/10_stats.ipynb #3622152f
 def _shared_frames(a, b):
     "Frames that two samples share; < 1 when they are apart"
     (a_first,a_last),(b_first,b_last) = _span(a),_span(b)
     return min(a_last, b_last)-max(a_first, b_first)+1
 
+# %% ../../nbs/data/10_stats.ipynb #6e8a2c1f
 def shared_dives(
     samples, # `Sample`s of FineDiving or MTL-AQA
     others, # `Sample`s of the other one

@@ -52,6 +52,7 @@ def _encode_all(av, container, frames, fps, pixel_aspect):
     if stream: container.mux(stream.encode())
     return shape
 
+# %% ../../nbs/data/13_video_io.ipynb #e2cd2ae2
 def encode_video(
     frames, # (n,H,W,3) uint8, or anything that yields such pictures; they are taken one by one
     path, # File to be written; the ending decides on the container: mp4, mkv, avi

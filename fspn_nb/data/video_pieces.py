@@ -63,6 +63,7 @@ def _finediving_pieces(out, annotations):
         pieces.append(Piece(s.uid, video, out/FINEDIVING_FRAMES/s.uid, '{:05d}.jpg', numbers, s.end_frame))
     return pieces
 
+# %% ../../nbs/data/14_video_pieces.ipynb #4b5b17c5
 def _mtl_aqa_pieces(out, annotations):
     "A piece for each broadcast"
     ends,spare = {},PROTOCOLS['mtl_aqa'].jitter
