@@ -42,7 +42,8 @@ class PSNet(nn.Module):
     )->Tensor: # (N,T,64)
         "One vector per frame"
         if x.shape[1:] != self.shape:
-            raise ValueError(f'need clip vectors (B,{self.shape[0]},{self.shape[1]}), got {tuple(x.shape)}; build the model with the number of clips of the data')
+            raise ValueError(f'need clip vectors (B,{self.shape[0]},{self.shape[1]}), got {tuple(x.shape)}; '
+                             'build the model with the number of clips of the data')
         x = self.blocks[0](x)
         for block in self.blocks[1:]: x = block(F.max_pool1d(x, 2))
         return x

@@ -128,7 +128,7 @@ class TeacherForcing(nn.Module):
 
 # %% ../../nbs/peers/06_tsa.ipynb #961643c3
 class StepScorer(nn.Module):
-    "Score by exemplars, from the steps of a dive and the same steps of each exemplar"
+    "Network, and scores from the features of a dive and of its exemplars"
     uses_exemplar,needs,trains_on = True,('scene','feature_maps'),('transitions',)
 
     def __init__(self,
@@ -145,15 +145,8 @@ class StepScorer(nn.Module):
         self.teacher = TeacherForcing(teacher_forcing)
         self.register_buffer('theta', torch.tensor(float(theta)))
 
-    def encode(self,
-        batch:Batch, # Needs `scene` and `feature_maps`
-    )->EncoderOutput: # Query and memory, (B,D); extras of `StepPooling`
-        "The samples of each dive's steps, by predicted transitions"
-        require_fields(batch, *self.needs, caller='TSA.encode')
-        return self.pooling(batch.scene, batch.feature_maps)
-
     def difference(self,
-        feature:Tensor, # Of `encode`, (N,D)
+        feature:Tensor, # Of `StepPooling`, (N,D)
         other:Tensor, # Features of other dives, (N,D)
     )->Tensor: # (N,), over theta
         "Predicted score of each dive minus that of the other"
@@ -171,20 +164,31 @@ class StepScorer(nn.Module):
         return torch.cat([y+self.theta*self.difference(q.flatten(0, -2), e.flatten(0, -2)).view(y.shape) for q,e,y in parts])
 
 # %% ../../nbs/peers/06_tsa.ipynb #74e54e6a
+def _stack_pairs(batch, name):
+    "Field `name` of dives and exemplars, one after the other"
+    a,b = getattr(batch, name),getattr(batch.exemplar, name)
+    if a.shape[1:] != b.shape[1:]:
+        raise ValueError(f'TSA needs {name} of one shape for dive and exemplar, got {tuple(a.shape)} and {tuple(b.shape)}; '
+                         'read both from the same clips')
+    return torch.cat([a, b])
+
+# %% ../../nbs/peers/06_tsa.ipynb #f7dabe20
 class TSA(StepScorer):
     "Steps of a dive against the same steps of an exemplar, trained in both directions"
     def on_train_start(self,
         num_steps:int, # Training steps of the whole run; the first quarter uses true transitions
     )->None: self.teacher.steps.fill_(num_steps//4)
 
+    def encode(self,
+        batch:Batch, # Needs `scene` and `feature_maps`
+    )->EncoderOutput: # Query and memory, (B,D); extras of `StepPooling`
+        "The samples of each dive's steps, by predicted transitions"
+        require_fields(batch, *self.needs, caller='TSA.encode')
+        return self.pooling(batch.scene, batch.feature_maps)
+
     def _encode_pairs(self, batch):
         "Dives, then exemplars, in one pass; by true transitions while the teacher says so"
-        pairs = [(name, getattr(batch, name), getattr(batch.exemplar, name)) for name in self.needs]
-        for name,a,b in pairs:
-            if a.shape[1:] != b.shape[1:]:
-                raise ValueError(f'TSA needs {name} of one shape for dive and exemplar, got {tuple(a.shape)} and {tuple(b.shape)}; '
-                                 'read both from the same clips')
-        scene,maps = (torch.cat([a, b]) for _,a,b in pairs)
+        scene,maps = (_stack_pairs(batch, name) for name in self.needs)
         if not self.training: return self.pooling(scene, maps)
         true = torch.cat([check_transitions(dives, self.cfg.frames) for dives in (batch, batch.exemplar)])
         return self.pooling(scene, maps, true if self.teacher() else None)

@@ -39,6 +39,17 @@ def tube_cells(
     return F.pad(cells, (0,0,0,0,0,per*layers-length)).unflatten(1, (layers,per)).any(2)
 
 # %% ../../nbs/peers/09_tsa_net.ipynb #30fcd911
+def _pad_tubes(tube, sizes):
+    "The cells (M,C) of all clips as (N',n,C), padded to the longest, and (N',n), False where padded"
+    cells = pad_sequence(tube.split(sizes), batch_first=True)
+    valid = torch.arange(max(sizes), device=tube.device) < torch.tensor(sizes, device=tube.device)[:, None]
+    return cells,valid
+
+def _batch_norm(norm, y):
+    "Over the M cells of all tubes; a single cell has no variance, so it uses the running statistics"
+    return norm(y) if len(y) > 1 else F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+
+# %% ../../nbs/peers/09_tsa_net.ipynb #52ade409
 class TubeAttention(nn.Module):
     "Self-attention among the cells of the tube; all other cells are unchanged"
     def __init__(self,
@@ -67,17 +78,11 @@ class TubeAttention(nn.Module):
         sizes = [n for n in inside.flatten(1).sum(1).tolist() if n]
         if not sizes: return x # no actor in any clip
         tube = x.movedim(1, -1)[inside] # all tubes, one after the other: (M,C)
-        cells = pad_sequence(tube.split(sizes), batch_first=True)
-        valid = torch.arange(max(sizes), device=x.device) < torch.tensor(sizes, device=x.device)[:, None]
-        update = self._normalize(self.out(self.attend(cells, valid)[valid]))
+        cells,valid = _pad_tubes(tube, sizes)
+        update = _batch_norm(self.norm, self.out(self.attend(cells, valid)[valid]))
         y = x.clone()
         y.movedim(1, -1)[inside] = tube+update.to(tube.dtype)
         return y
-
-    def _normalize(self, y):
-        "Over the M cells of all tubes; a single cell has no variance, so it uses the running statistics"
-        m = self.norm
-        return m(y) if len(y) > 1 else F.batch_norm(y, m.running_mean, m.running_var, m.weight, m.bias, eps=m.eps)
 
 # %% ../../nbs/peers/09_tsa_net.ipynb #fcc72b1d
 LAYER = 'MaxPool3d_4a_3x3' # the block follows this layer: 480 channels
@@ -104,6 +109,13 @@ class TubeFeatures(nn.Module):
             x = getattr(backbone, name)(x)
             if name == LAYER: x = self.tube(x, tube_cells(batch.boxes.flatten(0, 1), x.shape[2:]))
         return replace(batch, scene=x.mean((2,3,4)).unflatten(0, batch.scene.shape[:2]))
+
+    def backbone_block(self,
+        clips:int, # K
+        size:int, # Side of the square, pixels
+    )->tuple: # The block, its map and its tube
+        "What it adds inside the backbone for one dive, at most"
+        return self.tube,*largest_tube(clips, size)
 
 # %% ../../nbs/peers/09_tsa_net.ipynb #3a8cb5a1
 class TSANet(TubeFeatures):
@@ -138,13 +150,6 @@ class TSANet(TubeFeatures):
         "One training or evaluation pass"
         require_fields(batch, *self.needs, *['label']*self.training, caller='TSA-Net')
         return self.head(batch)
-
-    def backbone_block(self,
-        clips:int, # K
-        size:int, # Side of the square, pixels
-    )->tuple: # The block, its map and its tube
-        "What it adds inside the backbone for one dive, at most"
-        return self.tube,*largest_tube(clips, size)
 
 # %% ../../nbs/peers/09_tsa_net.ipynb #55fa83e8
 def largest_tube(

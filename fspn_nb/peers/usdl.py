@@ -109,9 +109,12 @@ def check_marks(
     marks = batch.judges
     known = ~marks.isnan()
     empty = ~known.any(-1)
-    if empty.any(): raise ValueError(f'MUSDL needs judges, and these dives have no mark: {_dive_names(batch, empty)}; leave them out or choose another method')
+    if empty.any():
+        raise ValueError(f'MUSDL needs judges, and these dives have no mark: {_dive_names(batch, empty)}; '
+                         'leave them out or choose another method')
     wrong = (known & ~((marks >= 0) & (marks <= 10))).any(-1)
-    if wrong.any(): raise ValueError(f'need marks from 0 to 10, got others in these dives: {_dive_names(batch, wrong)}; mend the annotation')
+    if wrong.any():
+        raise ValueError(f'need marks from 0 to 10, got others in these dives: {_dive_names(batch, wrong)}; mend the annotation')
     return known
 
 # %% ../../nbs/peers/03_usdl.ipynb #79df54f4
