@@ -16,7 +16,10 @@ LIBRARY = [p for p in NOTEBOOKS if p.parent != NBS]
 RUNS = [p for p in NOTEBOOKS if p.name.startswith('run_')]
 PARAMETERS = {'data_root','preset','methods','seeds','backbone','weights','device','processes','epochs','allow_missing','actor','actor_file','out'}
 # Area -> areas that it may import. `root` is split in three: what everything stands on, the zoo of methods, and the two commands
-BELOW = {'root':(), 'data':('root',), 'synthetic':('root','data'), 'actor':('root','data'), 'models':('root',), 'peers':('root','models'), 'zoo':('root','models','peers')}
+BELOW = {'root':(), 'data':('root',), 'synthetic':('root','data'), 'actor':('root','data')}
+BELOW['models'] = ('root','data') # of data only the unpickler for checkpoints and the cutting of clips
+BELOW['peers'] = (*BELOW['models'],'models')
+BELOW['zoo'] = (*BELOW['peers'],'peers')
 BELOW['batches'] = ('root','data','synthetic','actor')
 BELOW['training'] = (*BELOW['batches'],'models','peers','zoo','batches')
 BELOW['commands'] = (*BELOW['training'],'training')
