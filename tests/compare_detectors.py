@@ -9,7 +9,7 @@ from PIL import Image
 from conftest import ROOT, shared_root
 
 from fspn_nb.actor.detectors import get_detector
-from fspn_nb.actor.track import film_boxes,write_detectors
+from fspn_nb.actor.track import video_boxes,write_detectors
 from fspn_nb.core import write_atomic
 from fspn_nb.protocols import SPORTS
 from fspn_nb.synthetic.dive_render import demo_dive,synth_dive
@@ -34,7 +34,7 @@ def write_examples(path, detector):
     "The network's boxes on the two films that the notebook shows"
     rows = []
     for name,film,actors in (('dive',demo_dive(),1),('pair',synth_act(50, 'sync_diving_10m'),2)):
-        boxes,_ = film_boxes(film.frames, detector, actors)
+        boxes,_ = video_boxes(film.frames, detector, actors)
         rows += [(name,i,*b) for i,b in enumerate(boxes.round(1).tolist())]
     write_atomic(path, pd.DataFrame(rows, columns=['film','frame','x1','y1','x2','y2']).to_csv(index=False))
 

@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 import torch
 
-from fspn_nb.actor.best_path import best_path,main_actor,overlap,nms
-from fspn_nb.actor.detectors import Onnx,decode_cells,get_detector,grid_cells,letterbox
+from fspn_nb.actor.best_path import best_path,main_actor,nms
+from fspn_nb.actor.detectors import get_detector
 from fspn_nb.actor.motion_boxes import motion_boxes
-from fspn_nb.actor.track import box_file,box_quality,detect_boxes,fallback_line,film_boxes
+from fspn_nb.actor.track import box_file,box_quality,detect_boxes,fallback_line,video_boxes
+from fspn_nb.actor.yolox import Onnx,decode_cells,grid_cells,letterbox
 from fspn_nb.data.records import Sample
 from fspn_nb.synthetic.dive_render import synth_dive
 
@@ -104,7 +105,7 @@ def test_a_judge_is_no_second_actor():
 def test_motion_beats_the_whole_frame_on_dives():
     for seed in (200,201):
         dive = synth_dive(seed)
-        found = box_quality(film_boxes(dive.frames, get_detector('motion'))[0], dive.boxes)
+        found = box_quality(video_boxes(dive.frames, get_detector('motion'))[0], dive.boxes)
         whole = box_quality(np.tile([0,0,256,144], (len(dive.boxes), 1)), dive.boxes)
         assert found['iou'] > whole['iou'] and found['over_50'] > .5, seed
 
@@ -114,7 +115,7 @@ def test_motion_beats_the_whole_frame_on_dives():
 def test_motion_of_odd_films(frames):
     found = motion_boxes(frames)
     assert len(found) == len(frames) and all(c.shape[1] == 5 and np.isfinite(c).all() for c in found)
-    boxes,_ = film_boxes(frames, get_detector('motion'))
+    boxes,_ = video_boxes(frames, get_detector('motion'))
     assert boxes.shape == (len(frames),4) and (boxes[:, 2:] > boxes[:, :2]).all()
 
 
@@ -250,7 +251,7 @@ def test_a_cut_onnx_file_is_one_error(shared, tmp_path):
         with pytest.raises(ValueError, match='w.onnx'): Onnx(tmp_path/'w.onnx')
 
 
-class RunContext:
+class FakeSession:
     "A network with a given input shape and output"
     def __init__(self, shape, out): self.shape,self.out = shape,out
     def get_inputs(self): return [self]
@@ -261,8 +262,8 @@ class RunContext:
 @pytest.mark.parametrize('out,why', [(np.zeros((1,100,85)),'need an output'),(np.zeros((1,21,5)),'need an output'),(np.full((1,21,85), -3.),'need scores'),
                                      (np.full((1,21,85), np.nan),'need scores'),(np.concatenate([np.full((1,21,4), 40.),np.zeros((1,21,81))], 2),'decodes inside')])
 def test_foreign_outputs_are_refused(out, why):
-    from fspn_nb.actor.detectors import _raw
-    with pytest.raises(ValueError, match=why): _raw(RunContext([1,3,32,32], out), torch.zeros(1, 3, 32, 32), 'w.onnx')
+    from fspn_nb.actor.yolox import _raw
+    with pytest.raises(ValueError, match=why): _raw(FakeSession([1,3,32,32], out), torch.zeros(1, 3, 32, 32), 'w.onnx')
 
 
 def test_unknown_names_and_missing_files():
@@ -283,7 +284,7 @@ def real(shared):
 
 def on_real(shared, detector):
     films = real(shared)
-    boxes = np.concatenate([film_boxes(f, detector)[0] for f,_ in films])
+    boxes = np.concatenate([video_boxes(f, detector)[0] for f,_ in films])
     return box_quality(boxes, np.concatenate([b for _,b in films]))
 
 

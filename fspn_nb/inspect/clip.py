@@ -14,7 +14,7 @@ from PIL import Image,ImageOps,ImageSequence
 from ..actor.boxes import athletes_of
 from ..actor.crop import actor_boxes,read_boxes,smooth_boxes
 from ..actor.detectors import SOURCES,get_detector
-from ..actor.track import film_boxes
+from ..actor.track import video_boxes
 from ..config import RunCfg
 from ..data.clips import frame_ids
 from ..data.records import Sample
@@ -159,7 +159,7 @@ def clip_boxes(
     if source == 'boxes': return _table(clip, actor_file),'actor: boxes from a file'
     n = athletes_of(Sample(clip.name, 'test', clip.action or cfg.protocol, 0.))
     detector = get_detector(source, actor_file or (cfg.actor.weights if source == cfg.actor.source else ''), device)
-    boxes,code = film_boxes(clip.frames, detector, n)
+    boxes,code = video_boxes(clip.frames, detector, n)
     carried,whole = ((code == word).mean() for word in ('carried','whole'))
     return smooth_boxes(boxes),(f"actor: boxes by {detector.name} around {n} athlete{'s'*(n > 1)}, {carried:.0%} carried over from "
                                 f"other frames, {whole:.0%} whole frame")
