@@ -31,6 +31,7 @@ def to_cell(
     except ValueError: return value if value else json.dumps(value)
     return json.dumps(value)
 
+# %% ../../nbs/analysis/06_published.ipynb #944f2e07
 def from_cell(
     text:str, # From `to_cell`
 ): # A JSON value
@@ -48,6 +49,7 @@ def flatten_json(
     if odd := [key for key in value if '.' in key]: raise ValueError(f'need keys without a dot, got {", ".join(odd)} in {name}')
     return {path: cell for key in sorted(value) for path,cell in flatten_json(value[key], f'{name}.{key}').items()}
 
+# %% ../../nbs/analysis/06_published.ipynb #40503b6e
 def unflatten_json(
     cells:dict, # From `flatten_json`, perhaps of several values; empty cells are ignored
 )->dict: # {'config': {'train': {'epochs': 20}}}
@@ -64,10 +66,12 @@ def unflatten_json(
 _JSON = ('config','metrics','provenance')
 TABLES = ('predictions','log','parsing','votes','watched') # Files of a run, beside its three JSON files
 
+# %% ../../nbs/analysis/06_published.ipynb #9c88759a
 def _read_rows(text):
     "Rows of a CSV text, header first"
     return list(csv.reader(io.StringIO(text)))
 
+# %% ../../nbs/analysis/06_published.ipynb #77f2ca4d
 def _write_rows(rows):
     "Rows as CSV text, as pandas writes it"
     out = io.StringIO()
@@ -104,6 +108,7 @@ def join_tables(
 _TABLE_FILES = dict(IX='table_09', X='table_10', XI='table_11')
 _SCORES = (('rho','spearman',1), ('r_l2_x100','relative_l2',100))
 
+# %% ../../nbs/analysis/06_published.ipynb #e0b51d7b
 def _baselines_of_table(path):
     "The rows of a run notebook's table that see no frame, as `score_baselines` gives them"
     table = pd.read_csv(path)
@@ -132,11 +137,13 @@ def _gzip(text):
     with gzip.GzipFile(filename='', mode='wb', fileobj=out, mtime=0) as file: file.write(text.encode())
     return out.getvalue()
 
+# %% ../../nbs/analysis/06_published.ipynb #b2faaeef
 def _read(path):
     "The text of a file, `.gz` or not"
     data = Path(path).read_bytes()
     return (gzip.decompress(data) if str(path).endswith('.gz') else data).decode()
 
+# %% ../../nbs/analysis/06_published.ipynb #ffe77eec
 def _save(path, text):
     "Write `text` unless the file holds it already: another zlib would compress it to other bytes"
     if path.is_file() and _read(path) == text: return path
@@ -177,6 +184,7 @@ def _split_table(path):
     for run,*row in rows: out.setdefault(run, []).append(row)
     return {run: (header[1:], rows) for run,rows in out.items()}
 
+# %% ../../nbs/analysis/06_published.ipynb #7aa40174
 def _write_folder(folder, cells, tables):
     "The files of one run"
     columns = {name.removeprefix('files.'): cells.pop(name).split(' ') for name in [*cells] if name.startswith('files.')}
@@ -205,6 +213,7 @@ def published_dir()->Path:
     "The published files of this checkout"
     return repo_root()/'reports'/'published'
 
+# %% ../../nbs/analysis/06_published.ipynb #8965f123
 def unpack_runs(
     published:str|Path='', # A folder that `pack_runs` wrote; '': that of this checkout
     cache:str|Path='', # Where the folders are kept; '': the data cache

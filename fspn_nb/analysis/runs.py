@@ -19,6 +19,7 @@ from ..protocols import SPORTS
 # %% ../../nbs/analysis/01_runs.ipynb #47d665cd
 _PREDICTION_COLUMNS = ('uid','true','pred','difficulty','action','split','seed')
 
+# %% ../../nbs/analysis/01_runs.ipynb #6da43d5b
 def _read_csv(path):
     "Predictions in `path` with text as text, or a `ValueError`"
     if not path.is_file(): raise ValueError('predictions.csv is missing')
@@ -93,6 +94,7 @@ def _row_of(folder):
     try: return read_run(folder)|dict(problem='')
     except (ValueError, OSError) as e: return dict(run=f'{folder.parent.name}/{folder.name}', dataset=folder.parent.name, problem=str(e))
 
+# %% ../../nbs/analysis/01_runs.ipynb #e5640838
 def collect(
     root:Path, # A folder of runs, <dataset>/<run_id>/
     strict:bool=False, # True: raise when a run is broken

@@ -36,6 +36,7 @@ def picture_sections(
 # %% ../../nbs/report/10_build.ipynb #8e6cd7ba
 _EVERY_ROW = 'Every row with its interval; filled: differs from the full FSPN (Holm p < .05).'
 
+# %% ../../nbs/report/10_build.ipynb #16089ced
 def sections_of(
     index:RunIndex, # From `open_index`
     out:Path, # The page's folder
@@ -59,6 +60,7 @@ _PUBLISHED = ('Every number of ours comes from predictions in [published](publis
               'and `predictions.csv.gz` holds what they predict')
 _COMMANDS = {False: 'papermill nbs/report.ipynb out.ipynb', True: 'papermill nbs/report.ipynb out.ipynb -p publish True'}
 
+# %% ../../nbs/report/10_build.ipynb #7abfa076
 def _counts(index):
     "How many runs and cells there are, as a sentence"
     filled = index.cells.groupby(['table','row','protocol']).run.apply(lambda runs: (runs != '').any())

@@ -76,6 +76,7 @@ def _draw_methods(name, draw, preds, note, out):
     save_figure(fig, Path(out)/'figures'/name, pdf=True)
     plt.close(fig)
 
+# %% ../../nbs/report/09_figure_sections.ipynb #247ed9b1
 def _lowest_seeds(cells):
     "{label: run}, the lowest seed of each label, in the order of `cells`"
     first = cells[cells.run != ''].sort_values('seed', kind='stable').drop_duplicates('label').set_index('label').run
@@ -84,6 +85,7 @@ def _lowest_seeds(cells):
 # %% ../../nbs/report/09_figure_sections.ipynb #305ca127
 _SINGLE = 'One training each; in brackets the 95 % bootstrap interval (BCa, test videos drawn).'
 
+# %% ../../nbs/report/09_figure_sections.ipynb #1790a468
 def scatter_section(
     index:RunIndex, # From `open_index`
     key:str, # 'fig_06', or 'fig_09', which brings Fig. 11 along
@@ -120,6 +122,7 @@ def _with_file(cells, root, file):
     "The rows of `cells` whose run has `file`"
     return cells[np.array([(root/run/file).is_file() for run in cells.run], bool)]
 
+# %% ../../nbs/report/09_figure_sections.ipynb #c57490da
 def _votes_line(table):
     "Which M is best, and which cannot be told from it"
     best = table.loc[table.rho.idxmax()]
@@ -154,6 +157,7 @@ def _readable_epochs(table):
             columns[f'{short} {words}'] = [_text(value, f'.{digits}f') for value in table[f'{name}_{key}']]
     return pd.DataFrame(columns|dict(seeds=table.seed.astype(str)))
 
+# %% ../../nbs/report/09_figure_sections.ipynb #0077f6b5
 def _epoch_lines(table):
     "What picking the epoch on the test set is worth, method by method"
     names = method_titles()
@@ -164,6 +168,7 @@ def _epoch_lines(table):
 # %% ../../nbs/report/09_figure_sections.ipynb #a8a31448
 _RULES = 'Test metrics of single trainings at the epochs that three rules pick; everywhere else the last epoch counts.'
 
+# %% ../../nbs/report/09_figure_sections.ipynb #c11aea00
 def epochs_section(
     index:RunIndex, # From `open_index`
 )->ReportSection:
@@ -196,6 +201,7 @@ def _parse_means(index, cells, each):
     means[['tiou_lo','tiou_hi']] = bounds
     return means
 
+# %% ../../nbs/report/09_figure_sections.ipynb #0e86a758
 def _readable_parse(means):
     "`means` as text"
     columns = dict(row=means.label, tiou=[_cell(row, 'tiou', 3) for _,row in means.iterrows()])

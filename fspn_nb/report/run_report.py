@@ -35,6 +35,7 @@ def first_video(
     sample = data.release.samples[data.splits['test'][0]]
     return sample, load_frames(sample, frame_indices(sample, data.cfg.clip.frames))
 
+# %% ../../nbs/report/06_run_report.ipynb #56abc681
 def video_title(
     sample, # A `Sample`
     kind:str, # 'real' | 'synthetic'
@@ -63,6 +64,7 @@ def _read_curves(session):
     logs = [pd.read_csv(result.run/'log.csv').assign(run=result.run.name.rsplit('-', 1)[0]) for result in session.done]
     return pd.concat([log.assign(loss=log.total/log.total.iloc[0], passed=log.epoch/log.epoch.max()) for log in logs], ignore_index=True)
 
+# %% ../../nbs/report/06_run_report.ipynb #e828c3a2
 def plot_curves(
     session:RunContext, # After `train_all`
 ):
@@ -99,6 +101,7 @@ def run_note(
     cfg,weights = first.cfg,first.data.provenance['weights']['name']
     return f'{title}, {cfg.train.backbone} backbone ({weights}), preset {cfg.preset}, seed {cfg.seed}, {cfg.eval.checkpoint_selection} epoch'
 
+# %% ../../nbs/report/06_run_report.ipynb #8db884e4
 def main_protocol(
     session:RunContext, # From `start`
 )->str:
@@ -116,6 +119,7 @@ def method_predictions(
     results = [result for result in session.done if result.cfg.protocol == protocol and result.cfg.seed == seed]
     return {result.cfg.model.name: read_predictions(result.run) for result in results}
 
+# %% ../../nbs/report/06_run_report.ipynb #c5dc9751
 def class_predictions(
     session:RunContext, # After `train_all`, of AQA-7
     method:str, # 'fspn'
@@ -138,6 +142,7 @@ def _first_parse(session, protocol):
         if 'step_probs' in extras: return result,extras
     return None,{}
 
+# %% ../../nbs/report/06_run_report.ipynb #5804db38
 def plot_first_parse(
     session:RunContext, # After `train_all`
     protocol:str, # A block of the table

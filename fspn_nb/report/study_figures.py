@@ -91,6 +91,7 @@ def _ablation_panel(ax, df, metric, level):
     ax.set(xlabel=f'{_METRICS[metric]}, 95 % interval', ylim=(-.6, len(df)-.4))
     ax.grid(axis='x', alpha=.25)
 
+# %% ../../nbs/report/03_study_figures.ipynb #eb34bd30
 def _table_title(name):
     "What a figure calls the table `name`"
     return name if name.startswith('Fig') else 'Beyond the paper' if name == 'beyond' else f'Table {name}'
@@ -121,6 +122,7 @@ def _cut_panel(ax, pred, true, constant, name):
     ax.set(xlim=(0, 96), ylim=(0, 96), aspect='equal', xticks=range(0, 97, 24), yticks=range(0, 97, 24))
     ax.set(xlabel=f'true {name} cut (frame)', title=f'off by {np.abs(pred-true).mean():.1f} frames')
 
+# %% ../../nbs/report/03_study_figures.ipynb #143ed586
 def _overlap_panel(ax, true, lines):
     "Overlap with the `true` cuts, dives sorted; `lines`: (predicted cuts, colour, style, name)"
     share = np.linspace(0, 100, len(true))

@@ -106,6 +106,7 @@ def _reason(row):
     if row.seeds == row.seeds or row.method.startswith('no video'): return ''
     return 'not run yet' if row.method in list_models() else 'no such method here'
 
+# %% ../../nbs/report/08_table_sections.ipynb #6a346197
 def _add_reasons(table, dataset):
     "`table` with the columns missing and command"
     reasons = [_reason(row) for row in table.itertuples()]
@@ -129,6 +130,7 @@ def _lead_lines(index, runs, titles):
 # %% ../../nbs/report/08_table_sections.ipynb #541c80ef
 _AGAINST = [f'{score}{end}' for score in SCORES for end in ('_gain','_p','_p_holm')]
 
+# %% ../../nbs/report/08_table_sections.ipynb #d2db903b
 def beside_fspn(
     index:RunIndex, # From `open_index`
     runs:pd.DataFrame, # From `main_runs`, of one dataset
@@ -166,6 +168,7 @@ def _family_line(runs):
     return (f' All runs are of one family, {runs.family.iloc[0]}: equal but for method, protocol, seed and epochs; '
             f'other families of this dataset on disk, not used here: {runs.others.iloc[0]}.')
 
+# %% ../../nbs/report/08_table_sections.ipynb #e859be22
 def _methods_table(index, dataset, runs):
     "Table of methods with the intervals of means over seeds, and why a row is empty"
     # seed_intervals replaces the intervals of the averages, so two draws are enough here

@@ -42,6 +42,7 @@ def _text(value, form):
     "`value` in format `form`, or nothing"
     return '' if pd.isna(value) else format(value, form)
 
+# %% ../../nbs/report/04_writers.ipynb #b749c978
 def _p(value):
     "A p-value as text"
     return '' if pd.isna(value) else '< 0.001' if value < .001 else f'{value:.3f}'
@@ -53,6 +54,7 @@ def _score_columns(table, name, short, digits):
     others = {f'{short} {word}': [_text(value, f'.{digits}f') for value in table[name+end]] for end,word in (('_sd','sd'), ('_paper','paper'))}
     return {f'{short} ours': ours}|others
 
+# %% ../../nbs/report/04_writers.ipynb #da4721d0
 def _size_columns(table):
     "Text columns of weights and operations, where `table` has them"
     named = {f'{what}_{source}': f'{title} {source}' for what,title in (('mparams','M weights'), ('mflops','M operations')) for source in ('ours','paper')}
@@ -152,6 +154,7 @@ def printed_notes(
 # %% ../../nbs/report/04_writers.ipynb #09bcd442
 def _list(title, lines): return f'{title}\n\n'+''.join(f'- {line}\n' for line in lines)+'\n' if lines else ''
 
+# %% ../../nbs/report/04_writers.ipynb #a998a88d
 def _table_md(section, prefix, links):
     "The section's table, seeds linked where rows and runs belong together; '' without rows"
     table,shown = section.table,section.shown
@@ -191,11 +194,13 @@ def save_section(
 # %% ../../nbs/report/04_writers.ipynb #2f728621
 def _anchor(title): return re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-') # as GitHub makes them
 
+# %% ../../nbs/report/04_writers.ipynb #ef751b3f
 def _index_row(section):
     "The section's line in the table of contents"
     brief,command = section.brief or ' '.join(section.lines[:1]),f'`{section.command}`' if section.command else ''
     return f'| [{section.title}](#{_anchor(section.title)}) | {brief} | {command} |'
 
+# %% ../../nbs/report/04_writers.ipynb #1a08d0c9
 def _files_line(section):
     "Links to the files of a section's table"
     if section.table is None: return ''
