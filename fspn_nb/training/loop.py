@@ -17,7 +17,7 @@ from ..core import Batch,seed_all
 from ..models.with_backbone import WithBackbone
 from .checkpoint import set_rng_state
 from .distributed import DistributedContext,gather_batch,all_reduce_gradients
-from .prefetch import batches
+from .prefetch import load_batches
 from .prepare import RunData
 from ..zoo import create_model
 
@@ -155,7 +155,7 @@ def train_epoch(
     first,num_samples = state['step'],state['num_samples']
     loss_sums = {name: v.to(data.device) for name,v in state['loss_sums'].items()}
     if 'rng' in state: set_rng_state(state['rng'])
-    loader = batches(data.source, data.labels, [step[:2] for step in steps[first:]], data.device, epoch, data.dist)
+    loader = load_batches(data.source, data.labels, [step[:2] for step in steps[first:]], data.device, epoch, data.dist)
     for k,(batch,(ids,_,exemplar_index)) in enumerate(zip(loader, steps[first:]), first+1):
         losses = train_step(model, batch, optimiser, schedule, cfg.train.precision, data.dist, len(ids), exemplar_index)
         for name,loss in losses.items(): loss_sums[name] = loss_sums.get(name, 0)+loss*len(ids)

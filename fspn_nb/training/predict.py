@@ -16,7 +16,7 @@ from torch import Tensor,nn
 from ..batches.exemplars import pick_exemplars
 from ..models.i3d import I3D,fuse_conv_bn
 from .distributed import gather_batch
-from .prefetch import batches
+from .prefetch import load_batches
 from .prepare import RunData
 
 # %% ../../nbs/training/05_predict.ipynb #758b2de6
@@ -58,7 +58,7 @@ def encode_dives(
     plan = [(ids[k:k+batch_size], None) for k in range(0, len(ids), batch_size)]
     extract = getattr(fast, 'extract_features', lambda batch: batch) # frames to features
     autocast = data.backbone is not None and data.cfg.train.precision == 'bf16'
-    for batch,(step_ids,_) in zip(batches(data.source, data.labels, plan, data.device, dist=data.dist), plan):
+    for batch,(step_ids,_) in zip(load_batches(data.source, data.labels, plan, data.device, dist=data.dist), plan):
         with torch.autocast(data.device.type, torch.bfloat16, enabled=autocast):
             outputs.append(fast.encode(gather_batch(data.dist, extract(batch), len(step_ids))))
     join = lambda tensors: torch.cat([x.float().cpu() for x in tensors])
