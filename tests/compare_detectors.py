@@ -25,8 +25,11 @@ def real_films():
 
 def made_films():
     "Dives and acts with seeds of their own"
-    dives = [(o.frames,o.boxes,1) for o in map(synth_dive, range(100, 108))]
-    acts = [(o.frames,o.boxes,2 if s.startswith('sync') else 1) for s in SPORTS if s != 'diving' for o in (synth_act(k, s) for k in (50,51))]
+    dives = [(dive.frames,dive.boxes,1) for dive in map(synth_dive, range(100, 108))]
+    acts = []
+    for sport in SPORTS:
+        if sport == 'diving': continue
+        acts += [(act.frames,act.boxes,2 if sport.startswith('sync') else 1) for act in (synth_act(seed, sport) for seed in (50,51))]
     return dict(dives=dives, acts=acts)
 
 

@@ -105,16 +105,16 @@ def test_a_judge_is_no_second_actor():
 def test_motion_beats_the_whole_frame_on_dives():
     for seed in (200,201):
         dive = synth_dive(seed)
-        found = box_quality(video_boxes(dive.frames, get_detector('motion'))[0], dive.boxes)
+        motion = box_quality(video_boxes(dive.frames, get_detector('motion'))[0], dive.boxes)
         whole = box_quality(np.tile([0,0,256,144], (len(dive.boxes), 1)), dive.boxes)
-        assert found['iou'] > whole['iou'] and found['over_50'] > .5, seed
+        assert motion['iou'] > whole['iou'] and motion['over_50'] > .5, seed
 
 
 @pytest.mark.parametrize('frames', [np.zeros((1,144,256,3), np.uint8), np.full((9,144,256,3), 200, np.uint8), np.zeros((2,40,17,3), np.uint8),
                                     np.random.default_rng(0).integers(0, 256, (8,60,80,3)).astype(np.uint8)], ids=['one frame','grey','narrow','noise'])
 def test_motion_of_odd_films(frames):
-    found = motion_boxes(frames)
-    assert len(found) == len(frames) and all(c.shape[1] == 5 and np.isfinite(c).all() for c in found)
+    candidates = motion_boxes(frames)
+    assert len(candidates) == len(frames) and all(c.shape[1] == 5 and np.isfinite(c).all() for c in candidates)
     boxes,_ = video_boxes(frames, get_detector('motion'))
     assert boxes.shape == (len(frames),4) and (boxes[:, 2:] > boxes[:, :2]).all()
 

@@ -1,4 +1,4 @@
-"Made-up dives and the release made of them: what would bore a reader of the notebooks"
+"Made-up dives and the releases made of them: what the notebooks leave out"
 import json,shutil
 from dataclasses import replace
 
@@ -45,7 +45,7 @@ def test_every_action_is_a_dive(action, seed):
 
 @pytest.mark.parametrize('action', ACTIONS)
 def test_physics(action):
-    "Nobody sinks into the board, the drop is smooth, and everybody enters head first with the slant that was asked for"
+    "Nobody sinks into the board, the drop is smooth, and everybody enters head first with the given slant"
     d = make_dive(2, action, dict(rotation=.5))
     lift = d.transitions[0]-3
     assert d.joints[:lift,:,1].min() > d.height-.35
@@ -106,11 +106,12 @@ def test_demo_dive_is_fixed():
 
 def test_spread_of_scores():
     "Mean, spread and range of 600 dives are FineDiving's"
-    d = [make_dive(s) for s in range(600)]
-    score,per = np.array([o.score for o in d]),np.array([o.score/o.difficulty for o in d])
+    dives = [make_dive(s) for s in range(600)]
+    score = np.array([d.score for d in dives])
+    per = np.array([d.score/d.difficulty for d in dives])
     assert abs(score.mean()-66.4) < 2.5 and abs(score.std()-15.2) < 2
     assert abs(per.mean()-21.4) < 1 and 3 < per.min() < 12 and 28 < per.max() <= 30
-    assert .1 < np.mean([len(o.labels) < 96 for o in d]) < .3
+    assert .1 < np.mean([len(d.labels) < 96 for d in dives]) < .3
 
 
 def test_flight_moments_are_ordered():
@@ -134,7 +135,6 @@ def test_release_reads_back(release):
 
 def test_truth_fits_the_samples(release):
     "One box per frame, keyed by Sample.uid"
-    import pandas as pd
     boxes,faults = pd.read_csv(release/'truth/boxes.csv'),pd.read_csv(release/'truth/faults.csv')
     joints = np.load(release/'truth/joints.npz')
     for s in read_finediving(release):
@@ -207,8 +207,10 @@ def test_the_other_formats_read_back_with_their_truth(tmp_path, dataset, read, n
     "Every sample is whole, has one box per frame file, and the score that was made up for it"
     small = dict(SMALL, n_train=1, n_test=1) if dataset == 'aqa7' else SMALL
     root = synth_release(tmp_path/'r', dataset, **{k: v for k,v in small.items() if k != 'dataset'})
-    samples,boxes,faults = check_samples(read(root)),read_boxes(root/'truth/boxes.csv'),pd.read_csv(root/'truth/faults.csv').set_index('uid')
-    made = {synth.FORMATS[dataset].uid(j): synth.FORMATS[dataset].make(j, (64,36), False) for j in plan_release(small['n_train'], small['n_test'], small['seed'], dataset)}
+    samples,boxes = check_samples(read(root)),read_boxes(root/'truth/boxes.csv')
+    faults = pd.read_csv(root/'truth/faults.csv').set_index('uid')
+    fmt,jobs = synth.FORMATS[dataset],plan_release(small['n_train'], small['n_test'], small['seed'], dataset)
+    made = {fmt.uid(job): fmt.make(job, (64,36), False) for job in jobs}
     assert len(samples) == n and set(boxes) == set(faults.index) == {s.uid for s in samples} == set(made)
     for s in samples:
         assert len(s.files) == 103 and boxes[s.uid].shape == (103,4) and s.score == pytest.approx(made[s.uid].score)
