@@ -47,8 +47,8 @@ def test_operations_of_the_release():
 def test_contract(cfg, monkeypatch):
     monkeypatch.setitem(zoo.BUILDERS, 'tpt', build_tpt)
     torch.manual_seed(0)
-    found = zoo.check_model('tpt', ModelCfg(name='tpt', **cfg))
-    assert found['parameters'] == count(made(**cfg)) and found['losses'] == 'leaf, offset, order, spread' and found['needs'] == 'short_clip_features' and found['exemplar']
+    result = zoo.check_model('tpt', ModelCfg(name='tpt', **cfg))
+    assert result['parameters'] == count(made(**cfg)) and result['losses'] == 'leaf, offset, order, spread' and result['needs'] == 'short_clip_features' and result['exemplar']
 
 
 def test_weights_carry_everything(tmp_path):

@@ -58,8 +58,8 @@ def test_operations_of_the_release():
 @pytest.mark.parametrize('cfg', [dict(), dict(dropout=.3), dict(clips=10), dict(heads=6)], ids=['plain', 'dropout', 'ten clips', 'six heads'])
 def test_contract(cfg):
     torch.manual_seed(0)
-    found = check_model('tsa', ModelCfg(name='tsa', **cfg))
-    assert found['parameters'] == count(made(**cfg)) and found['exemplar'] and found['losses'] == 'mse, bce' and found['needs'] == 'scene, feature_maps, transitions'
+    result = check_model('tsa', ModelCfg(name='tsa', **cfg))
+    assert result['parameters'] == count(made(**cfg)) and result['exemplar'] and result['losses'] == 'mse, bce' and result['needs'] == 'scene, feature_maps, transitions'
 
 
 @pytest.mark.parametrize('h, w', [(1, 1), (2, 2), (4, 4), (2, 3)])
@@ -245,6 +245,6 @@ def test_real_steps_fit_or_are_named(shared):
     from fspn_nb.data.finediving import read_finediving
     from fspn_nb.data.records import steps_on_axis
     samples = read_finediving(shared('data', 'finediving'))
-    steps = torch.tensor([steps_on_axis(o, frame_ids(o.n_frames)) for o in samples])
+    steps = torch.tensor([steps_on_axis(s, frame_ids(s.n_frames)) for s in samples])
     check_transitions(Batch(torch.zeros(len(steps), 1, 1), transitions=steps))
     assert ((steps[:, 0] >= 48).sum(), (steps[:, 1] < 48).sum()) == (108, 98)

@@ -66,23 +66,23 @@ def test_a_fresh_block_leaves_i3d_as_it_was(kw):
     batch, net = random_batch(2, 2, exemplar=False, pixels=32), whole(awake=False, **kw).eval()
     with torch.no_grad():
         got = net.extract_features(batch).scene
-        want = net.backbone.features(normalize_clip(batch.scene.flatten(0, 1))).mean((2, 3, 4)).unflatten(0, (2, 2))
-    assert torch.equal(got, want) or torch.allclose(got, want, atol=1e-6)
+        expected = net.backbone.features(normalize_clip(batch.scene.flatten(0, 1))).mean((2, 3, 4)).unflatten(0, (2, 2))
+    assert torch.equal(got, expected) or torch.allclose(got, expected, atol=1e-6)
 
 
 def cells_of(*box, shape=(1, 4, 4)):
     "The cells of one layer that a box covers, as text"
-    found = tube_cells(torch.tensor([box]*4, dtype=torch.float32)[None], shape)[0, 0]
-    return [''.join('x' if v else '.' for v in row) for row in found.tolist()]
+    result = tube_cells(torch.tensor([box]*4, dtype=torch.float32)[None], shape)[0, 0]
+    return [''.join('x' if v else '.' for v in row) for row in result.tolist()]
 
 
-@pytest.mark.parametrize('box, want', [
+@pytest.mark.parametrize('box, expected', [
     ((0, 0, 1, 1), ['xxxx']*4), ((0, 0, .5, 1), ['xx..']*4), ((0, 0, .375, 1), ['xx..']*4), ((.25, .25, .5, .5), ['....', '.x..', '....', '....']),
     ((.26, .74, .27, .76), ['....', '....', '.x..', '.x..']), ((1, 0, 1, 1), ['....']*4), ((0, 0, 0, 1), ['....']*4), ((.3, .6, .7, .6), ['....']*4), ((.99, .99, 1, 1), ['....', '....', '....', '...x'])])
-def test_cells_under_a_box(box, want):
-    assert cells_of(*box) == want
+def test_cells_under_a_box(box, expected):
+    assert cells_of(*box) == expected
     mirrored = (1-box[2], box[1], 1-box[0], box[3])
-    assert cells_of(*mirrored) == [row[::-1] for row in want]
+    assert cells_of(*mirrored) == [row[::-1] for row in expected]
 
 
 @pytest.mark.parametrize('length', [1, 2, 8, 15, 16, 17, 32])
@@ -180,7 +180,7 @@ def films(tmp_path, **kw):
     "A run of tsa_net on two such dives"
     made = [film(tmp_path/str(i), f'v/{i}', hw) for i, hw in enumerate([(72, 128), (90, 120)])]
     cfg = finediving('smoke', model__name='tsa_net', train__backbone='finetune', clip__frames=20, clip__starts=(0, 4), model__clips=2, clip__size=64, **kw)
-    return cfg, [o for o, _ in made], {o.uid: b for o, b in made}
+    return cfg, [sample for sample, _ in made], {sample.uid: b for sample, b in made}
 
 
 def check_places(scene, boxes, size):
@@ -191,8 +191,8 @@ def check_places(scene, boxes, size):
         x1, y1, x2, y2 = box.tolist()
         if x2-x1 < 3 or y2-y1 < 3: continue
         rows, cols = picture.any(1).nonzero(), picture.any(0).nonzero()
-        found = (cols.min(), rows.min(), cols.max()+1, rows.max()+1)
-        assert all(abs(float(a)-b) <= 1.5 for a, b in zip(found, (x1, y1, x2, y2))), (found, box)
+        result = (cols.min(), rows.min(), cols.max()+1, rows.max()+1)
+        assert all(abs(float(a)-b) <= 1.5 for a, b in zip(result, (x1, y1, x2, y2))), (result, box)
         shown += 1
     for picture, box in zip(bright.flatten(0, 2), boxes.flatten(0, 2)):
         if box[2] <= box[0] or box[3] <= box[1]: assert picture.sum() <= 2*size # at most a smeared edge
@@ -209,9 +209,9 @@ def test_boxes_go_with_the_frames(tmp_path, orientation, jitter):
     for rng_key in (None, *((e, 3) for e in range(5))):
         first = source.extra_fields(ids, rng_key)['boxes']
         for s in sources:
-            found = s.extra_fields(ids, rng_key)['boxes']
-            assert found.shape == (2, 2, 16, 4) and torch.equal(found, first)
-            seen += check_places(s.get_batch(ids, rng_key)[0], found, 64)
+            result = s.extra_fields(ids, rng_key)['boxes']
+            assert result.shape == (2, 2, 16, 4) and torch.equal(result, first)
+            seen += check_places(s.get_batch(ids, rng_key)[0], result, 64)
         if not jitter: flips |= {sample_augmentation(cfg, rng_key, int(i))[0] for i in ids}
     assert seen > 200 and (jitter or flips == {True, False})
 
@@ -239,8 +239,8 @@ def test_without_boxes_the_whole_square_is_the_tube(tmp_path):
     cfg, samples, boxes = films(tmp_path)
     none = dict.fromkeys(boxes)
     for source in (ClipDataset(samples, cfg, none), CachedDataset(build_store(samples, cfg, none, tmp_path/'store'), cfg)):
-        found = source.extra_fields(np.array([0, 1]), (2, 3))['boxes']
-        assert found.shape == (2, 2, 16, 4) and tube_cells(found.flatten(0, 1), (4, 4, 4)).all()
+        result = source.extra_fields(np.array([0, 1]), (2, 3))['boxes']
+        assert result.shape == (2, 2, 16, 4) and tube_cells(result.flatten(0, 1), (4, 4, 4)).all()
 
 
 def test_only_who_reads_boxes_gets_them(tmp_path):
@@ -276,11 +276,11 @@ def test_a_run_from_frames_to_metrics(tmp_path):
     cfg = finediving('smoke', model__name='tsa_net', train__backbone='finetune', model__adapter=False, clip__size=32, clip__starts=(0, 40), model__clips=2,
                      synthetic__n_train=6, synthetic__n_test=4, weights='random', train__epochs=1, train__batch_size=2)
     run = fit(cfg, tmp_path, 'cpu')
-    found = evaluate(run, device='cpu')
-    assert (found['method'], found['mode'], found['n']) == ('tsa_net', 'finetune', 4)
+    result = evaluate(run, device='cpu')
+    assert (result['method'], result['mode'], result['n']) == ('tsa_net', 'finetune', 4)
     w = torch.load(run/'last.pt', weights_only=True)['model']
     assert w['head.tube.norm.weight'].any() and w['head.tube.norm.num_batches_tracked'] == 3
     data = prepare(cfg, 'cpu')
     assert data.source.extra_fields([0])['boxes'].shape == (1, 2, 16, 4)
-    done = SimpleNamespace(done=[RunResult(cfg, run, found, 0., data)])
+    done = SimpleNamespace(done=[RunResult(cfg, run, result, 0., data)])
     assert plot_first_parse(done, 'w_dn') is None, 'no picture of steps that nobody found'
