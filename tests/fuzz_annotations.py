@@ -106,10 +106,10 @@ MAT = {'cell changed': _matlab(_cell), 'column in another unit': _matlab(_column
 
 def read(dataset, folder):
     "(samples, problems, printed) of one reading"
-    problems, said = [], io.StringIO()
-    with contextlib.redirect_stdout(said), warnings.catch_warnings():
+    problems, printed = [], io.StringIO()
+    with contextlib.redirect_stdout(printed), warnings.catch_warnings():
         warnings.simplefilter('error')
-        return READERS[dataset][0](None, folder, problems=problems), problems, said.getvalue()
+        return READERS[dataset][0](None, folder, problems=problems), problems, printed.getvalue()
 
 
 def outcome(dataset, folder, whole, seconds=20):
@@ -117,7 +117,7 @@ def outcome(dataset, folder, whole, seconds=20):
     def late(*_): raise TimeoutError
     signal.signal(signal.SIGALRM, late)
     signal.alarm(seconds)
-    try: samples, problems, said = read(dataset, folder)
+    try: samples, problems, printed = read(dataset, folder)
     except (ValueError, FileNotFoundError) as e:
         named = re.search(r'\.(pkl|mat)|_split|_annotation|\d+/\d+|\(\S+, \d+\)|_list', str(e))
         return 'named error' if named else f'UNNAMED {type(e).__name__}: {str(e)[:120]}'
@@ -126,14 +126,14 @@ def outcome(dataset, folder, whole, seconds=20):
     finally: signal.alarm(0)
     if problems: return 'reported exclusion'
     if samples == whole[0]: return 'no effect'
-    if said != whole[2]: return 'reported exclusion'
+    if printed != whole[2]: return 'reported exclusion'
     with contextlib.redirect_stdout(io.StringIO()): findings = check_release(dataset, None, folder)
     return 'seen by fspn_check' if 'changed file' in set(findings.kind) else 'SILENCE'
 
 
 def fuzz(dataset, source, n, seed=0):
     "[(kind of mutation, outcome)] of `n` mutations of the files in `source`"
-    rng, whole, found = random.Random(f'{dataset}{seed}'), read(dataset, source), []
+    rng, whole, results = random.Random(f'{dataset}{seed}'), read(dataset, source), []
     kinds = BYTES | (MAT if dataset == 'aqa7' else PICKLE)
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)/'annotations'
@@ -143,9 +143,9 @@ def fuzz(dataset, source, n, seed=0):
             path, kind = rng.choice(files), list(kinds)[i % len(kinds)]
             data = path.read_bytes()
             path.write_bytes(kinds[kind](data, rng))
-            found.append((kind, outcome(dataset, folder, whole)))
+            results.append((kind, outcome(dataset, folder, whole)))
             path.write_bytes(data)
-    return found
+    return results
 
 
 def main():
@@ -157,13 +157,13 @@ def main():
     bad = 0
     print('| dataset | mutation | named error | reported exclusion | no effect | seen by fspn_check | anything else |\n|---|---|---|---|---|---|---|')
     for dataset, share in SHARE.items():
-        began, found = time.time(), fuzz(dataset, a.folder/READERS[dataset][1], round(share*a.n), a.seed)
-        for kind in dict(found):
-            c = Counter(o for k, o in found if k == kind)
-            cols = [c.pop(o, 0) for o in ('named error', 'reported exclusion', 'no effect', 'seen by fspn_check')]
+        began, results = time.time(), fuzz(dataset, a.folder/READERS[dataset][1], round(share*a.n), a.seed)
+        for kind in dict(results):
+            c = Counter(result for k, result in results if k == kind)
+            cols = [c.pop(name, 0) for name in ('named error', 'reported exclusion', 'no effect', 'seen by fspn_check')]
             bad += sum(c.values())
             print(f"| {dataset} | {kind} | {' | '.join(map(str, cols))} | {dict(c) or 0} |", flush=True)
-        print(f'{dataset}: {len(found)} mutations, {time.time()-began:.0f} s', file=sys.stderr)
+        print(f'{dataset}: {len(results)} mutations, {time.time()-began:.0f} s', file=sys.stderr)
     return bad > 0
 
 

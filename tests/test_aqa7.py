@@ -48,7 +48,7 @@ def real(shared):
     return read_aqa7(shared('data', 'aqa7'))
 
 
-def scores(samples, sport, split): return np.array([o.score for o in samples if (o.action, o.split) == (sport, split)])
+def scores(samples, sport, split): return np.array([s.score for s in samples if (s.action, s.split) == (sport, split)])
 
 
 # ---- the real lists
@@ -57,8 +57,8 @@ def test_real_counts(real):
     got = aqa7_stats(real)
     assert (got['samples'], got['train'], got['test'], got['sports'], got['with_frames']) == (1106, 803, 303, 6, 0)
     assert [got[k] for k in SPORTS] == [(300, 70), (120, 56), (120, 55), (140, 66), (60, 28), (63, 28)]
-    assert len({o.uid for o in real}) == 1106 and all(o.difficulty is None and o.judges is None and o.n_frames == 103 for o in real)
-    assert {frame_problem(o) for o in real} == {'no frames'}
+    assert len({s.uid for s in real}) == 1106 and all(s.difficulty is None and s.judges is None and s.n_frames == 103 for s in real)
+    assert {frame_problem(s) for s in real} == {'no frames'}
     with pytest.raises(FileNotFoundError, match='1106 of 1106 .*No sample is left'): check_samples(real, allow_missing=True)
 
 
@@ -66,7 +66,7 @@ def test_real_lists_are_said_to_be_a_hundredfold(shared, capsys):
     folder = shared('data', 'aqa7')
     problems = []
     samples = read_aqa7(None, annotations=folder, problems=problems)
-    assert problems == [] and all(o.folder is None for o in samples)
+    assert problems == [] and all(s.folder is None for s in samples)
     out = capsys.readouterr().out
     assert out.count('\n') == 1 and 'consolidated_train_list.mat, consolidated_test_list.mat: scores are 100 x points' in out
 
@@ -78,10 +78,10 @@ def test_real_values_are_scipys(real, shared):
         path = shared('data', 'aqa7', f'{name}.mat')
         theirs = loadmat(path)[name]
         assert np.array_equal(load_mat(path, name), theirs)
-        mine = [o for o in real if o.split == split]
-        assert [o.score for o in mine] == pytest.approx(theirs[:, 2]/100, abs=1e-9)
-        assert [(SPORTS[o.action].id, int(o.uid[-3:])) for o in mine] == [(int(c), int(i)) for c, i, _ in theirs]
-        assert all(o.score == round(o.score, 2) for o in mine)
+        mine = [s for s in real if s.split == split]
+        assert [s.score for s in mine] == pytest.approx(theirs[:, 2]/100, abs=1e-9)
+        assert [(SPORTS[s.action].id, int(s.uid[-3:])) for s in mine] == [(int(c), int(i)) for c, i, _ in theirs]
+        assert all(s.score == round(s.score, 2) for s in mine)
 
 
 def test_real_ranges_leak_two_test_extremes(real):
@@ -112,10 +112,10 @@ def test_real_figures_of_the_notebook(real):
     cells = [''.join(c['source']) for c in json.loads(NOTEBOOK.read_text())['cells'] if c['cell_type'] == 'code']
     tree = ast.parse(next(c for c in cells if c.startswith('COUNTS = ')))
     box = {}
-    exec(compile(ast.Module([o for o in tree.body if isinstance(o, ast.Assign)], []), 'cell', 'exec'), box)
+    exec(compile(ast.Module([node for node in tree.body if isinstance(node, ast.Assign)], []), 'cell', 'exec'), box)
     assert box['TRAIN'] == ranges_of(real, 'train')
-    for k, o in SPORTS.items():
-        assert box['COUNTS'][k] == tuple(np.histogram(scores(real, k, s), np.linspace(o.lo, o.hi, 15))[0].tolist() for s in SPLITS)
+    for k, row in SPORTS.items():
+        assert box['COUNTS'][k] == tuple(np.histogram(scores(real, k, s), np.linspace(row.lo, row.hi, 15))[0].tolist() for s in SPLITS)
 
 
 def test_average_of_the_classes_is_fishers():
@@ -142,15 +142,15 @@ def survive(folder, files, n, seed):
     rng, names, read = random.Random(seed), sorted(files), 0
     for i in range(n):
         name = names[i % 2]
-        for o, data in files.items(): (folder/o).write_bytes(damaged(data, rng) if o == name else data)
+        for file, data in files.items(): (folder/file).write_bytes(damaged(data, rng) if file == name else data)
         problems = [] if i % 3 else None
         try: samples = read_aqa7(None, annotations=folder, problems=problems)
         except ValueError as e:
             assert name in str(e) or '/' in str(e), e
             continue
         read += 1
-        assert all(SPORTS[o.action].lo <= o.score <= SPORTS[o.action].hi for o in samples)
-        assert len({o.uid for o in samples}) == len(samples) and (len(samples) == 1106 or problems)
+        assert all(SPORTS[s.action].lo <= s.score <= SPORTS[s.action].hi for s in samples)
+        assert len({s.uid for s in samples}) == len(samples) and (len(samples) == 1106 or problems)
     return read
 
 
@@ -158,14 +158,14 @@ def survive(folder, files, n, seed):
 def test_real_lists_damaged(packed, shared, tmp_path, capsys):
     "150 mutations, of the files as released and of the same lists unpacked (where a flipped score may be another valid one)"
     files = {(path:=shared('data', 'aqa7', f'consolidated_{s}_list.mat')).name: path.read_bytes() for s in SPLITS}
-    if not packed: files = {o: mat_bytes(o[:-4], loadmat(io.BytesIO(data))[o[:-4]], False) for o, data in files.items()}
+    if not packed: files = {file: mat_bytes(file[:-4], loadmat(io.BytesIO(data))[file[:-4]], False) for file, data in files.items()}
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         read = survive(tmp_path, files, 150, seed=7)
     assert time.perf_counter()-start < 60 and read < 100
-    said = capsys.readouterr()
-    assert said.err == '' and all(o.endswith('they were divided by 100') or o.startswith('trampoline') for o in said.out.splitlines())
+    printed = capsys.readouterr()
+    assert printed.err == '' and all(line.endswith('they were divided by 100') or line.startswith('trampoline') for line in printed.out.splitlines())
 
 
 # ---- the two names, the three places
@@ -176,18 +176,18 @@ def test_real_lists_damaged(packed, shared, tmp_path, capsys):
 def test_lists_are_found_and_their_unit_is_said(name, scale, place, tmp_path, capsys):
     put(tmp_path/place, name, scale)
     samples = read_aqa7(tmp_path, annotations=tmp_path/place if place == 'apart' else None)
-    assert [o.score for o in samples] == [o[2] for s in SPLITS for o in GOOD[s]]
-    assert [o.uid for o in samples] == ['diving/054', 'diving/041', 'gym_vault/009', 'sync_diving_10m/003', 'diving/001', 'gym_vault/003']
+    assert [s.score for s in samples] == [row[2] for s in SPLITS for row in GOOD[s]]
+    assert [s.uid for s in samples] == ['diving/054', 'diving/041', 'gym_vault/009', 'sync_diving_10m/003', 'diving/001', 'gym_vault/003']
     assert samples[-1].folder == tmp_path/'gym_vault-out'/'003' and (samples[0].start_frame, samples[0].end_frame) == (1, 103)
-    said = capsys.readouterr().out
-    assert ('100 x points' in said) == (scale == 100) and said.count('\n') == (scale == 100)
+    printed = capsys.readouterr().out
+    assert ('100 x points' in printed) == (scale == 100) and printed.count('\n') == (scale == 100)
 
 
 def test_each_file_has_its_own_unit(tmp_path, capsys):
     put(tmp_path)
     put(tmp_path/'x', scale=100)
     (tmp_path/'x'/OFFICIAL.format('test')).replace(tmp_path/OFFICIAL.format('test'))
-    assert [o.score for o in read_aqa7(tmp_path) if o.split == 'test'] == [84.15, 15.1]
+    assert [s.score for s in read_aqa7(tmp_path) if s.split == 'test'] == [84.15, 15.1]
     assert capsys.readouterr().out.startswith('split_4_test_list.mat: scores are 100 x points')
 
 
@@ -232,8 +232,8 @@ def test_wrong_row(what, tmp_path):
     with pytest.raises(ValueError, match=match): read_aqa7(tmp_path)
     problems = []
     samples = read_aqa7(tmp_path, problems=problems)
-    assert [o[0].endswith(uid) for o in problems] == [True] and type(problems[0][1]) is str
-    assert len(samples) == (5 if what in ('twice', 'both') else 6) and uid not in {o.uid for o in samples}
+    assert [problem[0].endswith(uid) for problem in problems] == [True] and type(problems[0][1]) is str
+    assert len(samples) == (5 if what in ('twice', 'both') else 6) and uid not in {s.uid for s in samples}
 
 
 def test_trampoline_is_left_out_and_counted(tmp_path, capsys):
@@ -242,7 +242,7 @@ def test_trampoline_is_left_out_and_counted(tmp_path, capsys):
     assert capsys.readouterr().out == 'trampoline videos (class 7) left out, as in every published table: 3\n'
     problems = []
     assert len(read_aqa7(tmp_path, problems=problems)) == 6
-    assert [o for o, _ in problems] == [f'trampoline/00{i}' for i in (1, 2, 3)]
+    assert [uid for uid, _ in problems] == [f'trampoline/00{i}' for i in (1, 2, 3)]
     put(tmp_path, test=[(7, 3, 42.)])
     with pytest.raises(ValueError, match='need videos of the six classes'): read_aqa7(tmp_path, problems=[])
 
@@ -350,35 +350,35 @@ def made():
 def test_round_trip(tmp_path, capsys):
     acts, train, test = made()
     folder = write_aqa7(tmp_path, acts, train, test)
-    assert sorted(o.name for o in folder.iterdir()) == [OFFICIAL.format(s) for s in sorted(SPLITS)]
+    assert sorted(path.name for path in folder.iterdir()) == [OFFICIAL.format(s) for s in sorted(SPLITS)]
     samples = check_samples(read_aqa7(tmp_path))
     assert capsys.readouterr().out == ''
-    assert [(o.action, int(o.uid[-3:])) for o in samples] == train+test and [o.split for o in samples] == ['train']*4+['test']*2
-    assert [o.score for o in samples] == [o.score for _, o in acts]
+    assert [(s.action, int(s.uid[-3:])) for s in samples] == train+test and [s.split for s in samples] == ['train']*4+['test']*2
+    assert [s.score for s in samples] == [s.score for _, s in acts]
     assert samples[2].files == tuple(f'img_{i:05d}.jpg' for i in range(1, 104)) and samples[2].before == samples[2].after == ()
     for split in SPLITS: assert loadmat(folder/OFFICIAL.format(split))[f'consolidated_{split}_list'].dtype == float
-    assert not [o for o in tmp_path.rglob('*') if 'part' in o.name]
+    assert not [path for path in tmp_path.rglob('*') if 'part' in path.name]
 
 
 def test_equal_acts_give_equal_bytes(tmp_path, monkeypatch):
     acts, train, test = made()
-    for o in ('a', 'b'):
-        write_aqa7(tmp_path/o, acts, train, test)
+    for name in ('a', 'b'):
+        write_aqa7(tmp_path/name, acts, train, test)
         monkeypatch.setattr(time, 'asctime', lambda *_: 'Mon Jan  1 00:00:00 1990')
-    tree = lambda root: {o.relative_to(root): o.read_bytes() for o in root.rglob('*') if o.is_file()}
+    tree = lambda root: {path.relative_to(root): path.read_bytes() for path in root.rglob('*') if path.is_file()}
     assert tree(tmp_path/'a') == tree(tmp_path/'b') and len(tree(tmp_path/'a')) == 2+6*103
 
 
 def test_frames_missing_and_mixed(tmp_path):
     acts, train, test = made()
     write_aqa7(tmp_path, acts, train, test)
-    first, second, third, fourth = (o.folder for o in read_aqa7(tmp_path)[:4])
+    first, second, third, fourth = (s.folder for s in read_aqa7(tmp_path)[:4])
     (first/'img_00103.jpg').unlink()
-    for o in second.iterdir(): o.unlink()
+    for path in second.iterdir(): path.unlink()
     (third/'img_00104.jpg').write_bytes(b'')
     (third/'Thumbs.db').write_bytes(b'')
     samples = read_aqa7(tmp_path)
-    assert [frame_problem(o) for o in samples[:4]] == ['fewer frames than labels: 102 of 103', 'no frames', None, None]
+    assert [frame_problem(s) for s in samples[:4]] == ['fewer frames than labels: 102 of 103', 'no frames', None, None]
     (fourth/'img_000007.jpg').write_bytes(b'')
     with pytest.raises(ValueError, match='need one file for each frame, got img_000007.jpg and img_00007.jpg'): read_aqa7(tmp_path)
     problems = []
@@ -387,7 +387,7 @@ def test_frames_missing_and_mixed(tmp_path):
 
 def test_writer_refuses(tmp_path):
     acts, train, test = made()
-    blind = [(k, replace_frames(o)) for k, o in acts]
+    blind = [(k, replace_frames(act)) for k, act in acts]
     write = lambda a=blind, tr=train, te=test, **k: write_aqa7(tmp_path, a, tr, te, **k)
     with pytest.raises(ValueError, match='at least one act in the test list'): write(te=[])
     with pytest.raises(ValueError, match='got .* again'): write(te=test+train[:1])
@@ -406,7 +406,7 @@ def test_writer_refuses(tmp_path):
     with pytest.raises(ValueError, match='not there yet'): write_act_frames(tmp_path, 'diving', 5, GREY)
 
 
-def replace_frames(o): return SimpleNamespace(score=o.score, frames=None)
+def replace_frames(act): return SimpleNamespace(score=act.score, frames=None)
 
 
 def test_made_up_acts_are_within_the_ranges(tmp_path):
@@ -415,14 +415,14 @@ def test_made_up_acts_are_within_the_ranges(tmp_path):
     acts = [((k, i+1), synth_act(i, k, draw=False)) for k in SPORTS for i in range(4)]
     keys = [k for k, _ in acts]
     write_aqa7(tmp_path, acts, keys[::2], keys[1::2])
-    assert {o.uid: o.score for o in read_aqa7(tmp_path)} == {f'{k}/{i:03d}': o.score for (k, i), o in acts}
+    assert {s.uid: s.score for s in read_aqa7(tmp_path)} == {f'{k}/{i:03d}': s.score for (k, i), s in acts}
 
 
 def test_ranges_of_one_training_sample(tmp_path):
     put(tmp_path)
     samples = read_aqa7(tmp_path)
-    assert ranges_of(samples) == ranges_of([]) == {k: (o.lo, o.hi) for k, o in SPORTS.items()}
-    divers = [o for o in samples if o.action == 'diving']
+    assert ranges_of(samples) == ranges_of([]) == {k: (row.lo, row.hi) for k, row in SPORTS.items()}
+    divers = [s for s in samples if s.action == 'diving']
     assert ranges_of(divers, 'train') == {'diving': (29.7, 97.2)}
     with pytest.raises(ValueError, match='gym_vault: need two different training scores for a range, got 1'): ranges_of(samples, 'train')
-    with pytest.raises(ValueError, match='got 0'): ranges_of([replace(o, split='test') for o in divers], 'train')
+    with pytest.raises(ValueError, match='got 0'): ranges_of([replace(s, split='test') for s in divers], 'train')

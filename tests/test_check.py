@@ -1,7 +1,6 @@
 "What the checker finds in real annotations, in damaged releases and in hostile files"
 import io
 import os
-import pickle
 import random
 from collections import Counter
 from dataclasses import replace
@@ -51,7 +50,7 @@ def frames(root, i):
 
 def harm(findings):
     "[(uid, kind)] of what is missing or wrong"
-    return [(o.uid, o.kind) for o in findings.itertuples() if o.severity != 'note']
+    return [(row.uid, row.kind) for row in findings.itertuples() if row.severity != 'note']
 
 
 def shorten(root, i, name=FINE):
@@ -66,7 +65,7 @@ def test_real_finediving_names_what_has_no_frames(shared, tmp_path, capsys):
     assert check_cli(['finediving', str(root), '--csv', str(tmp_path/'f.csv')]) == 1
     df = pd.read_csv(tmp_path/'f.csv', keep_default_na=False)
     assert list(df.columns) == list(FINDING_COLUMNS)
-    bare = {o.uid for o in read_finediving(root) if not o.files}
+    bare = {s.uid for s in read_finediving(root) if not s.files}
     assert len(bare) == 2988 and set(df[df.severity != 'note'].uid) == bare and (df[df.severity != 'note'].kind == 'no frames').all()
     text = capsys.readouterr().out
     assert '2,988 x no frames' in text and '12 without a fault (6 train, 6 test)' in text and 'as released' in text
@@ -81,9 +80,9 @@ def test_real_frames_decode(shared):
 def test_real_overlap(shared):
     "The counts of leaking dives, from both sides"
     fd, mtl = shared('data', 'finediving'), shared('data', 'mtl_aqa', 'info')
-    want = {'train here, test there': 268, 'test here, train there': 249, 'test in both': 76}
+    expected = {'train here, test there': 268, 'test here, train there': 249, 'test in both': 76}
     got = Counter(check_release('finediving', None, fd/'Annotations', against=('mtl_aqa', mtl.parent)).kind)
-    assert {k: got[k] for k in want} == want and got['marks'] == 121 and got['one exemplar'] == 5
+    assert {k: got[k] for k in expected} == expected and got['marks'] == 121 and got['one exemplar'] == 5
     back = Counter(check_release('mtl_aqa', None, mtl, against=('finediving', fd)).kind)
     assert (back['train here, test there'], back['test here, train there'], back['test in both']) == (249, 268, 76) and back['marks'] == 27
 
@@ -94,16 +93,16 @@ def test_real_overlap_of_the_notebook(shared):
     both = shared_dives(fd, mtl)
     assert Counter(zip(both.split, both.other_split)) == {('train', 'train'): 776, ('train', 'test'): 268, ('test', 'train'): 249, ('test', 'test'): 76}
     assert (both.uid.str.replace('/0', '/') == both.other.str.replace('/0', '/')).all() and both.other.is_unique
-    assert sum(o.span[0]-o.other_span[0] == 1 and o.span[1] == o.other_span[1] for o in both.itertuples()) == 972
-    score = {o.uid: o.score for o in mtl}
-    assert all(o.score == score[u] for o, u in zip((o for o in fd if o.uid in set(both.uid)), both.other))
+    assert sum(row.span[0]-row.other_span[0] == 1 and row.span[1] == row.other_span[1] for row in both.itertuples()) == 972
+    score = {s.uid: s.score for s in mtl}
+    assert all(s.score == score[u] for s, u in zip((s for s in fd if s.uid in set(both.uid)), both.other))
 
 
 def test_real_marks(shared):
     "How many real dives the rules reproduce, by size of the panel, and how many of the rest would fit another difficulty"
     df = check_release('finediving', None, shared('data', 'finediving')/'Annotations')
     marks = df[df.kind == 'marks']
-    panel = {o.uid: len(o.judges) for o in read_finediving(None, shared('data', 'finediving')/'Annotations')}
+    panel = {s.uid: len(s.judges) for s in read_finediving(None, shared('data', 'finediving')/'Annotations')}
     assert Counter(marks.uid.map(panel)) == {7: 100, 3: 13, 5: 8} # one of the hundred has an impossible mark that does not count
     assert marks.detail.str.contains('they would with difficulty').sum() == 79
     assert 'frames not looked at' in summarize_findings(df)
@@ -133,13 +132,13 @@ def test_three_accidents_give_three_findings(small, decode, tmp_path, capsys):
     assert by.loc['cut off', 'file'] == str(a) and str(int(b.stem)) in by.loc['frames missing', 'detail'] and by.loc['frames missing', 'file'] == str(b.parent)
     assert 'frames_labels is' in by.loc['wrong entry', 'detail'] and FINE in by.loc['wrong entry', 'detail']
     out = capsys.readouterr().out
-    assert all(o in out for o in ('26/1', '26/3', '26/4', str(a), '1 missing, 2 wrong')) and '2 without a fault (1 train, 1 test)' in out
+    assert all(text in out for text in ('26/1', '26/3', '26/4', str(a), '1 missing, 2 wrong')) and '2 without a fault (1 train, 1 test)' in out
 
 
 def renumber(root, step):
     "Dive 26/2 with all numbers moved by `step`"
     files = frames(root, 2)
-    for o in files[::-1] if step > 0 else files: o.rename(o.with_name(f'{int(o.stem)+step:05d}.jpg'))
+    for path in files[::-1] if step > 0 else files: path.rename(path.with_name(f'{int(path.stem)+step:05d}.jpg'))
 
 
 def picture(w, h):
@@ -151,21 +150,21 @@ def picture(w, h):
 
 def copied(root):
     "Dive 26/2 shows the film of 26/1"
-    for o, p in zip(frames(root, 2), frames(root, 1)): o.write_bytes(p.read_bytes())
-    for o in frames(root, 2)[len(frames(root, 1)):]: o.write_bytes(frames(root, 1)[-1].read_bytes())
+    for path, p in zip(frames(root, 2), frames(root, 1)): path.write_bytes(p.read_bytes())
+    for path in frames(root, 2)[len(frames(root, 1)):]: path.write_bytes(frames(root, 1)[-1].read_bytes())
     mid = len(frames(root, 2))//2
     frames(root, 2)[mid].write_bytes(frames(root, 1)[len(frames(root, 1))//2].read_bytes())
 
 
 def pipe(root):
-    o = frames(root, 2)[3]
-    o.unlink(); os.mkfifo(o)
+    path = frames(root, 2)[3]
+    path.unlink(); os.mkfifo(path)
 
 
 def hollow(root):
-    o = frames(root, 2)[3]
-    data = o.read_bytes()
-    o.write_bytes(data[:200]+data[-2:])
+    path = frames(root, 2)[3]
+    data = path.read_bytes()
+    path.write_bytes(data[:200]+data[-2:])
 
 
 def same_span(root):
@@ -176,20 +175,20 @@ def same_span(root):
     edit(root, AQA, lambda v: v['26', 2].__setitem__(4, np.array(labels)))
     edit(root, FINE, lambda v: v['26', 2].update({'frames_labels': np.array(labels), 'sub-action_types': other}))
     edit(root, COARSE, lambda v: v['26', 2].update(start_frame=start, end_frame=end))
-    for o in frames(root, 2): o.unlink()
+    for path in frames(root, 2): path.unlink()
     for i in range(n): (root/FINEDIVING_FRAMES/'26'/'2'/f'{start+i:05d}.jpg').write_bytes(picture(32, 24))
 
 
 DAMAGE = {
-    'no frames': (lambda r: [o.unlink() for o in frames(r, 2)], 'none of'),
-    'frames missing': (lambda r: [o.unlink() for o in frames(r, 2)[10:15]], '5 of '),
+    'no frames': (lambda r: [path.unlink() for path in frames(r, 2)], 'none of'),
+    'frames missing': (lambda r: [path.unlink() for path in frames(r, 2)[10:15]], '5 of '),
     'off by one': (lambda r: renumber(r, 1), 'numbers start one later than annotated'),
     'other numbers': (lambda r: renumber(r, -1399), '1..'),
     'too many frames': (lambda r: (frames(r, 2)[0].parent/'01399.jpg').write_bytes(picture(32, 24)), '1 beyond'),
     'number twice': (lambda r: (frames(r, 2)[0].parent/'001400.jpg').write_bytes(picture(32, 24)), '001400.jpg and 01400.jpg'),
     'empty file': (lambda r: frames(r, 2)[3].write_bytes(b''), '01403.jpg: 0 bytes'),
-    'no JPEG': (lambda r: [o.write_bytes(b'<html>please sign in</html>') for o in frames(r, 2)], '<html>'),
-    'cut off': (lambda r: [o.write_bytes(o.read_bytes()[:400]) for o in frames(r, 2)[5:9]], '4 of '),
+    'no JPEG': (lambda r: [path.write_bytes(b'<html>please sign in</html>') for path in frames(r, 2)], '<html>'),
+    'cut off': (lambda r: [path.write_bytes(path.read_bytes()[:400]) for path in frames(r, 2)[5:9]], '4 of '),
     'unreadable': (pipe, '01403.jpg'),
     'frame sizes': (lambda r: frames(r, 2)[3].write_bytes(picture(24, 32)), '1 of 24x32'),
     'same frames': (copied, 'those of 26/1'),
@@ -219,11 +218,11 @@ def test_only_decoding_sees_a_hollow_frame(small):
 
 
 def test_decoding_refuses_a_giant(small):
-    o = frames(small, 2)[3]
-    data = bytearray(o.read_bytes())
+    path = frames(small, 2)[3]
+    data = bytearray(path.read_bytes())
     at = data.index(b'\xff\xc0')
     data[at+5:at+9] = b'\xff\xff\xff\xff'
-    o.write_bytes(data)
+    path.write_bytes(data)
     assert ('26/2', 'unreadable') in harm(check_release('finediving', small, decode=True))
 
 
@@ -238,7 +237,7 @@ def test_notes_do_no_harm(small):
 
 def test_many_samples_are_counted_not_listed(tmp_path):
     root = release(tmp_path/'fd', 8)
-    for i in range(1, 8): [o.unlink() for o in frames(root, i)]
+    for i in range(1, 8): [path.unlink() for path in frames(root, i)]
     text = summarize_findings(check_release('finediving', root), names=2)
     assert '7 x no frames: 26/1, 26/2, ...' in text and '26/3' not in text and '1 without a fault (0 train, 1 test)' in text
 
@@ -253,16 +252,16 @@ def test_a_wrong_entry_is_one_problem(tmp_path, what):
     if name: edit(root, name, change)
     else:
         edit(root, AQA, lambda v: v['26', 2].__setitem__(2, 0.))
-        for o in (FINE, COARSE): edit(root, o, lambda v: v['26', 2].update(difficulty=0.))
+        for name in (FINE, COARSE): edit(root, name, lambda v: v['26', 2].update(difficulty=0.))
     with pytest.raises(ValueError): read_finediving(root)
     problems = []
     if what in ('key as text', 'other step name'):
         with pytest.raises(ValueError): read_finediving(root, problems=problems)
-        assert not problems and [o[1] for o in harm(check_release('finediving', root))] == ['unreadable release']
+        assert not problems and [finding[1] for finding in harm(check_release('finediving', root))] == ['unreadable release']
         return
     uid = {'unknown': '99/1', 'uncovered': '26/1'}.get(what, '26/2')
-    got = [o.uid for o in read_finediving(root, problems=problems)]
-    assert [o for o, _ in problems] == [uid] and got == [f'26/{i}' for i in range(1, 6) if f'26/{i}' != uid]
+    got = [s.uid for s in read_finediving(root, problems=problems)]
+    assert [uid for uid, _ in problems] == [uid] and got == [f'26/{i}' for i in range(1, 6) if f'26/{i}' != uid]
     assert harm(check_release('finediving', root)) == [(uid, 'wrong entry')]
 
 
@@ -282,8 +281,8 @@ def test_several_problems_at_once(small):
     edit(small, COARSE, lambda v: v.pop(('26', 4)) and None)
     edit(small, 'test_split', lambda v: [*v, ('26', 1), ('99', 1)])
     problems = [('before', 'kept')]
-    assert [o.uid for o in read_finediving(small, problems=problems)] == ['26/2', '26/5']
-    assert sorted(o for o, _ in problems) == ['26/1', '26/3', '26/4', '99/1', 'before']
+    assert [s.uid for s in read_finediving(small, problems=problems)] == ['26/2', '26/5']
+    assert sorted(uid for uid, _ in problems) == ['26/1', '26/3', '26/4', '99/1', 'before']
     for i in (2, 5): shorten(small, i)
     with pytest.raises(ValueError, match='at least one dive without a fault'): read_finediving(small, problems=[])
 
@@ -323,7 +322,7 @@ def test_synthetic_overlap(mtl, tmp_path):
 
 
 def test_aqa7(tmp_path):
-    acts = [((sport, i), SimpleNamespace(score=o.lo+i, frames=film(7*o.id+i, 103))) for sport, o in SPORTS.items() for i in (1, 2)]
+    acts = [((sport, i), SimpleNamespace(score=row.lo+i, frames=film(7*row.id+i, 103))) for sport, row in SPORTS.items() for i in (1, 2)]
     write_aqa7(tmp_path, acts, [k for k, _ in acts if k[1] == 1], [k for k, _ in acts if k[1] == 2])
     df = check_release('aqa7', tmp_path, decode=True)
     assert harm(df) == [] and '6 train, 6 test' in df.detail[0]
@@ -389,4 +388,4 @@ def test_copies_among_ten_thousand_files(tmp_path):
     for i in range(10000//n):
         (folder := tmp_path/FINEDIVING_FRAMES/'01'/str(i)).mkdir(parents=True)
         for k in range(n): os.link(path, folder/f'{1000*i+k:05d}.jpg')
-    assert {o for _, o in harm(check_release('finediving', tmp_path))} == {'same frames'}
+    assert {kind for _, kind in harm(check_release('finediving', tmp_path))} == {'same frames'}

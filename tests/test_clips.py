@@ -30,7 +30,7 @@ def test_frame_ids_as_tsa_counts_them(shared):
     "On the real annotations, spacing from 0 and spacing broadcast numbers differ in 11 dives"
     from fspn_nb.data.finediving import read_finediving
     dives = read_finediving(None, shared('data', 'finediving', 'Annotations'))
-    apart = [(frame_ids(o.n_frames) != frame_ids(o.n_frames, first=o.start_frame)).sum() for o in dives]
+    apart = [(frame_ids(s.n_frames) != frame_ids(s.n_frames, first=s.start_frame)).sum() for s in dives]
     assert np.count_nonzero(apart) == 11 and max(apart) == 3
 
 
@@ -46,7 +46,7 @@ def test_to_clips_of_tensors_and_arrays():
 def test_load_frames_values_order_and_layout(dive):
     frames = load_frames(dive, [5, 0, 0, 3])
     assert frames.shape == (4, 36, 64, 3) and frames.dtype == torch.uint8
-    assert [abs(int(o.float().mean())-v) <= 2 for o,v in zip(frames, (200, 0, 0, 120))] == [True]*4
+    assert [abs(int(frame.float().mean())-v) <= 2 for frame,v in zip(frames, (200, 0, 0, 120))] == [True]*4
 
 
 def test_each_file_is_read_once(dive, monkeypatch):
@@ -90,8 +90,8 @@ def test_vanished_and_odd_sizes(dive):
 @pytest.mark.parametrize('size', [112, 224])
 def test_squares(hw, size):
     frames = torch.zeros(2, *hw, 3, dtype=torch.uint8)
-    for o in ('correct', 'peer'):
-        for where in (0, .5, 1): assert resize_crop(frames, size, o, where).shape == (2, 3, size, size)
+    for orientation in ('correct', 'peer'):
+        for where in (0, .5, 1): assert resize_crop(frames, size, orientation, where).shape == (2, 3, size, size)
 
 
 def test_resize_is_what_pillow_does():
@@ -109,8 +109,8 @@ def test_resize_is_what_pillow_does():
 def test_circle_stays_round_only_when_correct():
     y,x = np.mgrid[:256, :455]
     disc = (((x-227)**2+(y-128)**2) < 50**2).astype(np.uint8)[..., None].repeat(3, 2)*255
-    def extent(o):
-        on = resize_crop(torch.from_numpy(disc)[None], orientation=o)[0, 0] > 127
+    def extent(orientation):
+        on = resize_crop(torch.from_numpy(disc)[None], orientation=orientation)[0, 0] > 127
         return on.any(0).sum().item(),on.any(1).sum().item()
     wide,high = extent('correct')
     assert abs(wide-high) <= 1
@@ -189,7 +189,7 @@ def test_real_boxes_hold_the_diver(shared):
     table = pd.read_csv(shared('data', 'actor_frames', 'boxes.csv'))
     table = table[table.dive == 0]
     folder = shared('data', 'actor_frames', 'images')
-    frames = torch.stack([decode_jpeg(read_file(str(folder/o))).permute(1, 2, 0) for o in table.image])
+    frames = torch.stack([decode_jpeg(read_file(str(folder/name))).permute(1, 2, 0) for name in table.image])
     boxes = smooth_boxes(table[['x1','y1','x2','y2']].to_numpy())
     out = crop_actor(frames, boxes)
     assert out.shape == (len(table), 3, 112, 112)

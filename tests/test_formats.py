@@ -63,11 +63,11 @@ def test_real_counts(real):
 
 def test_real_odd_things_are_reported_as_they_are(real):
     "Transitions outside the dive, labels that come back, last labels that are no entry: kept, not repaired"
-    by = {o.uid: o for o in real}
+    by = {s.uid: s for s in real}
     assert by['05/56'].transitions == (99, 133) and by['05/56'].n_frames < 133
     assert by['03/67'].transitions == (-1, 51, 35)
-    assert sum(list(dict.fromkeys(o.labels))[-1] == 35 for o in real) == 15
-    assert sum(o.start_frame >= 100000 for o in real) == 531
+    assert sum(list(dict.fromkeys(s.labels))[-1] == 35 for s in real) == 15
+    assert sum(s.start_frame >= 100000 for s in real) == 531
     df = samples_frame(real)
     assert df.judges.value_counts().to_dict() == {7: 1369, 3: 1024, 5: 607}
     assert df.transitions.value_counts().to_dict() == {2: 2209, 3: 568, 4: 223}
@@ -77,7 +77,7 @@ def test_real_odd_things_are_reported_as_they_are(real):
 
 def test_real_steps_on_the_axis(real):
     "The targets that TSA trains on: first half 1..58, last 35..88, outside the two windows in 108 and 98 dives"
-    t = np.array([steps_on_axis(o, np.linspace(0, o.n_frames-1, 96).astype(int)) for o in real])
+    t = np.array([steps_on_axis(s, np.linspace(0, s.n_frames-1, 96).astype(int)) for s in real])
     assert (t.min(0).tolist(), t.max(0).tolist(), np.median(t, 0).tolist()) == ([1, 35], [58, 88], [29, 62])
     assert t.mean(0) == pytest.approx([28.6, 62.3], abs=.05)
     assert ((t[:, 0] > 47).sum(), (t[:, 1] < 48).sum()) == (108, 98)
@@ -85,19 +85,19 @@ def test_real_steps_on_the_axis(real):
 
 def test_real_figures_of_the_notebook(real):
     "The histograms that the notebook prints are those of the annotations"
-    n = [o.n_frames for o in real]
+    n = [s.n_frames for s in real]
     assert np.histogram(n, np.arange(60, 281, 10))[0].tolist() == [5, 57, 235, 434, 1629, 355, 109, 69, 56, 31, 12, 2, 0, 1, 2, 1, 1, 0, 0, 0, 0, 1]
 
 
 def test_real_order_is_that_of_the_test_split(real, shared):
     "Released prediction arrays follow the test split; so must ours"
     true = np.load(shared('data', 'finediving', 'oracle', 'tsa_true.npy'), allow_pickle=False).ravel()
-    assert np.allclose([o.score for o in real if o.split == 'test'], true)
+    assert np.allclose([s.score for s in real if s.split == 'test'], true)
 
 
 def test_real_frames(real):
-    whole = [o for o in real if frame_problem(o) is None]
-    assert len(whole) == 12 and all(o.files[0] == f'{o.start_frame:05d}.jpg' and len(o.files) == o.n_frames for o in whole)
+    whole = [s for s in real if frame_problem(s) is None]
+    assert len(whole) == 12 and all(s.files[0] == f'{s.start_frame:05d}.jpg' and len(s.files) == s.n_frames for s in whole)
     with pytest.raises(FileNotFoundError, match='2988 of 3000 samples cannot be used.*allow_missing'): check_samples(real)
     assert len(check_samples(real, allow_missing=True)) == 12
 
@@ -106,31 +106,31 @@ def test_real_annotations_apart_and_fast(shared):
     start = time.perf_counter()
     samples = read_finediving(None, annotations=shared('data', 'finediving', 'Annotations'))
     assert time.perf_counter()-start < 20 # two to three seconds on an idle core
-    assert len(samples) == 3000 and all(o.folder is None and o.files == () for o in samples)
+    assert len(samples) == 3000 and all(s.folder is None and s.files == () for s in samples)
 
 
 def test_real_release_survives_our_writer(real, shared, tmp_path):
     "Written again by us, the real annotations have the same values of the same types"
-    dive = lambda o: SimpleNamespace(action=o.action, score=o.score, difficulty=o.difficulty, labels=o.labels, transitions=o.transitions, sub_actions=o.sub_actions,
-                                     judges=o.judges, frames=None)
-    key = lambda o: (o.uid.rsplit('/', 1)[0], int(o.uid.rsplit('/', 1)[1]))
-    part = lambda split: [key(o) for o in real if o.split == split]
-    folder = write_finediving(tmp_path, ((key(o), o.start_frame, dive(o)) for o in real), part('train'), part('test'))
+    dive = lambda s: SimpleNamespace(action=s.action, score=s.score, difficulty=s.difficulty, labels=s.labels, transitions=s.transitions, sub_actions=s.sub_actions,
+                                     judges=s.judges, frames=None)
+    key = lambda s: (s.uid.rsplit('/', 1)[0], int(s.uid.rsplit('/', 1)[1]))
+    part = lambda split: [key(s) for s in real if s.split == split]
+    folder = write_finediving(tmp_path, ((key(s), s.start_frame, dive(s)) for s in real), part('train'), part('test'))
     again = read_finediving(tmp_path)
-    assert [replace(o, folder=None, files=()) for o in again] == [replace(o, folder=None, files=()) for o in real]
-    shape = lambda v: [(type(o), getattr(o, 'dtype', None)) for o in (v.values() if isinstance(v, dict) else v)]
+    assert [replace(s, folder=None, files=()) for s in again] == [replace(s, folder=None, files=()) for s in real]
+    shape = lambda v: [(type(x), getattr(x, 'dtype', None)) for x in (v.values() if isinstance(v, dict) else v)]
     for name in (AQA, FINE, COARSE):
         ours, theirs = load_pickle(folder/f'{name}.pkl'), load_pickle(shared('data', 'finediving', 'Annotations', f'{name}.pkl'))
         assert ours.keys() == theirs.keys() and all(shape(ours[k]) == shape(theirs[k]) for k in theirs)
         if name == FINE: assert all(list(ours[k]) == list(theirs[k]) and list(ours[k]['sub-action_types']) == list(theirs[k]['sub-action_types']) for k in theirs)
     for name in SIX[3:]: assert load_pickle(folder/f'{name}.pkl') == load_pickle(shared('data', 'finediving', 'Annotations', f'{name}.pkl'))
-    assert all((folder/f'{o}.pkl').read_bytes()[:2] == b'\x80\x03' for o in SIX)
+    assert all((folder/f'{name}.pkl').read_bytes()[:2] == b'\x80\x03' for name in SIX)
 
 
 def test_mtl_aqa_pickles_open_too(shared):
     "The same unpickler opens the other release's files, among them one of protocol 4"
     info = shared('data', 'mtl_aqa', 'info')
-    assert {o.name: len(load_pickle(o)) for o in info.glob('*.pkl')} == {
+    assert {path.name: len(load_pickle(path)) for path in info.glob('*.pkl')} == {
         'augmented_final_annotations_dict.pkl': 1412, 'final_annotations_dict_with_dive_number.pkl': 1412, 'train_split_0.pkl': 1059, 'test_split_0.pkl': 353}
 
 
@@ -145,20 +145,20 @@ def test_round_trip(tmp_path):
         assert (s.action, s.score, s.difficulty, s.judges, s.transitions) == (d.action, d.score, d.difficulty, d.judges, d.transitions)
         assert s.labels == tuple(d.labels) and s.sub_actions == d.sub_actions
         assert (s.start_frame, s.end_frame) == (start, start+len(d.labels)-1)
-        assert [int(o[:-4]) for o in s.files] == list(range(start, start+len(d.labels)))
+        assert [int(name[:-4]) for name in s.files] == list(range(start, start+len(d.labels)))
 
 
 def test_writing_twice_gives_the_same_bytes(tmp_path):
-    for o in 'ab': tree(tmp_path/o)
+    for name in 'ab': tree(tmp_path/name)
     for name in SIX: assert (tmp_path/'a/Annotations'/f'{name}.pkl').read_bytes() == (tmp_path/'b/Annotations'/f'{name}.pkl').read_bytes()
     assert not list(tmp_path.rglob('*.part'))
 
 
 def test_writer_replaces_nothing_unasked(small):
-    before = {o: o.read_bytes() for o in (small/'Annotations').iterdir()}
+    before = {path: path.read_bytes() for path in (small/'Annotations').iterdir()}
     with pytest.raises(ValueError, match='overwrite=True'): write_finediving(small, [], [], [])
     with pytest.raises(ValueError, match='not there yet'): write_frames(small, ('26', 1), 1, np.zeros((2, 8, 8, 3), np.uint8))
-    assert all(o.read_bytes() == b for o, b in before.items())
+    assert all(path.read_bytes() == b for path, b in before.items())
 
 
 @pytest.mark.parametrize('key', [('..', 1), ('a/b', 1), ('a\\b', 1), ('', 1), ('26', -1), ('26', 'x'), ('a\0', 1), ('x'*300, 1)])
@@ -172,14 +172,14 @@ def test_frames_missing_and_misnumbered(small, capsys):
     folders = [small/FINEDIVING_FRAMES/'26'/str(i) for i in (1, 2, 3)]
     shutil.rmtree(folders[0])
     next(folders[1].iterdir()).unlink()
-    last = sorted(folders[2].iterdir(), key=lambda o: int(o.stem))
+    last = sorted(folders[2].iterdir(), key=lambda path: int(path.stem))
     last[0].rename(folders[2]/f'{int(last[-1].stem)+1:05d}.jpg')
     (small/FINEDIVING_FRAMES/'26'/'4'/'notes.txt').write_text('not a frame')
     samples = read_finediving(small)
-    assert [str(frame_problem(o)).split(':')[0] for o in samples] == ['no frames', 'fewer frames than labels', 'other frame numbers than annotated', 'None']
+    assert [str(frame_problem(s)).split(':')[0] for s in samples] == ['no frames', 'fewer frames than labels', 'other frame numbers than annotated', 'None']
     with pytest.raises(FileNotFoundError, match='3 of 4 samples.*1 with no frames: 26/1; .*26/2 .*; .*26/3'): check_samples(samples)
     capsys.readouterr()
-    assert [o.uid for o in check_samples(samples, allow_missing=True)] == ['26/4']
+    assert [s.uid for s in check_samples(samples, allow_missing=True)] == ['26/4']
     assert '3 of 4 samples cannot be used' in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match='No sample is left'): check_samples(samples[:3], allow_missing=True)
 
@@ -246,7 +246,7 @@ def test_one_wrong_value(small, what):
     if name: edit(small, name, change)
     else:
         edit(small, AQA, lambda v: v[K].__setitem__(2, 0.))
-        for o in (FINE, COARSE): edit(small, o, lambda v: v[K].update(difficulty=0.))
+        for name in (FINE, COARSE): edit(small, name, lambda v: v[K].update(difficulty=0.))
     with pytest.raises(ValueError, match=why) as e: read_finediving(small)
     assert len(str(e.value)) < 700 and '; ' in str(e.value)
 
@@ -304,14 +304,14 @@ def test_the_refused_name_is_in_the_message(tmp_path):
 @pytest.mark.parametrize('protocol', [2, 3, 4])
 def test_plain_numpy_passes(tmp_path, module, protocol):
     "Arrays and scalars of all number types, either byte order, both module names"
-    value = {k: np.arange(6).astype(k).reshape(2, 3, order=o) for k in ('i1', '<i8', '>i4', 'u2', 'f4', '>f8', '?') for o in 'CF'} | {'s': [np.float32(1.5), np.int64(-3), np.bool_(True)]}
+    value = {k: np.arange(6).astype(k).reshape(2, 3, order=order) for k in ('i1', '<i8', '>i4', 'u2', 'f4', '>f8', '?') for order in 'CF'} | {'s': [np.float32(1.5), np.int64(-3), np.bool_(True)]}
     path = tmp_path/'x.pkl'
     data = pickle.dumps(value, protocol=protocol)
     data = data.replace(b'cnumpy._core.multiarray\n', b'c'+module.encode()+b'\n')
     path.write_bytes(data)
     got = load_pickle(path)
     assert all(np.array_equal(got[k], v) and got[k].dtype == v.dtype.newbyteorder('=') for k, v in value.items() if k != 's')
-    assert got['s'] == value['s'] and [type(o) for o in got['s']] == [type(o) for o in value['s']]
+    assert got['s'] == value['s'] and [type(x) for x in got['s']] == [type(x) for x in value['s']]
 
 
 # ---- random damage
@@ -340,7 +340,7 @@ def outcome(read):
 
 def test_random_damage_to_a_small_release(small):
     rng, seen = random.Random(0), []
-    whole = {o: (small/'Annotations'/f'{o}.pkl').read_bytes() for o in SIX}
+    whole = {name: (small/'Annotations'/f'{name}.pkl').read_bytes() for name in SIX}
     for i in range(300):
         path = small/'Annotations'/f'{SIX[i % 6]}.pkl'
         path.write_bytes(mutate(whole[path.stem], rng))
@@ -361,11 +361,11 @@ def test_random_damage_to_the_real_files(shared, tmp_path):
 
 def test_random_damage_to_real_values(real, tmp_path):
     "Thirty real dives in a small release, damaged 300 times and read whole"
-    dive = lambda o: SimpleNamespace(action=o.action, score=o.score, difficulty=o.difficulty, labels=o.labels, transitions=o.transitions, sub_actions=o.sub_actions,
-                                     judges=o.judges, frames=None)
+    dive = lambda s: SimpleNamespace(action=s.action, score=s.score, difficulty=s.difficulty, labels=s.labels, transitions=s.transitions, sub_actions=s.sub_actions,
+                                     judges=s.judges, frames=None)
     part = real[::100]
-    keys = [(o.uid.rsplit('/', 1)[0], int(o.uid.rsplit('/', 1)[1])) for o in part]
-    folder = write_finediving(tmp_path, [(k, o.start_frame, dive(o)) for k, o in zip(keys, part)], keys[:20], keys[20:])
+    keys = [(s.uid.rsplit('/', 1)[0], int(s.uid.rsplit('/', 1)[1])) for s in part]
+    folder = write_finediving(tmp_path, [(k, s.start_frame, dive(s)) for k, s in zip(keys, part)], keys[:20], keys[20:])
     assert len(read_finediving(tmp_path)) == len(part)
     rng = random.Random(2)
     for i in range(300):

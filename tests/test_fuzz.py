@@ -12,9 +12,9 @@ FINE = {'named error', 'reported exclusion', 'no effect', 'seen by fspn_check'}
 
 @pytest.mark.parametrize('dataset, n', [('finediving', 14), ('mtl_aqa', 42), ('aqa7', 90)])
 def test_damaged_annotations_end_in_words(shared, dataset, n):
-    found = fuzz(dataset, shared('data', *READERS[dataset][1].split('/')), n, seed=1)
-    assert len(found) == n and not [o for o in found if o[1] not in FINE]
-    assert sum(o == 'named error' for _, o in found) > n/5
+    results = fuzz(dataset, shared('data', *READERS[dataset][1].split('/')), n, seed=1)
+    assert len(results) == n and not [result for result in results if result[1] not in FINE]
+    assert sum(result == 'named error' for _, result in results) > n/5
 
 
 class Evil:

@@ -53,7 +53,7 @@ def real(shared):
 @pytest.fixture(scope='session')
 def sheets(real):
     "Train and test dives as tables"
-    return [samples_frame([o for o in real if o.split == split]) for split in ('train', 'test')]
+    return [samples_frame([s for s in real if s.split == split]) for split in ('train', 'test')]
 
 
 def edit(root, name, change):
@@ -74,13 +74,13 @@ def empty_frames(root, video, numbers, padding=8):
 def test_real_counts(real):
     got = mtl_aqa_stats(real)
     assert {k: got[k] for k in REAL} == REAL and got['with_frames'] == 0
-    assert len({o.uid.split('/')[0] for o in real}) == 15
-    assert all(o.n_frames == 103 and o.end_frame == o.annotated_span[1] and len(o.judges) == 7 and o.folder is None and o.files == () for o in real)
-    n = np.array([o.annotated_span[1]-o.annotated_span[0] for o in real])
+    assert len({s.uid.split('/')[0] for s in real}) == 15
+    assert all(s.n_frames == 103 and s.end_frame == s.annotated_span[1] and len(s.judges) == 7 and s.folder is None and s.files == () for s in real)
+    n = np.array([s.annotated_span[1]-s.annotated_span[0] for s in real])
     assert (n.min(), n.max(), round(n.mean())) == (54, 273, 106)
-    by = {o.uid: o for o in real}
-    assert [by[o].annotated_span[1]-by[o].annotated_span[0] for o in ('26/108', '05/42')] == [54, 273]
-    assert min(o.start_frame for o in real) > 1000 # no real window begins before the broadcast
+    by = {s.uid: s for s in real}
+    assert [by[uid].annotated_span[1]-by[uid].annotated_span[0] for uid in ('26/108', '05/42')] == [54, 273]
+    assert min(s.start_frame for s in real) > 1000 # no real window begins before the broadcast
 
 
 def test_real_scores_and_groups(sheets):
@@ -97,10 +97,10 @@ def test_real_scores_and_groups(sheets):
 
 def test_real_figures_of_the_notebook(real):
     "The histograms that the notebook prints are those of the annotations"
-    score, dd = np.array([(o.score, o.difficulty) for o in real]).T
+    score, dd = np.array([(s.score, s.difficulty) for s in real]).T
     assert np.histogram(score, np.arange(0, 106, 5))[0].tolist() == [2, 1, 0, 2, 7, 10, 33, 51, 80, 71, 84, 94, 125, 163, 191, 162, 131, 111, 61, 25, 8]
     assert np.histogram(np.round(score/dd, 6), np.arange(0, 31, 1.5))[0].tolist() == [2, 0, 1, 1, 3, 5, 9, 25, 37, 29, 54, 71, 88, 145, 223, 249, 234, 141, 78, 17]
-    spans = [o.annotated_span[1]-o.annotated_span[0]+1 for o in real]
+    spans = [s.annotated_span[1]-s.annotated_span[0]+1 for s in real]
     assert np.histogram(spans, np.arange(50, 281, 10))[0].tolist() == [2, 9, 72, 285, 296, 236, 156, 106, 86, 73, 48, 21, 10, 5, 3, 1, 1, 0, 1, 0, 0, 0, 1]
 
 
@@ -109,11 +109,11 @@ def test_real_judges_are_reported_and_not_repaired(real):
     assert len(wrong) == 27 and not wrong.odd_marks.any() and wrong.gap.idxmax() == '01/70'
     assert wrong.loc['01/70', ['stored', 'computed']].tolist() == [18.15, 37.95]
     assert len(judge_mismatches(real, tolerance=0)) == 30 # three scores were rounded to one decimal
-    assert next(o for o in real if o.uid == '01/70').score == 18.15
-    dd = {o.uid: o.difficulty for o in real}
+    assert next(s for s in real if s.uid == '01/70').score == 18.15
+    dd = {s.uid: s.difficulty for s in real}
     assert sum(abs(gap/dd[uid]-.5) < 1e-6 for uid, gap in wrong.gap.items()) == 15
-    test = [o for o in real if o.split == 'test']
-    assert spearman([sum(sorted(o.judges)[2:5])*o.difficulty for o in test], [o.score for o in test]) == pytest.approx(.9998, abs=5e-5)
+    test = [s for s in real if s.split == 'test']
+    assert spearman([sum(sorted(s.judges)[2:5])*s.difficulty for s in test], [s.score for s in test]) == pytest.approx(.9998, abs=5e-5)
 
 
 def test_real_baselines_without_a_frame(sheets):
@@ -157,13 +157,13 @@ def test_real_annotations_without_musdls_file(real, shared, tmp_path):
 
 def test_real_dive_numbers_are_composed(real, shared):
     "One half somersault is counted as none in 27 dives, and 16 of these carry another letter than in FineDiving, which has the same broadcasts"
-    other = {o.uid: o for o in read_finediving(None, annotations=shared('data', 'finediving', 'Annotations'))}
+    other = {s.uid: s for s in read_finediving(None, annotations=shared('data', 'finediving', 'Annotations'))}
     pairs = Counter()
-    for o in real:
-        twin = other.get(f"{o.uid[:2]}/{o.uid[3:]}")
-        if o.action[:3] in ('100', '200', '300') or o.action == '201B':
-            assert twin.score == o.score and abs(twin.end_frame-o.end_frame) < 3
-            pairs[o.action, twin.action] += 1
+    for s in real:
+        twin = other.get(f"{s.uid[:2]}/{s.uid[3:]}")
+        if s.action[:3] in ('100', '200', '300') or s.action == '201B':
+            assert twin.score == s.score and abs(twin.end_frame-s.end_frame) < 3
+            pairs[s.action, twin.action] += 1
     assert pairs == {('100B', '101b'): 1, ('200B', '201b'): 2, ('200D', '201b'): 5, ('300B', '301b'): 8, ('300D', '301b'): 11, ('201B', '205b'): 1}
 
 
@@ -185,7 +185,7 @@ def test_real_release_survives_our_writer(shared, tmp_path, monkeypatch):
     plain = {k: v | dict(judge_scores=np.array(v['judge_scores'])) for k, v in theirs[CORE].items()}
     monkeypatch.setattr(mtl_aqa, '_record', lambda key, end, dive: dict(plain[key]))
     folder = write_mtl_aqa(tmp_path, ((k, None, None) for k in plain), theirs[TRAIN], theirs[TEST])
-    ops = lambda path: [o.name for o, _, _ in pickletools.genops(path.read_bytes())]
+    ops = lambda path: [path.name for path, _, _ in pickletools.genops(path.read_bytes())]
     for name in FOUR:
         ours = load_pickle(folder/f'{name}.pkl')
         real = shared('data', 'mtl_aqa', 'info', f'{name}.pkl')
@@ -193,7 +193,7 @@ def test_real_release_survives_our_writer(shared, tmp_path, monkeypatch):
         assert list(ours) == list(theirs[name])
         if name in (TRAIN, TEST): assert (folder/f'{name}.pkl').read_bytes() == real.read_bytes()
         else:
-            shape = lambda o: [(k, type(v), getattr(v, 'dtype', None)) for k, v in o.items()]
+            shape = lambda record: [(k, type(v), getattr(v, 'dtype', None)) for k, v in record.items()]
             assert all(shape(ours[k]) == shape(theirs[name][k]) for k in theirs[name])
             assert Counter(ops(folder/f'{name}.pkl'))-Counter(ops(real)) <= Counter(NEWFALSE=1, NEWTRUE=1)
             assert b'numpy.core.multiarray' in (folder/f'{name}.pkl').read_bytes()
@@ -210,9 +210,9 @@ def test_round_trip(tmp_path):
         assert (s.uid, s.split) == (f'{key[0]:02d}/{key[1]}', 'test' if key == KEYS[-1] else 'train')
         assert (s.action, s.score, s.difficulty, s.judges) == (d.action.upper(), d.score, d.difficulty, d.judges)
         assert (s.start_frame, s.end_frame, s.annotated_span) == (end-102, end, (end-len(d.labels)+1, end))
-        assert [int(o[:-4]) for o in s.files] == list(range(end-102, end+1))
-        assert [int(o[:-4]) for o in s.before] == [end-105, end-104, end-103]
-        assert [int(o[:-4]) for o in s.after] == [n for n in (end+1, end+2, end+3) if n <= 401]
+        assert [int(name[:-4]) for name in s.files] == list(range(end-102, end+1))
+        assert [int(name[:-4]) for name in s.before] == [end-105, end-104, end-103]
+        assert [int(name[:-4]) for name in s.after] == [n for n in (end+1, end+2, end+3) if n <= 401]
         by_position = sorted(os.listdir(s.folder))[end-103:end] # what the peers read
         assert by_position == list(s.files)
 
@@ -230,7 +230,7 @@ def test_every_catalogued_dive_can_be_written(tmp_path):
     from fspn_nb.synthetic.catalogue import ACTIONS
     dives = [((1, i), 1000*(i+1), make_dive(i, a)) for i, a in enumerate(ACTIONS)]
     write_mtl_aqa(tmp_path, dives, [k for k, _, _ in dives][:-1], [dives[-1][0]])
-    assert [o.action for o in read_mtl_aqa(tmp_path)] == [a.upper() for a in ACTIONS]
+    assert [s.action for s in read_mtl_aqa(tmp_path)] == [a.upper() for a in ACTIONS]
     types = load_pickle(tmp_path/'info'/f'{CORE}.pkl')[1, 0]
     assert [type(v).__name__ for v in types.values()] == ['int']*4+['float']+['int']*4+['float', '_Array', 'str'] and types['judge_scores'].dtype == np.float64
     assert pickle.loads((tmp_path/'info'/f'{CORE}.pkl').read_bytes())[1, 0]['judge_scores'].shape == (7,) # as the peers open it
@@ -243,7 +243,7 @@ def test_dives_that_the_fields_cannot_express(tmp_path, action):
 
 
 def test_writer_is_repeatable_and_replaces_nothing_unasked(tmp_path):
-    for o in 'ab': tree(tmp_path/o)
+    for name in 'ab': tree(tmp_path/name)
     before = [(tmp_path/'a/info'/f'{n}.pkl').read_bytes() for n in FOUR]
     assert before == [(tmp_path/'b/info'/f'{n}.pkl').read_bytes() for n in FOUR]
     with pytest.raises(ValueError, match='overwrite=True'): write_mtl_aqa(tmp_path/'a', [], [], [])
@@ -269,7 +269,7 @@ def test_frames_are_written_whole_and_once(tmp_path):
 def test_any_padding(small, padding):
     for video in (5, 26): empty_frames(small, video, range(1, 420), padding)
     samples = check_samples(read_mtl_aqa(small))
-    assert [(o.files[0], o.files[-1]) for o in samples] == [(f'{e-102:0{padding}d}.jpg', f'{e:0{padding}d}.jpg') for e in ENDS]
+    assert [(s.files[0], s.files[-1]) for s in samples] == [(f'{e-102:0{padding}d}.jpg', f'{e:0{padding}d}.jpg') for e in ENDS]
 
 
 def test_missing_frames_are_reported_and_move_nothing(small):
@@ -277,7 +277,7 @@ def test_missing_frames_are_reported_and_move_nothing(small):
     a, b, *rest = read_mtl_aqa(small)
     assert frame_problem(a) == 'fewer frames than labels: 102 of 103' and a.files[0] == '00000028.jpg' and '00000101.jpg' in a.files
     assert b.files[0] == '00000228.jpg' and frame_problem(b) # 3 is missing too, and moved nothing
-    assert [frame_problem(o) for o in rest] == ['no frames']*2
+    assert [frame_problem(s) for s in rest] == ['no frames']*2
     with pytest.raises(FileNotFoundError, match='4 of 4'): check_samples(read_mtl_aqa(small))
 
 
@@ -299,22 +299,22 @@ def test_one_number_twice(small):
     empty_frames(small, 5, [300, 410], padding=6) # 410 belongs to no dive
     with pytest.raises(ValueError, match='05: need one file per frame number, got 000*300.jpg and 000*300.jpg'): read_mtl_aqa(small)
     problems = []
-    assert [o.uid for o in read_mtl_aqa(small, problems=problems)] == ['05/1', '26/7', '26/8']
-    assert [o for o, _ in problems] == ['05/2']
+    assert [s.uid for s in read_mtl_aqa(small, problems=problems)] == ['05/1', '26/7', '26/8']
+    assert [uid for uid, _ in problems] == ['05/2']
 
 
 def test_a_broadcast_numbered_from_zero(small):
     for video in (5, 26): empty_frames(small, video, range(1-(video == 26), 420))
     with pytest.raises(ValueError, match='26: need frames numbered from 1, got 00000000.jpg'): read_mtl_aqa(small)
     problems = []
-    assert [o.uid for o in read_mtl_aqa(small, problems=problems)] == ['05/1', '05/2'] and len(problems) == 2
+    assert [s.uid for s in read_mtl_aqa(small, problems=problems)] == ['05/1', '05/2'] and len(problems) == 2
 
 
 def test_strange_names_and_a_file_for_a_folder(small):
     folder = empty_frames(small, 5, range(1, 420))
     for name in ('notes.txt', '00000050.jpg.part', '.00000050.jpg.7.part', '-0000050.jpg', '٥٠.jpg', '9'*30+'.jpg'): (folder/name).touch()
     (small/MTL_AQA_FRAMES/'26').write_text('')
-    assert [frame_problem(o) for o in read_mtl_aqa(small)] == [None, None, 'no frames', 'no frames']
+    assert [frame_problem(s) for s in read_mtl_aqa(small)] == [None, None, 'no frames', 'no frames']
 
 
 def test_each_broadcast_is_listed_once(real, shared, tmp_path, monkeypatch):
@@ -325,9 +325,9 @@ def test_each_broadcast_is_listed_once(real, shared, tmp_path, monkeypatch):
     start = time.perf_counter()
     samples = read_mtl_aqa(tmp_path, shared('data', 'mtl_aqa', 'info'))
     assert time.perf_counter()-start < 20 # two seconds on an idle core
-    assert sorted(calls) == sorted({o.uid.split('/')[0] for o in real})
-    inside = [o for o in samples if o.end_frame <= 100000]
-    assert len(inside) > 400 and all(frame_problem(o) is None for o in inside) and all(frame_problem(o) for o in samples if o.end_frame > 100000)
+    assert sorted(calls) == sorted({s.uid.split('/')[0] for s in real})
+    inside = [s for s in samples if s.end_frame <= 100000]
+    assert len(inside) > 400 and all(frame_problem(s) is None for s in inside) and all(frame_problem(s) for s in samples if s.end_frame > 100000)
 
 
 # ---- damaged trees
@@ -383,10 +383,10 @@ EDITS = {
     'odd mark in the better file': (CORE, lambda v: v[K]['judge_scores'].__setitem__(0, 45.), 'judge_scores is'),
     'other number': (CORE, lambda v: v[K].update(dive_number='101Z'), "dive_number is '101Z' and its fields make"),
     'empty number': (CORE, lambda v: v[K].update(dive_number=''), 'dive_number: need a short printable text'),
-    'no such rotation': (CORE, lambda v: [o.update(rotation_type=9) for o in v.values()] and None, 'rotation_type'),
+    'no such rotation': (CORE, lambda v: [fields.update(rotation_type=9) for fields in v.values()] and None, 'rotation_type'),
     'in one file': (MUSDL, lambda v: v.pop(K) and None, r'\(5, 2\): need every dive in both annotation files, got none in augmented'),
     'split twice': (TEST, lambda v: v+[K], r'got \(5, 2\) 2 times'),
-    'not in a split': (TRAIN, lambda v: [o for o in v if o != K], r'got \(5, 2\) 0 times'),
+    'not in a split': (TRAIN, lambda v: [key for key in v if key != K], r'got \(5, 2\) 0 times'),
 }
 STRAY = { # entries that no dive can be blamed for
     'split unknown': (TEST, lambda v: v+[(99, 1)], r'got \(99, 1\), which is in no annotation file', '99/1'),
@@ -410,8 +410,8 @@ def test_one_wrong_value(small, what):
         with pytest.raises(ValueError, match='at least one dive without a fault, got none of 4'): read_mtl_aqa(small, problems=[])
         return
     problems = []
-    left = [o.uid for o in read_mtl_aqa(small, problems=problems)]
-    assert [o for o, _ in problems] == (stray or ['05/2'])
+    left = [s.uid for s in read_mtl_aqa(small, problems=problems)]
+    assert [uid for uid, _ in problems] == (stray or ['05/2'])
     assert left == (['05/1', '05/2', '26/7', '26/8'] if stray else ['05/1', '26/7', '26/8'])
 
 
@@ -424,7 +424,7 @@ def test_a_foreign_split_is_counted(small):
 
 def test_the_released_typing_error_is_no_contradiction(small):
     edit(small, MUSDL, lambda v: v[K]['judge_scores'].__setitem__(3, 45.))
-    assert max(next(o for o in read_mtl_aqa(small) if o.uid == '05/2').judges) <= 10
+    assert max(next(s for s in read_mtl_aqa(small) if s.uid == '05/2').judges) <= 10
     (small/'info'/f'{CORE}.pkl').unlink()
     samples = read_mtl_aqa(small)
     assert samples[1].judges[3] == 45 and judge_mismatches(samples).uid.tolist() == ['05/2']

@@ -29,22 +29,22 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def film(n, height=72, width=128, seed=0):
     "`n` frames that are all different: the number of a frame is the brightness of three of its bands"
     for i in range(1, n+1):
-        o = np.zeros((height, width, 3), np.uint8)
-        for k, digit in enumerate((i//25, i//5 % 5, i % 5)): o[:, k*width//4:(k+1)*width//4] = 25+50*(digit % 5)
-        o[:, 3*width//4:] = 40+20*(seed % 8)
-        yield o
+        frame = np.zeros((height, width, 3), np.uint8)
+        for k, digit in enumerate((i//25, i//5 % 5, i % 5)): frame[:, k*width//4:(k+1)*width//4] = 25+50*(digit % 5)
+        frame[:, 3*width//4:] = 40+20*(seed % 8)
+        yield frame
 
 
 def number_of(path):
     "The number that `film` drew into a frame"
-    o = np.asarray(Image.open(path).convert('L')).astype(float)
-    w = o.shape[1]
-    a, b, c = (round((o[:, k*w//4+3:(k+1)*w//4-3].mean()-25)/50) for k in range(3))
+    grey = np.asarray(Image.open(path).convert('L')).astype(float)
+    w = grey.shape[1]
+    a, b, c = (round((grey[:, k*w//4+3:(k+1)*w//4-3].mean()-25)/50) for k in range(3))
     return 25*a+5*b+c
 
 
 def hidden(root):
-    return [o for o in root.rglob('.*')]
+    return [path for path in root.rglob('.*')]
 
 
 DIVE = replace(make_dive(0), frames=None)
@@ -70,7 +70,7 @@ def test_finediving_layout(diving):
     samples = check_samples(read_finediving(out))
     for s in samples:
         assert s.files[0] == f'{s.start_frame:05d}.jpg'
-        for o in (s.files[0], s.files[N//2], s.files[-1]): assert number_of(s.folder/o) == int(o[:5]) % 125, 'frames are counted from one'
+        for name in (s.files[0], s.files[N//2], s.files[-1]): assert number_of(s.folder/name) == int(name[:5]) % 125, 'frames are counted from one'
     assert not hidden(out)
     again = prepare_videos('finediving', videos, out, height=72)
     assert again.status.tolist() == ['skipped']*4 and not again.why.any()
@@ -114,8 +114,8 @@ def test_broken_film_is_passed_over(diving, capsys):
     videos, out = diving
     (videos/'Tokyo_final_r1.mkv').write_bytes(b'RIFF'*500)
     assert prepare_cli(['finediving', str(videos), str(out), '--workers', '2']) == 1
-    said = capsys.readouterr().out
-    assert '3 done, 0 skipped, 0 missing, 1 failed' in said and 'Tokyo_final_r1.mkv: need a video that can be decoded' in said
+    printed = capsys.readouterr().out
+    assert '3 done, 0 skipped, 0 missing, 1 failed' in printed and 'Tokyo_final_r1.mkv: need a video that can be decoded' in printed
     assert not hidden(out) and not (out/'FINADiving_MTL_256s'/'Tokyo_final_r1'/'3').exists()
 
 
@@ -149,7 +149,7 @@ def test_random_damage_never_ends_in_another_error(tmp_path):
         b = bytearray(good[:int(rng.integers(1, len(good)))] if k % 5 == 0 else good)
         for i in rng.integers(0, len(b), 1+k): b[i] = rng.integers(256)
         (tmp_path/'b.mkv').write_bytes(b)
-        try: assert all(o.ndim == 3 for _, o in video_frames(tmp_path/'b.mkv'))
+        try: assert all(frame.ndim == 3 for _, frame in video_frames(tmp_path/'b.mkv'))
         except ValueError as e: assert 'b.mkv' in str(e)
 
 
@@ -187,7 +187,7 @@ def test_leftovers_of_a_killed_run_are_not_taken_for_dives(diving):
 def test_killed_process_leaves_only_hidden_parts(tmp_path):
     "SIGKILL in the middle: under its own name a dive is whole, and the next run makes the tree that an undisturbed one makes"
     keys = [('01', i) for i in range(5)]
-    for o in ('killed', 'calm'): write_finediving(tmp_path/o, [(k, 1+i*N, DIVE) for i, k in enumerate(keys)], keys[:-1], keys[-1:])
+    for name in ('killed', 'calm'): write_finediving(tmp_path/name, [(k, 1+i*N, DIVE) for i, k in enumerate(keys)], keys[:-1], keys[-1:])
     encode_video(film(5*N, 180, 320), tmp_path/'videos'/'01.mp4')
     code = f"from fspn_nb.data.extract_frames import prepare_cli; prepare_cli(['finediving', {str(tmp_path/'videos')!r}, {str(tmp_path/'killed')!r}])"
     run = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, 'IN_TEST': '1'})
@@ -200,7 +200,7 @@ def test_killed_process_leaves_only_hidden_parts(tmp_path):
     status = prepare_videos('finediving', tmp_path/'videos', tmp_path/'killed').status.tolist()
     assert status.count('skipped') == len(left) and status.count('done') == 5-len(left)
     prepare_videos('finediving', tmp_path/'videos', tmp_path/'calm')
-    tree = lambda root: {o.relative_to(root): o.read_bytes() for o in root.rglob('*.jpg')}
+    tree = lambda root: {path.relative_to(root): path.read_bytes() for path in root.rglob('*.jpg')}
     assert tree(tmp_path/'killed') == tree(tmp_path/'calm') and not hidden(tmp_path/'killed')
 
 
@@ -216,12 +216,12 @@ def broadcast(tmp_path):
 def test_broadcast_goes_on_where_it_stopped(broadcast):
     "Frames that are there are not written again, gaps are filled, hidden halves are removed"
     videos, out, folder = broadcast
-    before = {o.name: o.read_bytes() for o in folder.iterdir()}
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     for i in [7, *range(60, 119)]: (folder/f'{i:08d}.jpg').unlink()
     (folder/'.00000060.jpg.99999.part').write_bytes(b'half')
-    kept = {o.name: o.stat().st_mtime_ns for o in folder.glob('0*.jpg')}
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob('0*.jpg')}
     assert prepare_videos('mtl_aqa', videos, out).values[:, :3].tolist() == [['05', 'done', 118]]
-    assert {o.name: o.read_bytes() for o in folder.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert all((folder/k).stat().st_mtime_ns == v for k, v in kept.items())
 
 
@@ -229,7 +229,7 @@ def test_broadcast_goes_on_where_it_stopped(broadcast):
 def test_broadcast_does_not_go_on_with_other_frames(broadcast, change):
     videos, out, folder = broadcast
     for i in range(60, 119): (folder/f'{i:08d}.jpg').unlink()
-    if change == 'film': encode_video((255-o for o in film(120)), videos/'05.mp4')
+    if change == 'film': encode_video((255-frame for frame in film(120)), videos/'05.mp4')
     if change == 'names': [(folder/f'{i:08d}.jpg').rename(folder/f'{i:06d}.jpg') for i in range(1, 60)]
     row = prepare_videos('mtl_aqa', videos, out, height=36 if change == 'height' else 256).iloc[0]
     assert row.status == 'failed' and 'remove' in row.why
@@ -260,7 +260,7 @@ def test_missing_films_are_no_failure(diving, capsys):
     videos, out = diving
     (videos/'01.mp4').rename(videos/'01.mp4.part')
     assert prepare_cli(['finediving', str(videos), str(out)]) == 0
-    assert '1 done, 0 skipped, 3 missing, 0 failed' in (said := capsys.readouterr().out) and 'missing: 01/1, 01/2, 01/6: no video 01' in said
+    assert '1 done, 0 skipped, 3 missing, 0 failed' in (printed := capsys.readouterr().out) and 'missing: 01/1, 01/2, 01/6: no video 01' in printed
 
 
 def test_two_films_of_one_name(diving):
@@ -273,10 +273,10 @@ def test_two_films_of_one_name(diving):
 def test_wrong_folders(diving, tmp_path, capsys):
     videos, out = diving
     (tmp_path/'empty').mkdir()
-    for args, said in (((tmp_path/'empty', out), 'need videos of FineDiving'), ((tmp_path/'none', out), 'need a folder of videos'), ((videos, tmp_path/'empty'), 'Annotations')):
+    for args, message in (((tmp_path/'empty', out), 'need videos of FineDiving'), ((tmp_path/'none', out), 'need a folder of videos'), ((videos, tmp_path/'empty'), 'Annotations')):
         assert prepare_cli(['finediving', *map(str, args)]) == 1
-        assert said in (err := capsys.readouterr().err)
-        assert (where_to_get('finediving') in err) == (said == 'need videos of FineDiving')
+        assert message in (err := capsys.readouterr().err)
+        assert (where_to_get('finediving') in err) == (message == 'need videos of FineDiving')
     with pytest.raises(SystemExit): prepare_cli(['finediving', str(videos)])
     with pytest.raises(SystemExit): prepare_cli(['jigsaws', str(videos), str(out)])
     for bad in (dict(height=0), dict(quality=101), dict(workers=0), dict(workers=-1), dict(height=2.5)):
@@ -317,10 +317,10 @@ def test_another_height_is_said(diving):
 @pytest.mark.parametrize('pixel', [Fraction(4, 3), Fraction(1, 2), Fraction(16, 11)])
 def test_pixels_that_are_not_square(tmp_path, pixel):
     encode_video(film(3), tmp_path/'a.mp4', pixel_aspect=float(pixel))
-    (_, o), *_ = video_frames(tmp_path/'a.mp4')
-    assert o.shape == (72, round(128*pixel), 3)
-    (_, o), *_ = video_frames(tmp_path/'a.mp4', 36)
-    assert o.shape == (36, round(64*pixel), 3)
+    (_, frame), *_ = video_frames(tmp_path/'a.mp4')
+    assert frame.shape == (72, round(128*pixel), 3)
+    (_, frame), *_ = video_frames(tmp_path/'a.mp4', 36)
+    assert frame.shape == (36, round(64*pixel), 3)
 
 
 def test_films_are_made_smaller_never_larger(tmp_path):
@@ -342,13 +342,13 @@ def test_film_on_its_side(tmp_path, turn):
         s.set_display_rotation(turn)
         for _ in range(3): box.mux(s.encode(av.VideoFrame.from_ndarray(stored, format='rgb24')))
         box.mux(s.encode())
-    o = next(video_frames(tmp_path/'a.mp4', 32))[1]
-    assert o.shape == (32, 48, 3) and np.abs(o.astype(int)-upright[::2, ::2]).mean() < 12
+    frame = next(video_frames(tmp_path/'a.mp4', 32))[1]
+    assert frame.shape == (32, 48, 3) and np.abs(frame.astype(int)-upright[::2, ::2]).mean() < 12
 
 
 def test_odd_sizes_and_other_containers(tmp_path):
     for name in ('a.mp4', 'a.mkv', 'a.avi', 'a.mov'):
-        got = [o for _, o in video_frames(encode_video(film(4, 71, 129), tmp_path/name))]
+        got = [frame for _, frame in video_frames(encode_video(film(4, 71, 129), tmp_path/name))]
         assert len(got) == 4 and got[0].shape == (71, 129, 3)
 
 
@@ -367,7 +367,7 @@ def test_real_gif(shared, tmp_path):
 
 def test_real_annotations_give_the_pieces(shared, tmp_path):
     dives = pieces_of('finediving', tmp_path, shared('data', 'finediving', 'Annotations'))
-    assert len(dives) == 3000 and len({o.video for o in dives}) == 135 and min(o.numbers[0] for o in dives) == 95
+    assert len(dives) == 3000 and len({piece.video for piece in dives}) == 135 and min(piece.numbers[0] for piece in dives) == 95
     films = pieces_of('mtl_aqa', tmp_path, shared('data', 'mtl_aqa', 'info'))
-    assert len(films) == 15 and {o.name: o.last for o in films}['01'] == 291971 and sum(o.last for o in films) == 2358217
+    assert len(films) == 15 and {piece.name: piece.last for piece in films}['01'] == 291971 and sum(piece.last for piece in films) == 2358217
     assert len(pieces_of('aqa7', tmp_path, shared('data', 'aqa7'))) == 1106
