@@ -9,20 +9,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def variants():
+def settings():
     p = ConfigParser(delimiters=['='])
     p.read(ROOT/'settings.ini', encoding='utf-8')
     return p['DEFAULT']
 
 
 def test_pins_that_work_together():
-    dev = variants()['dev_requirements']
+    dev = settings()['dev_requirements']
     assert 'nbdev==2.4.14' in dev and 'execnb==0.1.18' in dev and 'fastcore>=1.12.24,<2' in dev
 
 
 def test_lock_file_has_every_requirement():
     locked = {line.split('==')[0].lower() for line in (ROOT/'requirements.lock').read_text().splitlines() if '==' in line}
-    wanted = {re.split(r'[=<>\[]', r)[0].lower() for k,v in variants().items() if k.endswith('requirements') for r in v.split()}
+    wanted = {re.split(r'[=<>\[]', r)[0].lower() for k,v in settings().items() if k.endswith('requirements') for r in v.split()}
     assert wanted <= locked, f'not in requirements.lock: {wanted-locked}'
     assert not re.search(r'file:|/(home|root|work|tmp)/', (ROOT/'requirements.lock').read_text())
 
@@ -34,7 +34,7 @@ def test_every_dynamic_field_is_given_by_setup():
 
 def test_console_commands_exist():
     import importlib
-    for line in variants()['console_scripts'].split():
+    for line in settings()['console_scripts'].split():
         module, _, name = line.split('=')[1].partition(':')
         assert callable(getattr(importlib.import_module(module), name)), line
 
@@ -54,7 +54,7 @@ def test_readme_shows_only_files_that_exist():
 def test_citation():
     import yaml
     cff = yaml.safe_load((ROOT/'CITATION.cff').read_text())
-    assert cff['preferred-citation']['doi'] == '10.1109/TIP.2023.3331212' and cff['version'] == variants()['version']
+    assert cff['preferred-citation']['doi'] == '10.1109/TIP.2023.3331212' and cff['version'] == settings()['version']
 
 
 def test_training_needs_no_notebook_tools():
