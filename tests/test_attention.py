@@ -95,7 +95,7 @@ def test_runs_are_those_of_the_run_notebook(tmp_path, monkeypatch):
 def test_paper_rows_agree_with_the_other_tables():
     "FSPN's row is printed in Table IX as well, to one digit more; the baseline is that of the block without dive numbers (D-02)"
     ix = paper_table('IX').set_index(['protocol', 'method'])
-    for block, (method, _, rho, r) in (('wo_dn', actor_study.TABLE_V[0]), ('w_dn', actor_study.TABLE_V[2])):
+    for block, (method, _, rho, r) in (('wo_dn', actor_study.ACTOR_TABLE[0]), ('w_dn', actor_study.ACTOR_TABLE[2])):
         assert abs(ix.rho[block, method]-rho) < 1e-3 and abs(ix.r_l2_x100[block, method]-r) < 1e-3
 
 
