@@ -94,9 +94,8 @@ def _cut_video(path, pieces, height, quality, stop):
     "Cut `pieces` out of the film at `path`: one row for each, whatever happens"
     n,error,end = 0,'',max(piece.numbers[-1] for piece in pieces)
     writers = [_open_writer(piece) for piece in pieces]
-    def wanted(i): return any(writer.needs(i) for writer in writers)
     try:
-        for n,frame in video_frames(path, height, wanted):
+        for n,frame in video_frames(path, height, wanted=lambda i: any(writer.needs(i) for writer in writers)):
             for writer in writers:
                 if frame is not None and writer.needs(n): writer.write(n, frame, quality)
             if n == end or stop.is_set(): break
