@@ -25,7 +25,7 @@ from .clip_run import open_run
 from .gradcam import exemplars_of,two_parts
 from .heat import box_shares,video_heat
 from ..models.i3d import fuse_conv_bn
-from ..protocols import PROTOCOLS,SPORTS,protocol_variant
+from ..protocols import SPORTS
 from ..training.predict import predict
 from ..training.prepare import RunData,feature_extractor,load_backbone
 
@@ -36,7 +36,7 @@ def pick_clip_exemplars(
     m:int, # M
 )->tuple[np.ndarray,str]: # Positions of at most m training samples; what to say
     "The exemplars of `clip`"
-    rule,noun = protocol_variant(data.cfg.dataset, data.cfg.protocol),PROTOCOLS[data.cfg.dataset].noun
+    rule,noun = data.variant,data.dataset_protocol.noun
     spelt = {sample.action.lower():sample.action for sample in data.release.samples} # '407C' on the command line is '407c' in FineDiving
     me = Sample(clip.name, 'test', spelt.get(clip.action.lower(), clip.action), 0., clip.difficulty)
     candidates = find_candidates((*data.release.samples, me), data.splits['train'], rule)
@@ -119,7 +119,7 @@ class ClipResult:
 # %% ../../nbs/inspect/08_clip_score.ipynb #7d0bfc69
 def _caveats(data, clip, label):
     "Sentences about the run, its label and its range"
-    p,cfg,rule = data.provenance,data.cfg,protocol_variant(data.cfg.dataset, data.cfg.protocol)
+    p,cfg,rule = data.provenance,data.cfg,data.variant
     notes = [f'training {item}' if item.startswith('data:') else f'in training, {item}' for item in p.get('deviations', ())]
     notes.append(f"backbone: I3D, {cfg.train.backbone}, weights {p.get('weights', {}).get('name', 'not recorded')}; "
                  f"preset {cfg.preset}, {cfg.train.epochs} epochs, seed {cfg.seed}")
