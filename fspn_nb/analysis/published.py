@@ -152,7 +152,8 @@ def _save(path, text):
 # %% ../../nbs/analysis/06_published.ipynb #85634782
 def _joined_baselines(roots):
     "No-video baselines of all datasets below `roots` as one CSV text; the last folder that has one counts"
-    tables = [table.assign(dataset=dataset) for root in roots for dataset in PROTOCOLS if (table := read_baselines(root, dataset)) is not None]
+    read = {(root,dataset): read_baselines(root, dataset) for root in roots for dataset in PROTOCOLS}
+    tables = [table.assign(dataset=dataset) for (_,dataset),table in read.items() if table is not None]
     if not tables: return ''
     keys = ['dataset','n','protocol','baseline']
     table = pd.concat(tables).drop_duplicates(keys, keep='last').sort_values(keys, kind='stable')

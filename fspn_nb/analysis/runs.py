@@ -34,7 +34,8 @@ def read_predictions(
 )->pd.DataFrame: # Columns uid, true, pred (judge points), difficulty, action, split, seed
     "Rows of `split` in the run's `predictions.csv`, or a `ValueError` that says what is wrong"
     df = _read_csv(Path(folder)/'predictions.csv')
-    if lost := [name for name in _PREDICTION_COLUMNS if name not in df]: raise ValueError(f"predictions.csv lacks the columns {', '.join(lost)}")
+    missing = [name for name in _PREDICTION_COLUMNS if name not in df]
+    if missing: raise ValueError(f"predictions.csv lacks the columns {', '.join(missing)}")
     df = df[df.split == split].reset_index(drop=True)
     if df.uid.duplicated().any(): raise ValueError(f'predictions.csv has {df.uid[df.uid.duplicated()].iloc[0]} twice')
     scores = df[['true','pred']].apply(pd.to_numeric, errors='coerce')
@@ -68,7 +69,8 @@ def _check_metrics(metrics, df):
 # %% ../../nbs/analysis/01_runs.ipynb #6b9e38bc
 def _typed(metrics):
     "`metrics` with all fields there and numbers as numbers, or a `ValueError`"
-    if lost := [name for name in (*_FACTS,*_SCORES) if name not in metrics]: raise ValueError(f"metrics.json lacks {', '.join(lost)}")
+    missing = [name for name in (*_FACTS,*_SCORES) if name not in metrics]
+    if missing: raise ValueError(f"metrics.json lacks {', '.join(missing)}")
     try:
         scores = {name: float('nan') if metrics[name] is None else float(metrics[name]) for name in _SCORES}
         return metrics|scores|{name: int(metrics[name]) for name in ('n','seed')}

@@ -17,7 +17,8 @@ from .table_sections import ablation_section,cost_section,methods_section
 from .writers import ReportSection,page_html,page_md,save_section
 
 # %% ../../nbs/report/10_build.ipynb #e93fe2b1
-_PICTURES = {'fig_10': 'Fig. 10: where FSPN looks on a typical dive', 'fig_12': 'Fig. 12: failures', 'attention': 'Share of the heat on the athlete'}
+_PICTURES = {'fig_10': 'Fig. 10: where FSPN looks on a typical dive', 'fig_12': 'Fig. 12: failures',
+             'attention': 'Share of the heat on the athlete'}
 
 # %% ../../nbs/report/10_build.ipynb #01472cb8
 def picture_sections(
@@ -56,8 +57,8 @@ def sections_of(
 
 # %% ../../nbs/report/10_build.ipynb #56b75743
 _FOLDERS = 'Every number of ours comes from the `predictions.csv` of the run folders that its row links to (the links are the seeds)'
-_PUBLISHED = ('Every number of ours comes from predictions in [published](published/): a row links to its runs in `runs.csv` (the links are the seeds), '
-              'and `predictions.csv.gz` holds what they predict')
+_PUBLISHED = ('Every number of ours comes from predictions in [published](published/): a row links to its runs in `runs.csv` '
+              '(the links are the seeds), and `predictions.csv.gz` holds what they predict')
 _COMMANDS = {False: 'papermill nbs/report.ipynb out.ipynb', True: 'papermill nbs/report.ipynb out.ipynb -p publish True'}
 
 # %% ../../nbs/report/10_build.ipynb #7abfa076
@@ -76,7 +77,8 @@ def intro(
     "What the page is, how far it is filled, how to rebuild it"
     broken = ''.join(f'- `{row.run}`: {row.problem}\n' for row in index.runs[index.runs.problem != ''].itertuples())
     source = 'published files' if published else 'run folders'
-    return f'''What our runs of FSPN, its variants and its peers gave, beside what the paper (IEEE TIP 2023, doi 10.1109/TIP.2023.3331212) prints.
+    return f'''What our runs of FSPN, its variants and its peers gave, beside what the paper prints
+(IEEE TIP 2023, doi 10.1109/TIP.2023.3331212).
 {_PUBLISHED if published else _FOLDERS}; the CSV beside each table has all digits.
 Numbers on synthetic data say what the code does, not how good the method is on real dives, and are not comparable with the printed ones.
 A row that is empty has no run yet, and the command below its table fills it.

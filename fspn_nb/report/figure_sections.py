@@ -142,7 +142,8 @@ def votes_section(
     runs = cells.run.tolist()
     table = vote_points(runs, index.scorer).assign(seeds=','.join(map(str, cells.seed)))
     columns = dict(M=table.exemplars.astype(str))
-    for name,short,digits in (('rho','rho',4), ('r_l2_x100','R x100',3)): columns[short] = [_cell(row, name, digits) for _,row in table.iterrows()]
+    for name,short,digits in (('rho','rho',4), ('r_l2_x100','R x100',3)):
+        columns[short] = [_cell(row, name, digits) for _,row in table.iterrows()]
     shown = pd.DataFrame(columns|dict(seeds=table.seeds, n=table.n))
     section = ReportSection('fig_08', title, provenance_line(index.select(runs)), table, shown, [_votes_line(table)], [], command)
     words = "Both metrics against the number of exemplars; dashed: the near end of the best one's interval."
@@ -177,7 +178,8 @@ def epochs_section(
     cells = index.cells[(index.cells.protocol == 'w_dn') & (index.cells.run != '')].drop_duplicates('run')
     cells = _with_file(cells, index.root, 'watched.csv').sort_values(['experiment','seed'])
     if not len(cells): return ReportSection('', title, 'No finished run that was watched.', command=command)
-    parts = [pd.read_csv(index.root/row.run/'watched.csv', dtype=dict(uid=str)).assign(method=row.experiment, seed=row.seed) for row in cells.itertuples()]
+    read = lambda row: pd.read_csv(index.root/row.run/'watched.csv', dtype=dict(uid=str)).assign(method=row.experiment, seed=row.seed)
+    parts = [read(row) for row in cells.itertuples()]
     runs = cells.rename(columns=dict(experiment='method', run='runs'))[['method','seed','runs']]
     table = epoch_selection(pd.concat(parts)).merge(runs, on=['method','seed'])
     caption = provenance_line(index.select(table.runs), _RULES)
@@ -197,8 +199,9 @@ def _parse_means(index, cells, each):
     runs,means = {label: g.run.tolist() for label,g in cells.groupby('label')},seed_means(each)
     means['seeds'] = [','.join(map(str, cells.seed[cells.label == label])) for label in means.label]
     means['runs'] = [' '.join(runs.get(label, [])) for label in means.label]
-    bounds = [_overlap_interval(index, runs[label]) if label in runs and tiou == tiou else (np.nan,np.nan) for label,tiou in zip(means.label, means.tiou)]
-    means[['tiou_lo','tiou_hi']] = bounds
+    known = [label in runs and tiou == tiou for label,tiou in zip(means.label, means.tiou)]
+    nothing = (np.nan,np.nan)
+    means[['tiou_lo','tiou_hi']] = [_overlap_interval(index, runs[label]) if ok else nothing for label,ok in zip(means.label, known)]
     return means
 
 # %% ../../nbs/report/09_figure_sections.ipynb #0e86a758

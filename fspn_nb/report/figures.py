@@ -85,7 +85,8 @@ def plot_cs(
     ax.set_title(f'Cumulative score, {words}', fontsize='medium')
     ax.grid(alpha=.25)
     size = 'small' if len(preds) > 6 else None
-    ax.legend(title='area under the curve', frameon=False, loc='upper left', bbox_to_anchor=(1, 1), fontsize=size) # beside the axes: curves may end anywhere
+    # beside the axes: curves may end anywhere
+    ax.legend(title='area under the curve', frameon=False, loc='upper left', bbox_to_anchor=(1, 1), fontsize=size)
     return fig
 
 # %% ../../nbs/report/02_figures.ipynb #62300a67
@@ -134,7 +135,8 @@ def plot_parse(
     words,probs = _data_words(data, note),_probs(probs, names)
     T,S = probs.shape
     strip = [] if frames is None else [7*np.shape(frames)[1]/(n*np.shape(frames)[2])] # its height, inches
-    fig,axs = plt.subplots(len(strip)+S, 1, figsize=(7, .75+sum(strip)+.5*S), height_ratios=[*strip, *[.5]*S], squeeze=False, layout='constrained')
+    size,heights = (7, .75+sum(strip)+.5*S),[*strip, *[.5]*S]
+    fig,axs = plt.subplots(len(strip)+S, 1, figsize=size, height_ratios=heights, squeeze=False, layout='constrained')
     if strip: _strip(axs[0,0], frames, T, n)
     bands = axs[len(strip):,0]
     cuts = [(np.ravel(true_steps), dict(color='black', lw=1.6)), (np.ravel(pred_steps), dict(color='black', lw=1.6, ls=(0, (2, 2))))]
@@ -199,7 +201,8 @@ def plot_classes(
     ax.set(ylabel=f'{name}, 95 % interval', xlim=(-.5, len(blocks)-.5))
     ax.grid(axis='y', alpha=.25)
     kinds = ' and '.join(sorted(set(table.data.dropna())))
-    ax.set_title(f"Table {table.attrs['name']}, {f'{kinds} data' if kinds else 'no finished run'} (rings: the paper)", fontsize='medium', loc='left')
+    words = f'{kinds} data' if kinds else 'no finished run'
+    ax.set_title(f"Table {table.attrs['name']}, {words} (rings: the paper)", fontsize='medium', loc='left')
     fig.legend(loc='outside lower center', ncols=4, frameon=False, fontsize='small')
     return fig
 

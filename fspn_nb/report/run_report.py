@@ -99,7 +99,8 @@ def run_note(
     "What a figure's title must say: protocol, mode, weights, preset, seed, epoch rule"
     title,first = session.dataset_protocol.variants[protocol].title,session.done[0]
     cfg,weights = first.cfg,first.data.provenance['weights']['name']
-    return f'{title}, {cfg.train.backbone} backbone ({weights}), preset {cfg.preset}, seed {cfg.seed}, {cfg.eval.checkpoint_selection} epoch'
+    rule = cfg.eval.checkpoint_selection
+    return f'{title}, {cfg.train.backbone} backbone ({weights}), preset {cfg.preset}, seed {cfg.seed}, {rule} epoch'
 
 # %% ../../nbs/report/06_run_report.ipynb #8db884e4
 def main_protocol(

@@ -69,8 +69,9 @@ def order_lines(
 PAIRED = ('Minus FSPN and p: on the seeds that both have, by exchanging the predictions of test videos at random; '
           'p is adjusted for the rows of the table. Interval and p ask about other test videos; '
           'how another training would have come out, only sd tells.')
-COSTS = ('Weights and operations (2 x multiply-adds) are those of the head on one video, without the I3D and without the adapter of the frozen mode; '
-         'the last column counts the I3D as well. The 1.5 M operations that the paper prints cannot include it: '
+COSTS = ('Weights and operations (2 x multiply-adds) are those of the head on one video, '
+         'without the I3D and without the adapter of the frozen mode; the last column counts the I3D as well. '
+         'The 1.5 M operations that the paper prints cannot include it: '
          'one clip of 16 frames costs the I3D over a thousand times as many (D-09), and they are fewer than the weights (D-93).')
 
 # %% ../../nbs/report/08_table_sections.ipynb #8bac40dd
@@ -111,7 +112,8 @@ def _add_reasons(table, dataset):
     "`table` with the columns missing and command"
     reasons = [_reason(row) for row in table.itertuples()]
     tuned = {name: ' -p backbone finetune' for name,method in METHODS.items() if method.finetune_only}
-    commands = [_NOTEBOOK[dataset].format(name)+tuned.get(name, '') if reason == 'not run yet' else '' for name,reason in zip(table.method, reasons)]
+    command = lambda name: _NOTEBOOK[dataset].format(name)+tuned.get(name, '')
+    commands = [command(name) if reason == 'not run yet' else '' for name,reason in zip(table.method, reasons)]
     return table.assign(missing=reasons, command=commands)
 
 # %% ../../nbs/report/08_table_sections.ipynb #ee86f23f
@@ -157,7 +159,8 @@ def rank_lines(
         low,sure = g.rho_gain < 0,g.rho_p_holm < .05
         above = g[~low].sort_values('rho_gain', ascending=False)
         ahead = [f'{names.get(row.method, row.method)} ({row.rho_gain:+.4f}, Holm p {_is(row.rho_p_holm)})' for row in above.itertuples()]
-        lines.append(f"{titles[protocol]}: above FSPN in rho: {', '.join(ahead) or 'none'}. FSPN is above {int(low.sum())} of {len(g)} methods, "
+        lines.append(f"{titles[protocol]}: above FSPN in rho: {', '.join(ahead) or 'none'}. "
+                     f"FSPN is above {int(low.sum())} of {len(g)} methods, "
                      f"above {int((low & sure).sum())} of them beyond chance (Holm p < .05).")
     return lines
 
@@ -188,7 +191,8 @@ def _block_section(index, dataset, runs):
     caption = f'{provenance_line(runs)}{_family_line(runs)} {PAIRED}'
     lines = [*_lead_lines(index, runs, titles), *rank_lines(beside, titles)]
     name = PROTOCOLS[dataset].table
-    return ReportSection(key_of(name), TITLES[name], caption, table, shown.replace('-', ''), lines, [], _NOTEBOOK[dataset].format('i3d_mlp,fspn'))
+    command = _NOTEBOOK[dataset].format('i3d_mlp,fspn')
+    return ReportSection(key_of(name), TITLES[name], caption, table, shown.replace('-', ''), lines, [], command)
 
 # %% ../../nbs/report/08_table_sections.ipynb #83f2e8e8
 def _class_section(index, runs):
@@ -202,7 +206,8 @@ def _class_section(index, runs):
     if averages: section.brief = f'Average over classes: {", ".join(averages)}.'
     names = method_titles()
     for (method,protocol),g in runs.groupby(['method','protocol'], sort=False):
-        section.sources.append((f'{names.get(method, method)}, {titles[protocol]}', ' '.join(g.run), ','.join(str(int(seed)) for seed in g.seed)))
+        seeds = ','.join(str(int(seed)) for seed in g.seed)
+        section.sources.append((f'{names.get(method, method)}, {titles[protocol]}', ' '.join(g.run), seeds))
     return section
 
 # %% ../../nbs/report/08_table_sections.ipynb #2c8ff9fe

@@ -30,7 +30,8 @@ def caption(
     facts = {name: ', '.join(sorted(map(str, sound[name].unique()))) or 'none' for name in names}
     seeds = ', '.join(map(str, sorted({int(seed) for seed in sound.seed}))) or 'none'
     text = (f"Table {name}, ours beside the paper. Data: {_DATA.get(facts['data'], _MIXED)}. "
-            f"Backbone: {facts['mode']}; weights: {facts['weights']}; preset: {facts['preset']}; epoch rule: {facts['checkpoint_selection']}; seeds: {seeds}. "
+            f"Backbone: {facts['mode']}; weights: {facts['weights']}; preset: {facts['preset']}; "
+            f"epoch rule: {facts['checkpoint_selection']}; seeds: {seeds}. "
             'Ours is the mean over seeds; brackets hold the 95 % bootstrap interval over test dives of the lowest seed.')
     return text+(f" Broken runs left out: {', '.join(broken.run)}." if len(broken) else '')
 

@@ -51,13 +51,14 @@ def _p(value):
 def _score_columns(table, name, short, digits):
     "Text columns of one metric: ours with interval, sd, the paper's"
     ours = ['' if pd.isna(row[name]) else _cell(row, name, digits) for _,row in table.iterrows()]
-    others = {f'{short} {word}': [_text(value, f'.{digits}f') for value in table[name+end]] for end,word in (('_sd','sd'), ('_paper','paper'))}
-    return {f'{short} ours': ours}|others
+    text = lambda column: [_text(value, f'.{digits}f') for value in table[column]]
+    return {f'{short} ours': ours, f'{short} sd': text(f'{name}_sd'), f'{short} paper': text(f'{name}_paper')}
 
 # %% ../../nbs/report/04_writers.ipynb #da4721d0
 def _size_columns(table):
     "Text columns of weights and operations, where `table` has them"
-    named = {f'{what}_{source}': f'{title} {source}' for what,title in (('mparams','M weights'), ('mflops','M operations')) for source in ('ours','paper')}
+    sizes = dict(mparams='M weights', mflops='M operations')
+    named = {f'{what}_{source}': f'{title} {source}' for what,title in sizes.items() for source in ('ours','paper')}
     out = {title: [_text(value, '.2f') for value in table[name]] for name,title in named.items() if name in table}
     if 'gflops_with_i3d' in table: out['G operations with I3D'] = [_text(value, '.0f') for value in table.gflops_with_i3d]
     return out
@@ -140,7 +141,11 @@ def empty_rows(
     "What is missing in a table, and which command fills it"
     if table is None or 'missing' not in table: return []
     groups = table[table.missing != ''].groupby(['missing','command'], sort=False)
-    return [f"{', '.join(dict.fromkeys(rows.label))}: {reason}{f'; `{command}` fills it' if command else ''}." for (reason,command),rows in groups]
+    lines = []
+    for (reason,command),rows in groups:
+        how = f'; `{command}` fills it' if command else ''
+        lines.append(f"{', '.join(dict.fromkeys(rows.label))}: {reason}{how}.")
+    return lines
 
 # %% ../../nbs/report/04_writers.ipynb #b67ede05
 def printed_notes(
