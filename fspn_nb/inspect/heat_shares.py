@@ -14,7 +14,7 @@ from .attention import HeatResults,shown_frames
 from .heat import pick_failures,plot_failures,plot_heat,share_summary
 from ..metrics import bootstrap_ci
 from ..report.figures import _BLUE,_RED,_data_words
-from ..report.run_report import note_of
+from ..report.run_report import run_note
 
 # %% ../../nbs/inspect/05_heat_shares.ipynb #1e10ae34
 def _mean_gap(a, b):
@@ -71,7 +71,7 @@ def heat_caption(
     data = 'synthetic, not comparable with the paper' if p['data'] == 'synthetic' else 'real'
     return (f"Share of the heat of the score (Grad-CAM at Mixed_5c) inside the actor's box, mean over "
             f"{len(results.geometry)} test dives. Data: {data}; boxes: {p['actor']}; "
-            f"{note_of(study, study.runs[0].protocol)}. Floor: a map that is the same everywhere; best: all heat in "
+            f"{run_note(study, study.runs[0].protocol)}. Floor: a map that is the same everywhere; best: all heat in "
             f"the cell that the box covers most. Brackets: 95 % bootstrap interval over dives. "
             f"Scene stream, with the actor branch minus without: {100*g['gap']:+.1f} [{100*g['lo']:+.1f}, "
             f"{100*g['hi']:+.1f}] percentage points.")
@@ -120,7 +120,7 @@ def draw_typical(
     uid,data = typical_dive(results),study.done[0].data
     geometry,sample = results.geometry[uid],data.release.samples[results.index[uid]]
     frames,_ = shown_frames(data, results.index[uid])
-    note = f'dive {uid} ({sample.action}): median share in the box of {len(results.geometry)} test dives\n{note_of(study, study.runs[0].protocol)}'
+    note = f'dive {uid} ({sample.action}): median share in the box of {len(results.geometry)} test dives\n{run_note(study, study.runs[0].protocol)}'
     return plot_heat(frames, geometry.project(results.heat_maps[LABELS['fspn'], uid]), geometry.boxes,
                      _even(n, len(frames)), data.release.source, note, data.cfg.actor.pad)
 
@@ -137,4 +137,4 @@ def draw_failures(
                   results.geometry[u].project(results.heat_maps[LABELS['fspn'], u])['scene'],
                   results.geometry[u].boxes) for u in picks.uid}
     return plot_failures(picks, videos, data.release.source,
-                         f'FSPN, heat of the scene stream\n{note_of(study, study.runs[0].protocol)}')
+                         f'FSPN, heat of the scene stream\n{run_note(study, study.runs[0].protocol)}')
