@@ -21,7 +21,7 @@ from fspn_nb.inspect import actor_study,attention,heat_shares
 from fspn_nb.metrics import spearman
 from fspn_nb.models.encoder import EncoderOutput
 from fspn_nb.paper import paper_table
-from fspn_nb.report import run_report as s
+from fspn_nb.experiments import session as s
 from fspn_nb.report.figures import save_figure
 from fspn_nb.zoo import create_model
 
@@ -88,8 +88,8 @@ def test_runs_are_those_of_the_run_notebook(tmp_path, monkeypatch):
     mine = actor_study.start_study(CELL|dict(preset='demo', weights='', seeds='0,1', out=str(tmp_path)))
     cell = {k: v for k, v in CELL.items() if k != 'dives'}|dict(preset='demo', weights='', seeds='0,1', out=str(tmp_path))
     theirs = s.start('finediving', cell|dict(methods='i3d_mlp,fspn', backbone='auto', processes=1, per_difficulty=True, protocol='both'))
-    assert [o for o in mine.runs if actor_study.method_of(o) != 'without'] == [o for o in theirs.runs if o.protocol == 'w_dn']
-    assert mine.dives == 0 and [o.seed for o in mine.runs if actor_study.method_of(o) == 'without'] == [0, 1]
+    assert [item for item in mine.runs if actor_study.method_of(item) != 'without'] == [entry for entry in theirs.runs if entry.protocol == 'w_dn']
+    assert mine.dives == 0 and [run.seed for run in mine.runs if actor_study.method_of(run) == 'without'] == [0, 1]
 
 
 def test_paper_rows_agree_with_the_other_tables():
@@ -106,14 +106,14 @@ def test_scene_in_both_streams_is_what_without_means():
     both.load_state_dict(alone.state_dict())
     x = torch.randn(2, 9, 1024)
     with torch.no_grad(): assert torch.allclose(alone.encode(Batch(x)).feature, both.encode(Batch(x, x)).feature, atol=1e-4)
-    assert sum(o.numel() for o in alone.parameters()) == sum(o.numel() for o in both.parameters())
+    assert sum(p.numel() for p in alone.parameters()) == sum(item.numel() for item in both.parameters())
 
 
 def test_gain_of_nothing():
     y = np.arange(12.)
     assert actor_study.paired_gain(spearman, y, y, y, 200) == dict(gain=0, lo=0, hi=0, p=1)
     flat = actor_study.paired_gain(spearman, np.full(12, 3.), y, y, 200)
-    assert all(np.isnan(o) for o in flat.values())
+    assert all(np.isnan(value) for value in flat.values())
 
 
 def test_gain_is_paired_and_repeats():
@@ -166,9 +166,9 @@ def test_table_has_all_rows(study):
     table = actor_study.actor_table(study)
     assert table.method.tolist() == ['i3d_mlp', 'without', 'fspn'] and table.rho_paper.tolist() == [.850, .918, .942]
     assert table.parameters[1] == table.parameters[2] and 'synthetic, not comparable' in table.attrs['caption']
-    for o in study.done:
-        row = table[table.method == actor_study.method_of(o.cfg)].iloc[0]
-        assert np.isclose(row.r_l2_x100, 100*o.metrics['relative_l2']) and row.n == 4
+    for result in study.done:
+        row = table[table.method == actor_study.method_of(result.cfg)].iloc[0]
+        assert np.isclose(row.r_l2_x100, 100*result.metrics['relative_l2']) and row.n == 4
 
 
 def test_backbone_sees_every_dive_once(study, monkeypatch):
@@ -206,9 +206,9 @@ def test_shuffling_leaves_the_trained_network_alone(study):
 
 
 def test_shares_and_pictures_are_the_same_twice(study, results, tmp_path):
-    weights = {o.run: (o.run/'last.pt').stat().st_mtime_ns for o in study.done}
+    weights = {item.run: (item.run/'last.pt').stat().st_mtime_ns for item in study.done}
     again = s.train_all(actor_study.start_study(CELL|dict(out=str(study.reports)), **SMALL), {'': study.done[0].data})
-    assert {o.run: (o.run/'last.pt').stat().st_mtime_ns for o in again.done} == weights, 'finished runs are not trained again'
+    assert {result.run: (result.run/'last.pt').stat().st_mtime_ns for result in again.done} == weights, 'finished runs are not trained again'
     other = attention.collect_heat(again, attention.heat_sources(again))
     pd.testing.assert_frame_equal(other.table, results.table)
     made = []
@@ -216,7 +216,7 @@ def test_shares_and_pictures_are_the_same_twice(study, results, tmp_path):
         shares = heat_shares.share_table(w)
         files = actor_study.save_both(shares, heat_shares.readable_shares(shares), tmp_path/str(k)/'attention', heat_shares.heat_caption(st, w))
         for name, fig in (('shares', heat_shares.plot_shares(shares, 'synthetic')), ('fig_12', heat_shares.draw_failures(st, w))): files += save_figure(fig, tmp_path/str(k)/name)
-        made.append([o.read_bytes() for o in files])
+        made.append([file.read_bytes() for file in files])
     assert made[0] == made[1] and len(made[0]) == 4
     plt.close('all')
 
@@ -246,6 +246,6 @@ def test_notebook_keeps_its_parameters_and_no_outputs():
     assert set(pm.inspect_notebook(NOTEBOOK)) == set(actor_study.STUDY_PARAMETERS)
     nb = json.loads(NOTEBOOK.read_text())
     tagged = [c for c in nb['cells'] if 'parameters' in c['metadata'].get('tags', [])]
-    assert len(tagged) == 1 and all(isinstance(o.value, ast.Constant) for o in ast.parse(''.join(tagged[0]['source'])).body)
+    assert len(tagged) == 1 and all(isinstance(item.value, ast.Constant) for item in ast.parse(''.join(tagged[0]['source'])).body)
     assert all('#' in line for line in ''.join(tagged[0]['source']).splitlines() if '=' in line), 'each parameter carries a comment'
     assert not any(c.get('outputs') for c in nb['cells'])
