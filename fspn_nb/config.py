@@ -226,7 +226,8 @@ def run_id(
     cfg:RunCfg, # A run
 )->str: # 'fspn-w_dn-frozen-s0-1a2b3c4d'
     "A name for `cfg` that another configuration cannot have"
-    paths = {k: Path(v).name for k,v in (('weights',cfg.weights), ('actor.boxes',cfg.actor.boxes), ('actor.weights',cfg.actor.weights))}
+    paths = {k: Path(v).name for k,v in (('weights',cfg.weights), ('actor.boxes',cfg.actor.boxes),
+                                         ('actor.weights',cfg.actor.weights))}
     flat = {**flatten(cfg), 'data_root': bool(cfg.data_root), **paths}
     key = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
     return f'{cfg.model.name}-{cfg.protocol}-{cfg.train.backbone}-s{cfg.seed}-{key}'

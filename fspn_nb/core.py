@@ -64,7 +64,8 @@ def reports_dir(
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path): pass
     except OSError as e:
-        raise PermissionError(f'need a folder that can be written for reports, got {path} ({e.strerror}); pass another `out`') from e
+        raise PermissionError(f'need a folder that can be written for reports, got {path} ({e.strerror}); pass another '
+                              f'`out`') from e
     return path.resolve()
 
 # %% ../nbs/root/01_core.ipynb #a4af96ff

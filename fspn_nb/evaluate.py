@@ -64,7 +64,8 @@ def parsing_table(
     row = {uid: i for i,uid in enumerate(data.labels.uid)}
     true = data.labels.transitions[[row[uid] for uid in table.uid]].numpy()
     pred = extras['transitions'].round().astype(int)
-    return pd.DataFrame(dict(uid=table.uid, split=table.split, pred_1=pred[:, 0], pred_2=pred[:, -1], true_1=true[:, 0], true_2=true[:, -1],
+    return pd.DataFrame(dict(uid=table.uid, split=table.split, pred_1=pred[:, 0], pred_2=pred[:, -1], true_1=true[:, 0],
+                             true_2=true[:, -1],
                              tiou=temporal_iou(pred[:, [0,-1]], true).round(4)))
 
 # %% ../nbs/root/10_evaluate.ipynb #bff49b12
@@ -72,7 +73,8 @@ def _metrics(table, data):
     "What metrics.json holds: results on the test samples in `table`, and what the run was"
     cfg = data.cfg
     return dict(
-        summarise(table.pred.to_numpy(), table.true.to_numpy(), seed=cfg.seed), method=cfg.model.name, protocol=cfg.protocol, seed=cfg.seed,
+        summarise(table.pred.to_numpy(), table.true.to_numpy(),
+                  seed=cfg.seed), method=cfg.model.name, protocol=cfg.protocol, seed=cfg.seed,
         mode=cfg.train.backbone, data=data.provenance['data'], checkpoint_selection=cfg.eval.checkpoint_selection,
         weights=data.provenance['weights']['name'], preset=cfg.preset, label=data.labels.label_transform.kind,
         epochs=cfg.train.epochs, exemplars=cfg.eval.num_exemplars)

@@ -56,7 +56,8 @@ def fisher_mean(
     "Mean of `rhos` on Fisher's z scale"
     rhos = np.asarray(rhos, float)
     if not rhos.size or not (np.abs(rhos) < 1).all():
-        raise ValueError(f"need correlations strictly between -1 and 1, got {rhos.tolist()}; a perfect or missing one has no finite z")
+        raise ValueError(f"need correlations strictly between -1 and 1, got {rhos.tolist()}; a perfect or missing one "
+                         f"has no finite z")
     return float(np.tanh(np.arctanh(rhos).mean()))
 
 # %% ../nbs/root/07_metrics.ipynb #eb901536

@@ -33,7 +33,8 @@ def _commit():
 def environment()->dict: # Names and versions, no paths
     "Software and hardware of this process"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(commit=_commit(), python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, pandas=pd.__version__,
+    return dict(commit=_commit(), python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+                pandas=pd.__version__,
                 machine=platform.machine(), threads=torch.get_num_threads(), gpu=gpu)
 
 # %% ../nbs/root/09_train.ipynb #c922db71
@@ -64,7 +65,8 @@ class _Trainer:
         self.optimiser = make_optimiser(model, cfg)
         self.schedule = make_schedule(self.optimiser, cfg, cfg.train.epochs*steps_per_epoch(data))
         state = state or dict(epoch=0, within_epoch=None, history=[], best=float('-inf'))
-        self.first_epoch,self.within_epoch,self.history,self.best = (state[name] for name in ('epoch','within_epoch','history','best'))
+        self.first_epoch,self.within_epoch,self.history,self.best = (state[name]
+            for name in ('epoch','within_epoch','history','best'))
         for name in _PARTS:
             if name in state: getattr(self, name).load_state_dict(state[name])
 
@@ -231,12 +233,14 @@ def launch(
     if processes == 1: return fit(cfg, out, device, data)
     run = run_folder(cfg, out, data)
     config,root = save_cfg(cfg, run/'config.json'),run.parent.parent
-    command = [sys.executable, '-m', 'fspn_nb.train', str(config), '--out', str(root), '--device', device, '--processes', str(processes)]
+    command = [sys.executable, '-m', 'fspn_nb.train', str(config), '--out', str(root), '--device', device,
+               '--processes', str(processes)]
     line = 'no output'
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for line in process.stdout: print(line, end='')
     if process.returncode:
-        raise RuntimeError(f'{processes} processes were to train {run.name}, and ended with status {process.returncode}: {line.strip()}')
+        raise RuntimeError(f'{processes} processes were to train {run.name}, and ended with status '
+                           f'{process.returncode}: {line.strip()}')
     return run
 
 # %% ../nbs/root/09_train.ipynb #811c723c

@@ -50,7 +50,7 @@ BUILDERS = {
     'fspn': build_fspn,
 }
 
-# %% ../nbs/root/08_zoo.ipynb #5291c5f8
+# %% ../nbs/root/08_zoo.ipynb #8f84dc7b
 def check_tables(
     methods, # Names with a row in `METHODS`
     builders, # Names with a builder in `BUILDERS`
@@ -60,6 +60,7 @@ def check_tables(
     if rowless: raise ValueError(f"need a row in METHODS (root/03_methods) for {', '.join(rowless)}")
     if unbuilt: raise ValueError(f"need a builder in BUILDERS (root/08_zoo) for {', '.join(unbuilt)}")
 
+# %% ../nbs/root/08_zoo.ipynb #5291c5f8
 check_tables(METHODS, BUILDERS)
 
 # %% ../nbs/root/08_zoo.ipynb #01483f27
@@ -130,7 +131,7 @@ def _check_training(name, model, batch):
     assert not idle, f'{name}: parameters without a gradient: {idle}'
     return out.losses
 
-# %% ../nbs/root/08_zoo.ipynb #f658d436
+# %% ../nbs/root/08_zoo.ipynb #2509b10d
 @torch.no_grad()
 def _check_evaluation(name, model, batch):
     "Evaluation repeats itself, and `encode` and `score` say what the whole says"
@@ -143,6 +144,7 @@ def _check_evaluation(name, model, batch):
     whole(model.score(feature, exemplar, label), a)
     _check_order(name, model, feature[:,None], exemplar.expand(len(batch), *exemplar.shape), label.expand(len(batch), -1))
 
+# %% ../nbs/root/08_zoo.ipynb #f658d436
 def _check_order(name, model, feature, exemplars, labels):
     "Each dive meets every exemplar, in one order and in the other"
     votes = model.score(feature, exemplars, labels)
@@ -150,7 +152,7 @@ def _check_order(name, model, feature, exemplars, labels):
     flipped = model.score(feature, exemplars.flip(1), labels.flip(1)).flip(1)
     torch.testing.assert_close(flipped, votes, rtol=1e-3, atol=.05, msg=f'{name}: the order of exemplars must not matter')
 
-# %% ../nbs/root/08_zoo.ipynb #eee8d66e
+# %% ../nbs/root/08_zoo.ipynb #1d89e841
 def _check_missing(name, model, batch):
     "Every field that is needed is named when it is not there"
     model.train()
@@ -159,6 +161,7 @@ def _check_missing(name, model, batch):
         except ValueError as e: assert field in str(e), f'{name}: the error about a missing {field} must name it, got {e}'
         else: raise AssertionError(f'{name}: a batch without {field} must raise a ValueError')
 
+# %% ../nbs/root/08_zoo.ipynb #eee8d66e
 def _check_row(name, model):
     "What the row of `name` says is what the network does; a method in the making may have no row yet"
     if not (row := METHODS.get(name)): return
@@ -197,7 +200,8 @@ def check_model(
     model = create_model(name, cfg)
     inside = hasattr(model, 'extract_features')
     whole = _Inside(model) if inside else model
-    batch = random_batch(2, 2, model.uses_exemplar, pixels=32) if inside else random_batch(clips=cfg.clips, exemplar=model.uses_exemplar)
+    batch = random_batch(2, 2, model.uses_exemplar, pixels=32) if inside else random_batch(clips=cfg.clips,
+        exemplar=model.uses_exemplar)
     losses = _check_training(name, whole, batch)
     _check_evaluation(name, whole, batch)
     _check_missing(name, whole, batch)

@@ -84,7 +84,7 @@ def test_question_leaves_the_model_alone():
     model = head()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     m = maps()
-    kept = {s: o.clone() for s, o in m.items()}
+    kept = {s: value.clone() for s, value in m.items()}
     grad_cam(HeadOnMaps(model.train(), exemplar=votes(model)), m)
     assert model.training and model.regressor.decoding == 'argmax' and all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and all(torch.equal(m[s], kept[s]) for s in m)
@@ -94,7 +94,7 @@ def test_own_decoding_is_what_prediction_says():
     model = head()
     feature, label = votes(model)
     m = maps()
-    vectors = {s: o.mean((2, 3, 4))[None] for s, o in m.items()}
+    vectors = {s: value.mean((2, 3, 4))[None] for s, value in m.items()}
     with torch.no_grad(): want = model.score(model.encode(Batch(**vectors)).feature[:, None], feature[None], label[None]).mean()
     assert torch.allclose(HeadOnMaps(model, exemplar=(feature, label), decode='own')(*m.values())[0], want, atol=1e-3)
 
@@ -102,7 +102,7 @@ def test_own_decoding_is_what_prediction_says():
 def test_actor_and_scene_are_parsed_apart():
     model, a, b = head(), maps(seed=0), maps(seed=1)
     mixed = dict(scene=a['scene'], actor=b['actor'])
-    one, two = (grad_cam(HeadOnMaps(model, ('sub_action', 1)), o, relu=False) for o in (a, mixed))
+    one, two = (grad_cam(HeadOnMaps(model, ('sub_action', 1)), item, relu=False) for item in (a, mixed))
     assert same(one['scene'], two['scene']) and not same(one['actor'], two['actor'])
 
 
@@ -135,7 +135,7 @@ class Whole(nn.Module):
         self.net, self.model, self.exemplar = net, model, exemplar
 
     def forward(self, scene, actor):
-        v = [o[None] for o in self.net.features(torch.cat([scene, actor])).mean((2, 3, 4)).chunk(2)]
+        v = [item[None] for item in self.net.features(torch.cat([scene, actor])).mean((2, 3, 4)).chunk(2)]
         feature, label = self.exemplar
         return self.model.score(self.model.encode(Batch(*v)).feature[:, None], feature[None], label[None]).mean()[None]
 
@@ -248,7 +248,7 @@ def test_weights_matter_and_seeds_count():
     own, other, third = ask(model), ask(shuffled(model)), ask(shuffled(model, 1))
     assert map_agreement(own, ask(model)) == dict(scene=1, actor=1)
     for s in own: assert abs(map_agreement(own, other)[s]) < .5 and not torch.equal(other[s], third[s])
-    assert np.isnan(map_agreement(own, {s: torch.zeros_like(o) for s, o in own.items()})['scene'])
+    assert np.isnan(map_agreement(own, {s: torch.zeros_like(value) for s, value in own.items()})['scene'])
 
 
 def test_trained_network_finds_real_divers(shared):
@@ -257,7 +257,7 @@ def test_trained_network_finds_real_divers(shared):
     from PIL import Image, ImageSequence
     from torchvision.models.video import R3D_18_Weights
     gif = Image.open(shared('data', 'diving_sample.gif'))
-    frames = torch.from_numpy(np.stack([np.asarray(o.convert('RGB')) for o in ImageSequence.Iterator(gif)]))
+    frames = torch.from_numpy(np.stack([np.asarray(entry.convert('RGB')) for entry in ImageSequence.Iterator(gif)]))
     net = I3D().eval()
     try: load_kinetics(net)
     except FileNotFoundError as e: pytest.skip(str(e))
@@ -277,7 +277,7 @@ def test_trained_network_finds_real_divers(shared):
 
     k = max(1, (len(frames)-16)//10+1)
     clips = torch.stack([resize_crop(frames[10*i:10*i+16]).transpose(0, 1) for i in range(min(k, 5))])
-    own, broken = (heat(fuse_conv_bn(o), Names(), clips, relu=False) for o in (net, shuffled(net)))
+    own, broken = (heat(fuse_conv_bn(item), Names(), clips, relu=False) for item in (net, shuffled(net)))
     assert (own['scene'] > 0).any() and map_agreement(own, broken)['scene'] < .7
 
 
@@ -306,7 +306,7 @@ def test_pictures_are_the_same_twice(tmp_path):
     videos = {u: (frames, made['scene'], box) for u in picks.uid}
     draw = [lambda: plot_heat(frames, made, box, (1, 18), 'real', 'a note'), lambda: plot_failures(picks, videos, 'synthetic')]
     for i, f in enumerate(draw):
-        a, b = ([o.read_bytes() for o in save_figure(f(), tmp_path/f'{i}{j}', pdf=True)] for j in 'ab')
+        a, b = ([item.read_bytes() for item in save_figure(f(), tmp_path/f'{i}{j}', pdf=True)] for j in 'ab')
         assert a == b
     plt.close('all')
 

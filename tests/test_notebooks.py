@@ -133,7 +133,7 @@ def test_lines_are_short():
     lines = [(p.name, len(line)) for p in (ROOT/'fspn_nb').rglob('*.py') if p.name != '_modidx.py'
              for line in p.read_text().splitlines()]
     assert sum(n > 140 for _, n in lines) <= 60
-    assert not [o for o in lines if o[1] > 160]
+    assert not [item for item in lines if item[1] > 160]
 
 
 @pytest.mark.parametrize('path', LIBRARY, ids=lambda p: p.stem)
@@ -164,7 +164,7 @@ def test_next_leads_through_the_whole_library():
     after = {}
     for path in LIBRARY:
         found = [re.findall(r'\*\*Next:\*\* \[[^\]]*\]\(([^)]+)\)', c) for c in cells(path, 'markdown')]
-        targets = {(path.parent/t).resolve() for o in found for t in o}
+        targets = {(path.parent/t).resolve() for item in found for t in item}
         assert len(targets) == 1, f'{path.name}: Next is {targets}'
         after[path.resolve()] = targets.pop()
     reached = set(after.values())
@@ -239,7 +239,7 @@ def test_run_notebooks_have_no_cell_in_common():
     seen = {}
     for path in RUNS:
         for c in cells(path):
-            if sum(bool(o.strip()) for o in c.splitlines()) <= 4 or '# folder' in c or 'import' in c: continue
+            if sum(bool(line.strip()) for line in c.splitlines()) <= 4 or '# folder' in c or 'import' in c: continue
             assert c not in seen, f'{path.name} repeats a cell of {seen[c]}: {c[:80]}'
             seen[c] = path.name
 
@@ -252,9 +252,9 @@ def test_run_notebooks_are_stored_without_outputs(path):
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_stored_outputs_are_portable(path):
     for c in json.loads(path.read_text())['cells']:
-        text = json.dumps([{k: v for k,v in o.get('data', {}).items() if not k.startswith('image/')} or o.get('text') for o in c.get('outputs', [])])
+        text = json.dumps([{k: v for k,v in entry.get('data', {}).items() if not k.startswith('image/')} or entry.get('text') for entry in c.get('outputs', [])])
         assert not re.search(r'/(home|root|work|tmp|Users)/', text), f'{path.name}: a machine path in an output: {text[:200]}'
-        assert not any(o['output_type'] == 'error' for o in c.get('outputs', []))
+        assert not any(item['output_type'] == 'error' for item in c.get('outputs', []))
 
 
 def test_environment_file_adds_no_pin():

@@ -193,9 +193,9 @@ def test_tables_are_byte_stable(good, tmp_path):
     out = []
     for i in range(2):
         files = save_table(ours_vs_paper('IX', collect(good)), tmp_path/str(i)/'table_09')
-        out.append([o.read_bytes() for o in files])
+        out.append([item.read_bytes() for item in files])
     assert out[0] == out[1] and b'\r' not in out[0][0]+out[0][1]
-    assert [o.name for o in files] == ['table_09.csv', 'table_09.md']
+    assert [file.name for file in files] == ['table_09.csv', 'table_09.md']
     md = out[0][1].decode()
     assert 'synthetic, not comparable' in md and 'copy of I3D+MLP' in md and str(tmp_path) not in md
     back = pd.read_csv(files[0])
@@ -223,7 +223,7 @@ def test_markdown_escapes_pipes():
 
 @pytest.fixture
 def preds(good):
-    yield {o: read_predictions(good/'finediving'/f'{o}_w_dn_s0') for o in ('i3d_mlp', 'fspn')}
+    yield {name: read_predictions(good/'finediving'/f'{name}_w_dn_s0') for name in ('i3d_mlp', 'fspn')}
     plt.close('all')
 
 

@@ -41,7 +41,7 @@ def film(n=24, h=48, w=64, seed=0):
 
 def pictures(folder, frames, names=None, ending='png'):
     folder.mkdir(parents=True, exist_ok=True)
-    for i, o in enumerate(frames): Image.fromarray(o).save(folder/(names[i] if names else f'{i}.{ending}'))
+    for i, frame in enumerate(frames): Image.fromarray(frame).save(folder/(names[i] if names else f'{i}.{ending}'))
     return folder
 
 
@@ -118,8 +118,8 @@ def test_pictures_come_in_the_order_of_their_numbers(tmp_path):
 
 def test_large_pictures_become_256_lines_and_lie_as_they_were_taken(tmp_path):
     assert read_clip(pictures(tmp_path/'a', film(16, 512, 300), ending='jpg')).frames.shape == (16, 256, 150, 3)
-    for i, o in enumerate(film(16)):
-        img = Image.fromarray(o)
+    for i, item in enumerate(film(16)):
+        img = Image.fromarray(item)
         exif = img.getexif(); exif[0x0112] = 6
         (tmp_path/'b').mkdir(exist_ok=True); img.save(tmp_path/'b'/f'{i}.jpg', exif=exif)
     assert read_clip(tmp_path/'b').frames.shape == (16, 64, 48, 3)
@@ -129,7 +129,7 @@ def test_gif_and_video_show_the_same(tmp_path):
     frames = film(20)
     a, b = read_clip(gif(tmp_path/'a.gif', frames)), read_clip(encode_video(frames, tmp_path/'a.mp4'))
     assert a.frames.shape == b.frames.shape == frames.shape
-    for o in (a, b): assert np.abs(o.frames.astype(int)-frames).mean() < 8
+    for item in (a, b): assert np.abs(item.frames.astype(int)-frames).mean() < 8
 
 
 @pytest.mark.parametrize('name, safe', [('<script>alert(1)', 'script_alert_1'), ('a b..c', 'a_b_c'), ('...', 'clip'), ('日本', 'clip')])
@@ -212,7 +212,7 @@ def test_points_need_the_difficulty(runs):
     known, unknown = (score_clip(replace(clip, difficulty=d), run, 'cpu') for d in (clip.difficulty, None))
     assert (known.unit, unknown.unit) == ('points', 'points per difficulty')
     assert np.isclose(known.score, unknown.score*clip.difficulty, atol=.01)
-    assert any('points per difficulty' in o for o in unknown.notes) and not any('points per difficulty' in o for o in known.notes)
+    assert any('points per difficulty' in note for note in unknown.notes) and not any('points per difficulty' in item for item in known.notes)
     assert 'per difficulty' in clip_page(unknown, {})
     json.dumps(clip_summary(unknown), allow_nan=False)
 
@@ -240,7 +240,7 @@ def test_every_kind_of_run_gives_a_page(runs, tmp_path, dataset, changes):
     text = files[-1].read_text(encoding='utf-8')
     assert not re.search(r'<script|https?:|src="(?!data:)|href=|url\(', text) and 'synthetic (drawn) videos only' in text
     assert text.index('synthetic (drawn)') < text.index('class="score"')
-    assert ('parse.png' in [o.name for o in files]) == (result.step_probs is not None)
+    assert ('parse.png' in [file.name for file in files]) == (result.step_probs is not None)
     assert json.loads(files[0].read_text())['score'] == round(result.score, 4)
     assert not re.search(r'/(home|root|work|tmp|Users)/', files[0].read_text()), 'a machine path'
 
@@ -258,9 +258,9 @@ def test_without_captum_and_without_an_encoder(runs, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'captum.attr', None)
     monkeypatch.setattr(clip_pictures, '_h264', lambda: False)
     result = score_clip(synthetic_clip(), run, 'cpu')
-    assert result.heat is None and any("pip install 'fspn_nb[gradcam]'" in o for o in result.notes)
+    assert result.heat is None and any("pip install 'fspn_nb[gradcam]'" in note for note in result.notes)
     files = write_report(result, tmp_path)
-    assert [o.name for o in files] == ['score.json', 'strip.png', 'parse.png', 'overlay.gif', 'report.html']
+    assert [file.name for file in files] == ['score.json', 'strip.png', 'parse.png', 'overlay.gif', 'report.html']
     assert 'data:image/gif' in files[-1].read_text()
 
 
@@ -268,7 +268,7 @@ def test_names_from_outside_are_text(runs):
     run, _ = runs()
     bad = '<img src=x onerror=alert(1)>"\''
     result = score_clip(synthetic_clip(), run, 'cpu')
-    result = replace(result, clip=replace(result.clip, name=bad, action=bad), exemplars=[replace(o, uid=bad, action=bad, files=()) for o in result.exemplars], notes=[bad], run=bad)
+    result = replace(result, clip=replace(result.clip, name=bad, action=bad), exemplars=[replace(exemplar, uid=bad, action=bad, files=()) for exemplar in result.exemplars], notes=[bad], run=bad)
     assert '<img src=x' not in clip_page(result, {}) and '&lt;img src=x' in clip_page(result, {})
 
 
@@ -283,9 +283,9 @@ def test_boxes_of_the_clip(tmp_path, runs):
     clip = read_clip(gif(tmp_path/'a.gif', film(20)))
     rows = [f'{{}},{i},10,10,30,40' for i in range(20)]
     for uid in ('a', 'other'):
-        (tmp_path/'b.csv').write_text('\n'.join(['uid,frame,x1,y1,x2,y2', *(o.format(uid) for o in rows)]))
+        (tmp_path/'b.csv').write_text('\n'.join(['uid,frame,x1,y1,x2,y2', *(item.format(uid) for item in rows)]))
         assert np.allclose(clip_boxes(clip, data.cfg, 'boxes', str(tmp_path/'b.csv'))[0], [10, 10, 30, 40])
-    (tmp_path/'b.csv').write_text('\n'.join(['uid,frame,x1,y1,x2,y2', *(o.format('a') for o in rows[:-1])]))
+    (tmp_path/'b.csv').write_text('\n'.join(['uid,frame,x1,y1,x2,y2', *(row.format('a') for row in rows[:-1])]))
     with pytest.raises(ValueError, match='need 20 boxes'): clip_boxes(clip, data.cfg, 'boxes', str(tmp_path/'b.csv'))
     with pytest.raises(FileNotFoundError): clip_boxes(clip, data.cfg, 'boxes', '')
     with pytest.raises(ValueError, match="'onnx' needs the path"): clip_boxes(clip, data.cfg, 'onnx')

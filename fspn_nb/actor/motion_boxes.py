@@ -46,9 +46,10 @@ def shift_peaks(
         r[np.ix_(np.arange(i-2, i+3)%h, np.arange(j-2, j+3)%w)] = -1
     return shifts
 
-# %% ../../nbs/actor/02_motion_boxes.ipynb #fbaa456e
+# %% ../../nbs/actor/02_motion_boxes.ipynb #df5017e4
 def _cut(d, n): return (slice(d, n),slice(0, n-d)) if d >= 0 else (slice(0, n+d),slice(-d, n))
 
+# %% ../../nbs/actor/02_motion_boxes.ipynb #fbaa456e
 def _off(frame, low, high, move):
     "(h,w) grey levels, summed over channels, by which `frame` leaves the range of the other frame shifted by `move`"
     h,w = frame.shape[:2]

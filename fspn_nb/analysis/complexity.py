@@ -52,7 +52,8 @@ def _plain_kernels():
     "Attention and recurrent layers as single products, which the counter can see"
     with warnings.catch_warnings(): # torch warns of settings of other hardware when one is put back
         warnings.simplefilter('ignore')
-        with sdpa_kernel(SDPBackend.MATH),torch.backends.mkldnn.flags(enabled=False),torch.backends.cudnn.flags(enabled=False): yield
+        with sdpa_kernel(SDPBackend.MATH),torch.backends.mkldnn.flags(enabled=False),torch.backends.cudnn.flags(enabled=False):
+            yield
 
 # %% ../../nbs/analysis/05_complexity.ipynb #f0c020d4
 def flops_of(

@@ -39,12 +39,13 @@ def with_sizes(
     "Add what each method costs, ours and as printed"
     return table.merge(beside_paper(table.table[0], sizes).drop(columns='method'), on='label', how='left')
 
-# %% ../../nbs/analysis/07_method_tables.ipynb #cbe7286f
+# %% ../../nbs/analysis/07_method_tables.ipynb #de06a40f
 def _class_scores(index, preds, true, positions):
     "Metric number `index` of one class: a row per seed, a column per draw in `positions`"
     _,f,factor = score_functions(true)[index]
     return np.array([factor*on_rows(f, pred, true)(positions) for pred in preds])
 
+# %% ../../nbs/analysis/07_method_tables.ipynb #cbe7286f
 def _class_mean(name, values):
     "Mean over classes (Fisher's for rho), then over seeds: from (6,S,draws) to (draws,)"
     if name != 'rho': return values.mean(0).mean(0)

@@ -26,12 +26,14 @@ def valid_transitions(
 )->tuple[np.ndarray,np.ndarray,int]: # Predicted and true cuts, each (n,2), and how many test dives were left out
     "Test dives of `steps` whose true cuts are known and in order"
     if missing := set(_PAIR)-set(steps.columns):
-        raise ValueError(f"need predicted and true cuts, got a table without {', '.join(sorted(missing))}; pass the parsing.csv of a run")
+        raise ValueError(f"need predicted and true cuts, got a table without {', '.join(sorted(missing))}; pass the "
+                         f"parsing.csv of a run")
     test = steps[steps.split == 'test'] if 'split' in steps else steps
     pred,true = test[_PAIR[:2]].to_numpy(float),test[_PAIR[2:]].to_numpy(float)
     valid = np.isfinite(true).all(1) & (true[:,0] < true[:,1])
     if not valid.any(): raise ValueError(f'need a test dive with true cuts in order, got none among {len(test)}')
-    if not np.isfinite(pred[valid]).all(): raise ValueError('need finite predicted cuts, got a dive without; evaluate the run again')
+    if not np.isfinite(pred[valid]).all():
+        raise ValueError('need finite predicted cuts, got a dive without; evaluate the run again')
     return pred[valid],true[valid],int((~valid).sum())
 
 # %% ../../nbs/analysis/04_parse_quality.ipynb #d1672c61
@@ -40,7 +42,8 @@ def _cut_errors(pred, true):
     out = {}
     for i,name in enumerate(('first','last')):
         off = np.abs(pred[:,i]-true[:,i])
-        out |= {f'mae_{name}': float(off.mean()), f'median_{name}': float(np.median(off)), f'rho_{name}': spearman(pred[:,i], true[:,i])}
+        out |= {f'mae_{name}': float(off.mean()), f'median_{name}': float(np.median(off)),
+                f'rho_{name}': spearman(pred[:,i], true[:,i])}
     return out
 
 # %% ../../nbs/analysis/04_parse_quality.ipynb #829dc3e2
@@ -139,7 +142,8 @@ def folder_label(
 def _runs_of_folders(folders, root):
     "The columns run, seed and label of run folders, from their configurations"
     seeds = [load_cfg(Path(root)/folder/'config.json').seed for folder in folders]
-    return pd.DataFrame([dict(run=str(folder), label=folder_label(Path(root)/folder), seed=seed) for folder,seed in zip(folders, seeds)])
+    return pd.DataFrame([dict(run=str(folder), label=folder_label(Path(root)/folder), seed=seed)
+                         for folder,seed in zip(folders, seeds)])
 
 # %% ../../nbs/analysis/04_parse_quality.ipynb #7f91ab02
 def runs_frame(

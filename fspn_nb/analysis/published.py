@@ -157,7 +157,8 @@ def _joined_baselines(roots):
     if not tables: return ''
     keys = ['dataset','n','protocol','baseline']
     table = pd.concat(tables).drop_duplicates(keys, keep='last').sort_values(keys, kind='stable')
-    return table[[*keys,*(name for name in table if name not in keys)]].to_csv(index=False, float_format='%.10g', lineterminator='\n')
+    return table[[*keys,*(name for name in table if name not in keys)]].to_csv(index=False, float_format='%.10g',
+        lineterminator='\n')
 
 # %% ../../nbs/analysis/06_published.ipynb #7940bf9c
 def pack_runs(
@@ -167,7 +168,8 @@ def pack_runs(
     "Put all sound runs below `roots` into a few files"
     folders = {run: Path(root)/run for root in roots for run in collect(root).query("problem == ''").run}
     records = {run: read_record(folders[run]) for run in sorted(folders)}
-    columns = sorted({name for cells,_ in records.values() for name in cells}, key=lambda name: (not name.startswith('metrics.'), name))
+    columns = sorted({name for cells,_ in records.values() for name in cells},
+                     key=lambda name: (not name.startswith('metrics.'), name))
     rows = [['dataset','run',*columns]]
     rows += [[*run.split('/'), *(cells.get(name, '') for name in columns)] for run,(cells,_) in records.items()]
     texts = {'runs.csv': _write_rows(rows)}

@@ -87,7 +87,8 @@ def cache_kind(
     kind:str, # 'feature_maps' | 'short_clip_features'
 )->Tensor: # (n,K,C,h,w) or (n,20,C)
     "An extra field of the scenes of all `samples`, read or computed"
-    if kind not in ('feature_maps','short_clip_features'): raise ValueError(f"need 'feature_maps' or 'short_clip_features', got {kind!r}")
+    if kind not in ('feature_maps','short_clip_features'):
+        raise ValueError(f"need 'feature_maps' or 'short_clip_features', got {kind!r}")
     paths = [folder/feature_key(sample, cfg, None, weights).replace('.safetensors', f'.{kind}.safetensors') for sample in samples]
     todo = [(sample, path) for sample,path in zip(samples, paths) if not path.exists()]
     if todo: _check_room(folder, kind, len(todo), _kind_size(kind, cfg.clip))

@@ -139,7 +139,8 @@ class ClipDataset:
         if 'boxes' not in METHODS[self.cfg.model.name].extra_inputs: return {}
         samples = [self.samples[i] for i in ids]
         clip = self.cfg.clip
-        rows = [dive_boxes(sample, clip, self.boxes[sample.uid], *self._augmentation(int(i), rng_key)) for i,sample in zip(ids, samples)]
+        rows = [dive_boxes(sample, clip, self.boxes[sample.uid], *self._augmentation(int(i), rng_key))
+                for i,sample in zip(ids, samples)]
         return {'boxes': torch.stack(rows)}
 
 # %% ../../nbs/batches/03_sources.ipynb #4939c3d5

@@ -65,9 +65,11 @@ def _check_store(store, cfg):
     "Raise a `ValueError` where the frames of `store` are not those of the run `cfg`"
     kept,needed = ((c.clip.frames, c.clip.size, c.clip.orientation, c.actor.pad) for c in (store.cfg, cfg))
     if needed != kept:
-        raise ValueError(f'need a store of (frames, size, orientation, pad) {needed}, got {kept}; build_store with the config of the run')
+        raise ValueError(f'need a store of (frames, size, orientation, pad) {needed}, got {kept}; build_store with the '
+                         f'config of the run')
     if cfg.train.temporal_jitter:
-        raise ValueError(f'need train.temporal_jitter=0, got {cfg.train.temporal_jitter}: the store has no frames beside the kept ones; '
+        raise ValueError(f'need train.temporal_jitter=0, got {cfg.train.temporal_jitter}: the store has no frames '
+                         f'beside the kept ones; '
                          'decode as you go (ClipDataset)')
 
 # %% ../../nbs/batches/06_store_source.ipynb #789b6735

@@ -76,7 +76,8 @@ def _split(path, split, problems):
     left_out = [_uid('trampoline', i) for class_id,i,_ in by_class if class_id == 7]
     rows = [(sports[class_id],i,score) for class_id,i,score in by_class if class_id != 7]
     if not rows:
-        raise ValueError(f"{path}: need videos of the six classes {', '.join(SPORTS)}, got none; take the lists anew from the release")
+        raise ValueError(f"{path}: need videos of the six classes {', '.join(SPORTS)}, got none; take the lists anew "
+                         f"from the release")
     unit,videos = _unit(rows, path),[]
     for row in rows:
         with collect_errors(problems, _uid(*row[:2])): videos.append(_points(row, unit, path))
@@ -91,7 +92,8 @@ def _unique(rows, problems):
         if len(names) == 1: continue
         where = f'{len(names)} times in the {names[0]} list' if len(set(names)) == 1 else 'in the train and in the test list'
         with collect_errors(problems, uid):
-            raise ValueError(f"{uid}: need every video once in both lists together, got it {where}; take both lists from one release")
+            raise ValueError(f"{uid}: need every video once in both lists together, got it {where}; take both lists "
+                             f"from one release")
     return [row for row in rows if len(splits[row[0]]) == 1]
 
 # %% ../../nbs/data/09_aqa7.ipynb #b5c261fe
@@ -224,7 +226,8 @@ def write_aqa7(
         if act.frames is not None: write_act_frames(root, *key, act.frames)
     absent = [key for key in splits if key not in scores]
     if absent:
-        raise ValueError(f"need an act for every key, got none for {absent[0]} ({len(absent)} in all); correct the acts or the keys")
+        raise ValueError(f"need an act for every key, got none for {absent[0]} ({len(absent)} in all); correct the "
+                         f"acts or the keys")
     _write_lists(folder, splits, scores)
     return folder
 

@@ -41,14 +41,16 @@ _WRONG = {
 
 # %% ../../nbs/data/12_check.ipynb #884a70fd
 _NOTES = {
-    'samples': '', 'left out': 'nothing: no published table uses the seventh class', 'other release': 'check that release for itself',
+    'samples': '', 'left out': 'nothing: no published table uses the seventh class',
+    'other release': 'check that release for itself',
     'marks': 'nothing: the stored score is what all papers use (FineDiving has 121 such dives, MTL-AQA 27)',
     'one exemplar': 'nothing: it is its own exemplar',
     'no exemplar': 'its exemplars come from the whole training set: choose another protocol, or add training samples',
     'train here, test there': _LEAK, 'test here, train there': _LEAK,
     'test in both': 'do not count the two results as independent'}
 FINDING_KINDS = { # kind: (severity, what to do)
-    kind:(severity,todo) for severity,kinds in dict(missing=_MISSING, wrong=_WRONG, note=_NOTES).items() for kind,todo in kinds.items()}
+    kind:(severity,todo) for severity,kinds in dict(missing=_MISSING, wrong=_WRONG, note=_NOTES).items()
+    for kind,todo in kinds.items()}
 
 # %% ../../nbs/data/12_check.ipynb #b7d38111
 FINDING_COLUMNS = ('dataset','uid','kind','severity','detail','file','todo')
@@ -153,7 +155,8 @@ def _check_arguments(dataset, against, workers):
     "Raises where what is asked makes no sense; the number of threads otherwise"
     if dataset not in _READERS: raise ValueError(f"dataset must be one of {', '.join(_READERS)}, got {dataset!r}")
     if against and {dataset,against[0]} != set(_PAIR):
-        raise ValueError(f"finediving and mtl_aqa can be held against each other, got {dataset} and {against[0]}; leave `against` out")
+        raise ValueError(f"finediving and mtl_aqa can be held against each other, got {dataset} and {against[0]}; "
+                         f"leave `against` out")
     workers = min(16, 4*(os.cpu_count() or 1)) if workers is None else workers
     if workers < 1: raise ValueError(f'need at least one worker, got {workers}')
     return workers

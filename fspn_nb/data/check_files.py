@@ -119,7 +119,8 @@ def frame_number_rows(
     names,rows = {},[]
     for name in s.files: names.setdefault(_number(name), []).append(name)
     twice = [group for group in names.values() if len(group) > 1]
-    if twice: rows.append((s.uid,'number twice',f"{len(twice)} numbers have two files: {' and '.join(twice[0])}",s.folder/twice[0][0]))
+    if twice:
+        rows.append((s.uid,'number twice',f"{len(twice)} numbers have two files: {' and '.join(twice[0])}",s.folder/twice[0][0]))
     difference = _compare_numbers(sorted(names), range(s.start_frame, s.end_frame+1))
     if difference: rows.append((s.uid,*difference,s.folder))
     return rows

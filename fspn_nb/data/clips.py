@@ -57,7 +57,8 @@ def _decode(path, uid):
     try: image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
     except (RuntimeError, ValueError) as e:
         reason = str(e).splitlines()[0][:80]
-        raise ValueError(f'dive {uid}: need a JPEG, got {len(data)} bytes that are none in {path} ({reason}); download it again') from e
+        raise ValueError(f'dive {uid}: need a JPEG, got {len(data)} bytes that are none in {path} ({reason}); download '
+                         f'it again') from e
     return image.permute(1, 2, 0)
 
 # %% ../../nbs/data/05_clips.ipynb #9dc1f81d
@@ -68,7 +69,8 @@ def load_frames(
     "The frames `ids` of a dive, each file decoded once"
     ids = np.asarray(ids)
     if not sample.files:
-        raise ValueError(f'dive {sample.uid} has no frames on disk; give the folder that holds them, or leave the dive out (check_samples)')
+        raise ValueError(f'dive {sample.uid} has no frames on disk; give the folder that holds them, or leave the dive '
+                         f'out (check_samples)')
     if ids.min() < 0 or ids.max() >= len(sample.files):
         raise ValueError(f'dive {sample.uid}: need positions 0..{len(sample.files)-1}, got {ids.min()}..{ids.max()}; see frame_ids')
     unique,back = np.unique(ids, return_inverse=True)

@@ -21,11 +21,12 @@ from .video_io import import_av,video_frames
 from .video_pieces import Piece,find_videos,pieces_of,video_key,where_to_get
 from ..protocols import PROTOCOLS
 
-# %% ../../nbs/data/15_extract_frames.ipynb #527c12aa
+# %% ../../nbs/data/15_extract_frames.ipynb #4cf99117
 def _frames_there(folder):
     "{number: name} of the frames in `folder`"
     return {number:names[-1] for number,names in frames_by_number(folder, '(?:img_)?').items()}
 
+# %% ../../nbs/data/15_extract_frames.ipynb #527c12aa
 def _row(piece, status, frames, why=''): return dict(name=piece.name, status=status, frames=frames, why=why)
 
 # %% ../../nbs/data/15_extract_frames.ipynb #81648ed8
@@ -123,7 +124,8 @@ def _cut_all(jobs, height, quality, workers):
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         try:
             futures = [pool.submit(_cut_video, path, pieces, height, quality, stop) for path,pieces in jobs.items()]
-            for future in progress(as_completed(futures), 'videos', len(futures)): rows |= {row['name']:row for row in future.result()}
+            for future in progress(as_completed(futures), 'videos', len(futures)):
+                rows |= {row['name']:row for row in future.result()}
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
@@ -177,11 +179,12 @@ def prepare_videos(
     rows |= _cut_all(jobs, height, quality, workers)
     return pd.DataFrame([rows[piece.name] for piece in pieces], columns=['name','status','frames','why'])
 
-# %% ../../nbs/data/15_extract_frames.ipynb #0a8e043f
+# %% ../../nbs/data/15_extract_frames.ipynb #44028d31
 _STATUSES = ('done','skipped','missing','failed')
 
 def _first_names(names): return ', '.join(names[:4])+(f', ... ({len(names)})' if len(names) > 4 else '')
 
+# %% ../../nbs/data/15_extract_frames.ipynb #0a8e043f
 def _summary(table):
     "How many pieces have which status, and why those that are not done"
     counts = ', '.join(f'{sum(table.status == status)} {status}' for status in _STATUSES)

@@ -18,7 +18,8 @@ from .safe_pickle import checked,checked_record,collect_errors,load_annotation_f
 FINEDIVING_FRAMES = 'FINADiving_MTL_256s' # Folder of the frames, below the release's root
 _AQA = dict(action_type='text', dive_score='number', difficulty='number', steps_transit_frames='wholes', frames_labels='wholes')
 _FINE = _AQA | {'sub-action_types':'names'}
-_COARSE = dict(action_type='text', start_frame='whole', end_frame='whole', dive_score='number', difficulty='number', judge_scores='numbers')
+_COARSE = dict(action_type='text', start_frame='whole', end_frame='whole', dive_score='number', difficulty='number',
+               judge_scores='numbers')
 _FIELDS = {'fine-grained_annotation_aqa':_AQA, 'FineDiving_fine-grained_annotation':_FINE, 'FineDiving_coarse_annotation':_COARSE}
 _TABLE,_SPLITS = 'Sub_action_Types_Table',('train_split','test_split')
 

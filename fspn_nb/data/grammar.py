@@ -69,5 +69,6 @@ def final_score(
     difficulty:float, # Degree of difficulty (DD)
 )->float: # Points; FineDiving's range is 0..114.8
     "Sum of the middle three of seven `judges`, times `difficulty`"
-    if len(judges) != 7: raise ValueError(f"need seven marks, got {len(judges)}; panels of five and of synchronised dives have other rules")
+    if len(judges) != 7:
+        raise ValueError(f"need seven marks, got {len(judges)}; panels of five and of synchronised dives have other rules")
     return round(sum(sorted(judges)[2:5])*difficulty, 2)

@@ -48,7 +48,8 @@ def _variables(data, limit):
         if body: yield order,body
 
 # %% ../../nbs/data/04_matlab.ipynb #d6e7da35
-_CLASSES = {1:'a cell array', 2:'a structure', 3:'an object', 4:'text', 5:'a sparse matrix', 6:'doubles', 7:'singles'} # above: integers
+_CLASSES = {1:'a cell array', 2:'a structure', 3:'an object', 4:'text', 5:'a sparse matrix', 6:'doubles',
+            7:'singles'} # above: integers
 _STORED = {1:'i1', 2:'u1', 3:'i2', 4:'u2', 5:'i4', 6:'u4', 7:'f4', 9:'f8', 12:'i8', 13:'u8'} # How doubles may be stored
 
 def _check_flags(word):

@@ -30,7 +30,8 @@ class _Array(np.ndarray):
     def __setstate__(self, state):
         _,shape,dtype,fortran,raw = state
         fits = type(raw) is bytes and len(shape) <= 8 and all(type(n) is int and 0 <= n <= len(raw) for n in shape)
-        if not fits or math.prod(shape)*dtype.dtype.itemsize != len(raw): raise ValueError('array whose shape does not fit its data')
+        if not fits or math.prod(shape)*dtype.dtype.itemsize != len(raw):
+            raise ValueError('array whose shape does not fit its data')
         super().__setstate__((1, shape, dtype.dtype, bool(fortran), raw))
     def __reduce_ex__(self, protocol): return np.asarray(self).__reduce_ex__(protocol) # saved again as a plain array
 
@@ -84,7 +85,8 @@ def load_pickle(
     "The content of an annotation pickle; never runs code, and raises a `ValueError` that names the file for anything else"
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"need the annotation file {path}, found none; check the folder, or download the release's annotations")
+        raise FileNotFoundError(f"need the annotation file {path}, found none; check the folder, or download the "
+                                f"release's annotations")
     size = path.stat().st_size
     if size > limit: raise ValueError(f"{path}: need at most {limit} bytes, got {size}; this is not an annotation file")
     try:
@@ -112,12 +114,13 @@ def wrong_value(
     "The error for a value that is not as in the release"
     return ValueError(f"{where}: need {need}, got {_show(got)}; compare the file with the released one, or download it anew")
 
-# %% ../../nbs/data/03_safe_pickle.ipynb #de4dc339
+# %% ../../nbs/data/03_safe_pickle.ipynb #da45602d
 def _number(x, where):
     real = isinstance(x, (int,float,np.integer,np.floating)) and not isinstance(x, bool)
     if not real or not -1e6 < x < 1e6: raise wrong_value(where, 'a finite number', x)
     return float(x)
 
+# %% ../../nbs/data/03_safe_pickle.ipynb #de4dc339
 def _whole(x, where):
     whole = isinstance(x, (int,np.integer)) and not isinstance(x, bool)
     if not whole or not -1e7 < x < 1e7: raise wrong_value(where, 'a whole number', x)
@@ -137,12 +140,13 @@ def _wholes(x, where):
     if not isinstance(x, (list,tuple)): raise wrong_value(where, 'a vector of whole numbers', x)
     return tuple(_whole(n, where) for n in x)
 
-# %% ../../nbs/data/03_safe_pickle.ipynb #d3c03463
+# %% ../../nbs/data/03_safe_pickle.ipynb #3de6ce02
 def _numbers(x, where):
     if isinstance(x, np.ndarray) and x.ndim == 1: x = list(x)
     if not isinstance(x, (list,tuple)): raise wrong_value(where, 'a list of numbers', x)
     return tuple(_number(n, where) for n in x)
 
+# %% ../../nbs/data/03_safe_pickle.ipynb #d3c03463
 def _names(x, where):
     if not isinstance(x, dict) or not x: raise wrong_value(where, 'a dict {number: name}', x)
     return {_whole(k, where):_text(v, where) for k,v in x.items()}

@@ -12,12 +12,13 @@ from .grammar import final_score
 from .records import frame_problem
 from ..protocols import PROTOCOLS,SPORTS
 
-# %% ../../nbs/data/10_stats.ipynb #36d93ade
+# %% ../../nbs/data/10_stats.ipynb #609b0c32
 def _split_counts(samples):
     "How many samples there are, and in which split"
     splits = Counter(s.split for s in samples)
     return dict(samples=len(samples), train=splits['train'], test=splits['test'])
 
+# %% ../../nbs/data/10_stats.ipynb #36d93ade
 def _frame_counts(samples):
     "How many samples have all their frames"
     splits = Counter(s.split for s in samples if frame_problem(s) is None)

@@ -15,7 +15,8 @@ import numpy as np
 def import_av():
     "PyAV, or an error that says how to install it"
     try: import av
-    except ImportError as e: raise ImportError("need PyAV to read videos, found none; install it with: pip install 'fspn_nb[video]'") from e
+    except ImportError as e:
+        raise ImportError("need PyAV to read videos, found none; install it with: pip install 'fspn_nb[video]'") from e
     return av
 
 # %% ../../nbs/data/13_video_io.ipynb #26e083ea

@@ -95,7 +95,8 @@ def pieces_of(
     return functions[dataset](Path(out).expanduser(), annotations)
 
 # %% ../../nbs/data/14_video_pieces.ipynb #38e3ac51
-_ENDINGS = {'.mp4','.mkv','.webm','.avi','.mov','.m4v','.mpg','.mpeg','.ts','.mts','.m2ts','.vob','.wmv','.flv','.ogv','.3gp','.gif'}
+_ENDINGS = {'.mp4','.mkv','.webm','.avi','.mov','.m4v','.mpg','.mpeg','.ts','.mts','.m2ts','.vob','.wmv','.flv','.ogv',
+            '.3gp','.gif'}
 
 def video_key(
     video:str, # '05', '5', 'diving-out/001'

@@ -128,7 +128,7 @@ def encode_all(
         load_samples(cfg) # draws a synthetic release before any worker reads it
         for future in [pool.submit(_encode, cfg, i, workers, device) for i in range(workers)]: future.result()
 
-# %% ../../nbs/experiments/04_grid.ipynb #93220019
+# %% ../../nbs/experiments/04_grid.ipynb #6b46bfb3
 def _side_by_side(jobs, workers, device):
     "(index, answer) of all `jobs`, as worker processes finish them"
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context('spawn')) as pool:
@@ -137,19 +137,22 @@ def _side_by_side(jobs, workers, device):
         for future in as_completed(waiting):
             try: answer = future.result()
             except BrokenProcessPool:
-                answer = ('failed', 0., float('nan'), 'a worker process died (out of memory, or killed); run the same command again')
+                answer = ('failed', 0., float('nan'), 'a worker process died (out of memory, or killed); run the same '
+                                                      'command again')
             yield waiting[future],answer
 
+# %% ../../nbs/experiments/04_grid.ipynb #93220019
 def _answers(jobs, workers, device):
     "(index, answer) of all `jobs`, in this process or in several"
     if workers == 1: return ((i, _work(*job)) for i,job in enumerate(jobs))
     return _side_by_side(jobs, workers, device)
 
-# %% ../../nbs/experiments/04_grid.ipynb #5c667f14
+# %% ../../nbs/experiments/04_grid.ipynb #7e30ef21
 def _extras(experiment):
     "What is stored of a run beside its usual files: FSPN and the baseline are compared epoch by epoch"
     return ('watch',)*(experiment in ('fspn','i3d_mlp'))+('votes',)*(experiment == 'fspn')
 
+# %% ../../nbs/experiments/04_grid.ipynb #5c667f14
 def run_grid(
     base:RunCfg, # What all runs share
     tables:str='all', # As in `cells_of`
@@ -166,7 +169,8 @@ def run_grid(
     status = ['there' if (root/run/'metrics.json').is_file() else '' for run in plan.run]
     plan = plan.assign(status=status, seconds=0., rho=float('nan'), problem='')
     todo = plan[plan.status == '']
-    jobs = [(config_of(base, row.experiment, row.seed, row.protocol, scale_epochs), root, device, _extras(row.experiment), keep_weights)
+    jobs = [(config_of(base, row.experiment, row.seed, row.protocol, scale_epochs), root, device,
+             _extras(row.experiment), keep_weights)
             for row in todo.itertuples()]
     workers = workers or (min(os.cpu_count() or 1, len(jobs) or 1) if device == 'cpu' else 1)
     for i,answer in progress(_answers(jobs, workers, device), 'runs', len(jobs)):

@@ -80,9 +80,11 @@ def start(
     preset = 'smoke' if os.environ.get('IN_TEST') else p['preset']
     mode = pick_backbone(p['backbone'], pick_device(p['device']), preset)
     if p['processes'] != 1 and mode == 'frozen':
-        raise ValueError(f"processes={p['processes']} needs backbone='finetune': a head on kept features trains in one; leave it at 1")
+        raise ValueError(f"processes={p['processes']} needs backbone='finetune': a head on kept features trains in "
+                         f"one; leave it at 1")
     base = make_config(dataset, preset, **_given_fields(p, mode), **changes)
-    runs = plan_runs(base, p['methods'], p.get('protocol', p.get('classes')), p['seeds'], p.get('per_difficulty', False), p['epochs'])
+    runs = plan_runs(base, p['methods'], p.get('protocol', p.get('classes')), p['seeds'],
+                     p.get('per_difficulty', False), p['epochs'])
     print(f'preset {preset}, changed: {diff(base, make_config(dataset, preset)) or "nothing"}', *map(run_id, runs), sep='\n')
     return RunContext(dataset, base, runs, reports_dir(p['out']), p['device'], time.perf_counter(), p['processes'])
 
@@ -106,7 +108,8 @@ def read_data(
         data = datas[action] = prepare(cfg, session.device)
         counts = ', '.join(f'{len(indices)} {split}' for split,indices in data.splits.items())
         seconds = time.perf_counter()-began
-        print(f'{action or session.dataset_protocol.title} ({data.release.source}): {counts} {session.dataset_protocol.noun}s; ready after {seconds:.0f} s')
+        print(f'{action or session.dataset_protocol.title} ({data.release.source}): {counts} '
+              f'{session.dataset_protocol.noun}s; ready after {seconds:.0f} s')
         print(*data.provenance['actor_boxes'], sep='\n', end='\n'*bool(data.provenance['actor_boxes']))
         _print_deviations(printed, data)
     return datas
@@ -134,13 +137,14 @@ class RunResult:
     minutes:float # Training and evaluation
     data:RunData # What it worked on
 
-# %% ../../nbs/experiments/03_session.ipynb #0703dd60
+# %% ../../nbs/experiments/03_session.ipynb #a3bf75c9
 def _summary(result):
     "One line about a finished run"
     m = result.metrics
     return (f'{result.run.name}: rho {m["spearman"]:.4f} [{m["spearman_lo"]:.3f}, {m["spearman_hi"]:.3f}], '
             f'R_l2 x100 {100*m["relative_l2"]:.3f}, {result.minutes:.1f} min')
 
+# %% ../../nbs/experiments/03_session.ipynb #0703dd60
 def train_all(
     session:RunContext, # From `start`
     datas:dict, # From `read_data`

@@ -34,7 +34,8 @@ SIZES = {
     **{f'blocks_{n}': dict(model__blocks=n) for n in (1,5,7)},
     **{f'heads_{n}': dict(model__heads=n) for n in (2,4,6,10,12)}, # D-05: none of 6, 10, 12 divides a width
     'fspn_s': dict(model__name='fspn_s'), 'fspn_m': dict(model__name='fspn_m'), # D-12: one and two stages
-    **{f'channels_{n}': dict(model__stages=1, model__stage_channels=(n,)) for n in (128,256)}} # one stage of that width; 64 is FSPN-S
+    **{f'channels_{n}': dict(model__stages=1, model__stage_channels=(n,))
+       for n in (128,256)}} # one stage of that width; 64 is FSPN-S
 
 # %% ../../nbs/experiments/02_variants.ipynb #e33f2c5f
 EXTRA_ABLATIONS = {
@@ -120,13 +121,15 @@ beyond,frames as the peers,peer_frames
 """
 TABLE_CELLS = pd.read_csv(StringIO(_TABLES+_FIGURES), names=['table','row','experiment']).assign(protocol='w_dn')
 
-# %% ../../nbs/experiments/02_variants.ipynb #7a8ab431
+# %% ../../nbs/experiments/02_variants.ipynb #49def580
 def _table_ix(methods):
     "Cells of Table IX for `methods`, in both blocks"
     paper = paper_table('IX')
     label = dict(zip(paper.method, paper.label))
-    return pd.DataFrame([dict(table='IX', row=label.get(m, m), experiment=m, protocol=v) for m in methods for v in ('w_dn','wo_dn')])
+    return pd.DataFrame([dict(table='IX', row=label.get(m, m), experiment=m, protocol=v) for m in methods
+                         for v in ('w_dn','wo_dn')])
 
+# %% ../../nbs/experiments/02_variants.ipynb #7a8ab431
 TABLE_CELLS = pd.concat([_table_ix(['fspn','i3d_mlp']), TABLE_CELLS, _table_ix(BASELINES)], ignore_index=True)
 TABLE_CELLS = TABLE_CELLS[TABLE_CELLS.experiment.isin(EXPERIMENTS)].reset_index(drop=True)
 

@@ -89,11 +89,12 @@ def actor_table(
     study:Study, # After `train_all`
 )->pd.DataFrame: # The columns of `ours_vs_paper`, and `parameters` (of the head); `attrs['caption']`
     "Table V with our runs beside the printed rows"
-    ours,said = _scores(study)
+    ours,caption = _scores(study)
     paper = pd.DataFrame(ACTOR_TABLE, columns=['method','label','rho_paper','r_l2_x100_paper'])
-    table = paper.merge(ours, on='method', how='left').assign(block=study.dataset_protocol.variants[study.runs[0].protocol].title, note='')
+    table = paper.merge(ours, on='method',
+                        how='left').assign(block=study.dataset_protocol.variants[study.runs[0].protocol].title, note='')
     for name in ('rho','r_l2_x100'): table[f'{name}_diff'] = table[name]-table[f'{name}_paper']
-    table.attrs['caption'] = said
+    table.attrs['caption'] = caption
     return table
 
 # %% ../../nbs/inspect/03_actor_study.ipynb #2c146dff

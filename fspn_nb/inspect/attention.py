@@ -84,13 +84,14 @@ class HeatSource:
         return grad_cam(HeadOnMaps(head, exemplar=exemplars_of(self.model, self.data, int(i),
             self.data.cfg.eval.num_exemplars)), maps)
 
-# %% ../../nbs/inspect/04_attention.ipynb #892819a8
+# %% ../../nbs/inspect/04_attention.ipynb #6aee2f44
 def _broken(model):
     "`model` with the weights of its head shuffled"
     if not hasattr(model, 'backbone'): return shuffled(model)
     other = type(model)(model.backbone, shuffled(model.head))
     return other.eval()
 
+# %% ../../nbs/inspect/04_attention.ipynb #892819a8
 def heat_sources(
     study:Study, # After `train_all`
 )->list[HeatSource]: # FSPN, without actor, shuffled; first seed
@@ -99,7 +100,8 @@ def heat_sources(
     mine = {method_of(item.cfg): item for item in study.done if item.cfg.seed == study.runs[0].seed}
     for value in (mine['fspn'], mine['without']):
         model = load_model(value.run, value.data)
-        if plain is None and not hasattr(model, 'backbone'): plain = fuse_conv_bn(load_backbone(value.cfg.weights)[0]).to(value.data.device)
+        if plain is None and not hasattr(model, 'backbone'):
+            plain = fuse_conv_bn(load_backbone(value.cfg.weights)[0]).to(value.data.device)
         out.append(HeatSource(LABELS[method_of(value.cfg)], model, two_parts(model, plain)[0], value.data,
                               read_predictions(value.run).set_index('uid').pred.to_dict()))
     return [*out, HeatSource('FSPN, weights shuffled', _broken(out[0].model), out[0].backbone, out[0].data, None)]
@@ -114,7 +116,7 @@ def shown_frames(
     ids = frame_indices(sample, data.cfg.clip.frames)
     return load_frames(sample, ids), data.boxes[1][sample.uid][ids]
 
-# %% ../../nbs/inspect/04_attention.ipynb #3576c976
+# %% ../../nbs/inspect/04_attention.ipynb #69953714
 @dataclass
 class HeatResults:
     "What all watchers saw in all dives"
@@ -123,6 +125,7 @@ class HeatResults:
     geometry:dict # uid to `MapGeometry`
     index:dict # uid to the position of the dive
 
+# %% ../../nbs/inspect/04_attention.ipynb #3576c976
 def collect_heat(
     study:Study, # After `train_all`
     sources:list[HeatSource], # From `heat_sources`

@@ -55,19 +55,21 @@ def _stack(shots, name):
                          f'use a longer clip or more frames per second')
     return np.stack(frames)
 
-# %% ../../nbs/inspect/06_clip.ipynb #deab874f
+# %% ../../nbs/inspect/06_clip.ipynb #2f32ae05
 def _in_order(path):
     "What `path` is sorted by: text and numbers in turn"
     parts = re.split(r'([0-9]+)', path.name)
     parts[1::2] = map(int, parts[1::2])
     return parts
 
+# %% ../../nbs/inspect/06_clip.ipynb #2b6e4ac5
 def _small(img):
     "An opened picture as (H,W,3) uint8, upright and at most `HEIGHT` high"
     img = ImageOps.exif_transpose(img).convert('RGB')
     return np.asarray(img if img.height <= HEIGHT
                       else img.resize((max(1, round(img.width*HEIGHT/img.height)),HEIGHT), Image.Resampling.BICUBIC))
 
+# %% ../../nbs/inspect/06_clip.ipynb #deab874f
 def _pictures(path):
     "The frames of a GIF, or the pictures of a folder, one by one"
     files = sorted((entry for entry in path.iterdir() if entry.suffix.lower() in PICTURES and entry.name[0] != '.'),

@@ -23,7 +23,7 @@ from ..data.video_io import encode_video
 from .clip import kept_frames,synthetic_clip
 from .clip_score import ClipResult
 from .heat import plot_heat
-from ..report.figures import _BLUE,_GREEN,_ORANGE,_RED,plot_parse,save_figure
+from ..report.figures import BLUE,GREEN,ORANGE,RED,plot_parse,save_figure
 
 # %% ../../nbs/inspect/09_clip_pictures.ipynb #be537e61
 def _example_exemplars(folder, clip):
@@ -75,15 +75,17 @@ def plot_strip(
         low.set(xlim=(x1,x2), ylim=(y2,y1), facecolor='.9'); top.set_title(f'frame {result.ids[i]}', fontsize='small')
         if result.boxes is None: continue
         x1,y1,x2,y2 = result.boxes[i]
-        top.add_patch(plt.Rectangle((x1,y1), x2-x1, y2-y1, fill=False, ec=_ORANGE, lw=1.5)); top.set(xlim=(0,w), ylim=(h,0))
+        top.add_patch(plt.Rectangle((x1,y1), x2-x1, y2-y1, fill=False, ec=ORANGE, lw=1.5)); top.set(xlim=(0,w), ylim=(h,0))
     axs[0,0].set_ylabel('box', fontsize='small'); axs[1,0].set_ylabel('crop', fontsize='small')
     return fig
 
-# %% ../../nbs/inspect/09_clip_pictures.ipynb #aea15199
+# %% ../../nbs/inspect/09_clip_pictures.ipynb #f3167c48
 def _true_cuts(result):
     "True first steps of the later sub-actions on the parser's axis, where they are known"
-    return [float(np.searchsorted(result.ids, transition))*len(result.step_probs)/len(result.ids) for transition in result.clip.transitions]
+    return [float(np.searchsorted(result.ids, transition))*len(result.step_probs)/len(result.ids)
+            for transition in result.clip.transitions]
 
+# %% ../../nbs/inspect/09_clip_pictures.ipynb #1a5dcea3
 def save_pictures(
     result:ClipResult, # From `score_clip`
     folder, # Where they are written
@@ -102,14 +104,15 @@ def save_pictures(
         figs['heat'] = plot_heat(result.frames, result.heat['heat'], boxes, even_frames(result), result.clip.kind, note, pad, 4.8)
     return {k:_saved(fig, folder/k) for k,fig in figs.items()}
 
+# %% ../../nbs/inspect/09_clip_pictures.ipynb #aea15199
 def _saved(fig, path):
     "The PNG of `fig`, which is closed"
     file = save_figure(fig, path)[0]
     plt.close(fig)
     return file
 
-# %% ../../nbs/inspect/09_clip_pictures.ipynb #753117ab
-COLOURS = (_BLUE,_ORANGE,_GREEN,_RED,'#CC79A7','#56B4E9') # Of the sub-actions, as in `plot_parse`
+# %% ../../nbs/inspect/09_clip_pictures.ipynb #e4b2fde9
+COLOURS = (BLUE,ORANGE,GREEN,RED,'#CC79A7','#56B4E9') # Of the sub-actions, as in `plot_parse`
 _BAR = 46 # Height of the strip below the picture, pixels
 
 def _total_heat(result):
@@ -118,6 +121,7 @@ def _total_heat(result):
     total = sum(value for value in result.heat['heat'].values())
     return (total/total.max().clamp(min=1e-12)).numpy()
 
+# %% ../../nbs/inspect/09_clip_pictures.ipynb #753117ab
 def _blend(frame, heat):
     "`frame` under its heat (H,W)"
     if heat is None: return frame
@@ -152,7 +156,7 @@ def overlay_frames(
         img = Image.new('RGB', (width,high+_BAR), '#202020')
         img.paste(Image.fromarray(_blend(frame, None if heat is None else heat[i])).resize((width,high), Image.Resampling.BICUBIC))
         draw = ImageDraw.Draw(img)
-        if result.boxes is not None: draw.rectangle([float(box) for box in result.boxes[i]*k], outline=_ORANGE, width=2)
+        if result.boxes is not None: draw.rectangle([float(box) for box in result.boxes[i]*k], outline=ORANGE, width=2)
         draw.rectangle((0, high, width, high+_BAR), fill='#202020') # a box may reach below the picture
         words = _timeline(draw, result, i, high+4, width)
         draw.text((6, high+20), f'frame {result.ids[i]}   {words}', 'white', font)
@@ -160,13 +164,14 @@ def overlay_frames(
                   font, anchor='ra')
         yield np.asarray(img)
 
-# %% ../../nbs/inspect/09_clip_pictures.ipynb #fc325a89
+# %% ../../nbs/inspect/09_clip_pictures.ipynb #d87717b6
 def _h264():
     "Is there an encoder for films that browsers play?"
     if importlib.util.find_spec('av') is None: return False
     import av
     return 'libx264' in av.codecs_available
 
+# %% ../../nbs/inspect/09_clip_pictures.ipynb #fc325a89
 def save_overlay(
     result:ClipResult, # From `score_clip`
     folder, # Where it is written

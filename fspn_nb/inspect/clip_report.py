@@ -16,19 +16,21 @@ from ..data.clips import load_frames
 from .clip_pictures import COLOURS,save_overlay,save_pictures
 from .clip_score import ClipResult,clip_summary
 from ..protocols import PROTOCOLS,protocol_variant
-from ..report.figures import _BLUE,_RED
+from ..report.figures import BLUE,RED
 
-# %% ../../nbs/inspect/10_clip_report.ipynb #97281889
+# %% ../../nbs/inspect/10_clip_report.ipynb #53269dba
 _KINDS = {'.png':'image/png', '.jpg':'image/jpeg', '.gif':'image/gif', '.mp4':'video/mp4'}
 
 def _uri(kind, data):
     "Bytes as a data address"
     return f'data:{_KINDS[kind]};base64,{base64.b64encode(data).decode()}'
 
+# %% ../../nbs/inspect/10_clip_report.ipynb #190e7c8e
 def _img(path, alt):
     "The picture at `path` as a tag"
     return f'<img src="{_uri(Path(path).suffix, Path(path).read_bytes())}" alt="{html.escape(alt)}">'
 
+# %% ../../nbs/inspect/10_clip_report.ipynb #97281889
 def _film(path):
     "The film at `path` as a tag"
     if Path(path).suffix == '.gif': return _img(path, 'overlay')
@@ -66,11 +68,11 @@ def votes_svg(
     at = lambda value: 20+560*(value-lo+room)/(hi-lo+2*room)
     left,right = (at(value) for value in result.interval or (lo,lo))
     bar = f'<rect x="{left:.1f}" y="26" width="{right-left:.1f}" height="12" fill="#bcd7ea"/>' if result.interval else ''
-    dots = ''.join(f'<circle cx="{at(float(v)):.1f}" cy="32" r="6" fill="{_BLUE}" fill-opacity=".6"/>' for v in result.votes)
+    dots = ''.join(f'<circle cx="{at(float(v)):.1f}" cy="32" r="6" fill="{BLUE}" fill-opacity=".6"/>' for v in result.votes)
     ends = ''.join(f'<text x="{at(v):.1f}" y="64" text-anchor="middle">{v:.1f}</text>' for v in dict.fromkeys((lo,hi)))
     x = f'{at(result.score):.1f}'
     return ('<svg viewBox="0 0 600 72" role="img" aria-label="votes"><line x1="20" x2="580" y1="32" y2="32" stroke="#999"/>'
-            f'{bar}{dots}<line x1="{x}" x2="{x}" y1="14" y2="50" stroke="{_RED}" stroke-width="3"/>{ends}</svg>')
+            f'{bar}{dots}<line x1="{x}" x2="{x}" y1="14" y2="50" stroke="{RED}" stroke-width="3"/>{ends}</svg>')
 
 # %% ../../nbs/inspect/10_clip_report.ipynb #5653035b
 _FILMED = 'This clip was filmed, so the number shows how the tool works and says nothing about the performance.'
@@ -79,19 +81,22 @@ def _trained_on(result):
     "What the model was trained on, and what that means for this clip"
     if result.synthetic_only:
         return f"Trained on synthetic (drawn) videos only. {_FILMED if result.clip.kind == 'real' else 'The clip is a drawing as well.'}"
-    return (f'Trained on videos of {PROTOCOLS[result.cfg.dataset].title}. A clip from another event, camera or sport is unlike anything '
+    return (f'Trained on videos of {PROTOCOLS[result.cfg.dataset].title}. A clip from another event, camera or sport '
+            f'is unlike anything '
             'that the model has seen.')
 
-# %% ../../nbs/inspect/10_clip_report.ipynb #0038c0f2
+# %% ../../nbs/inspect/10_clip_report.ipynb #33add0e5
 def _spread(result):
     "How far the votes disagree, in words"
     n = len(result.votes)
     if not n: return 'The method gives one number without comparing, so there is no spread to show.'
     if not result.interval: return f"Mean of {n} vote{'s' if n > 1 else ''}; too few to speak of a spread."
     lo,hi = result.interval
-    return (f'{lo:.1f} to {hi:.1f}: the middle 80 % of {n} votes, each from a comparison with one training video. This is how far the '
+    return (f'{lo:.1f} to {hi:.1f}: the middle 80 % of {n} votes, each from a comparison with one training video. This '
+            f'is how far the '
             "votes disagree, not how far the score may be from a judge's.")
 
+# %% ../../nbs/inspect/10_clip_report.ipynb #0038c0f2
 def headline(
     result:ClipResult, # From `score_clip`
 )->list[str]: # Sentences, the most important first
@@ -112,17 +117,18 @@ ul{padding-left:1.1rem}.exemplars{list-style:none;padding:0}
 .exemplars li{border-top:1px solid #ddd;padding:.6rem 0;overflow-wrap:anywhere}.note{color:#555;font-size:.9rem}
 text{font-size:18px}'''
 
-# %% ../../nbs/inspect/10_clip_report.ipynb #a5f2c5a8
+# %% ../../nbs/inspect/10_clip_report.ipynb #44e9e9f8
 def _section(title, *parts):
     "A heading and what stands under it; nothing where there is nothing"
     body = ''.join(part for part in parts if part)
     return f'<h2>{html.escape(title)}</h2>{body}' if body else ''
 
+# %% ../../nbs/inspect/10_clip_report.ipynb #a5f2c5a8
 def _listed(items):
     "`items` as a list, escaped"
     return '<ul>'+''.join(f'<li>{html.escape(item)}</li>' for item in items)+'</ul>'
 
-# %% ../../nbs/inspect/10_clip_report.ipynb #a6a046b0
+# %% ../../nbs/inspect/10_clip_report.ipynb #01beedc1
 def _parts(result):
     "The sub-actions as coloured blocks as wide as they are long, with the clip's frame numbers"
     if result.step_probs is None: return ''
@@ -131,6 +137,7 @@ def _parts(result):
     block = lambda i,a,b: f'<div style="flex:{b-a};background:{COLOURS[i % len(COLOURS)]}">{i+1}<br>{number(a)}-{number(b-1)}</div>'
     return '<div class="parts">'+''.join(block(i, a, b) for i,(a,b) in enumerate(zip(edges, edges[1:])) if b > a)+'</div>'
 
+# %% ../../nbs/inspect/10_clip_report.ipynb #a6a046b0
 def _heat_sentences(result):
     "How much of the heat lies on the athlete, in words"
     rows = [(s,result.shares[s],result.shares[s+'_floor']) for s in ('scene','actor') if s in result.shares]
@@ -144,7 +151,8 @@ def _seen(result, pictures, film):
     boxes = '<p class="note">Box: where the actor was found. Colours in the film: heat, the places that raised the score.</p>'
     parts = ('<p class="note">The model found these parts by itself; nobody named them. Numbers in the bar are frames of the clip; '
              'the picture counts those that the network was shown.</p>') if result.step_probs is not None else ''
-    return [_section('What the network saw', _film(film) if film else '', pic('strip', 'frames with the actor box, crops below'), boxes),
+    return [_section('What the network saw', _film(film) if film else '',
+                     pic('strip', 'frames with the actor box, crops below'), boxes),
             _section('Sub-actions', _parts(result), pic('parse', 'probability of each sub-action'), parts)]
 
 # %% ../../nbs/inspect/10_clip_report.ipynb #4083c5a8

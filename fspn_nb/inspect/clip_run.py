@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from ..batches.dataset import load_samples,read_labels,split_indices
 from ..batches.exemplars import CandidateSets
-from ..config import RunCfg,finediving,load_cfg
+from ..config import finediving,load_cfg
 from ..core import repo_root,reports_dir
 from ..experiments.parameters import notebook_parameters
 from .clip import Clip,read_clip,synthetic_clip
@@ -44,7 +44,7 @@ def find_run(
                                 'with `make run` (about ten minutes on two cores), or name a folder with -p run')
     return max(runs, key=lambda run: run[:2])[2]
 
-# %% ../../nbs/inspect/07_clip_run.ipynb #93448b79
+# %% ../../nbs/inspect/07_clip_run.ipynb #492ffa1b
 def _config(run):
     "The configuration of the run in the folder `run`"
     if not (run/'config.json').is_file():
@@ -52,6 +52,7 @@ def _config(run):
                                 f'some under reports/runs')
     return load_cfg(run/'config.json')
 
+# %% ../../nbs/inspect/07_clip_run.ipynb #93448b79
 def open_run(
     run, # A run's folder
     device:str='auto', # As in `pick_device`

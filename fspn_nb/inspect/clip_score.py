@@ -37,7 +37,8 @@ def pick_clip_exemplars(
 )->tuple[np.ndarray,str]: # Positions of at most m training samples; what to say
     "The exemplars of `clip`"
     rule,noun = data.variant,data.dataset_protocol.noun
-    spelt = {sample.action.lower():sample.action for sample in data.release.samples} # '407C' on the command line is '407c' in FineDiving
+    spelt = {sample.action.lower():sample.action
+             for sample in data.release.samples} # '407C' on the command line is '407c' in FineDiving
     me = Sample(clip.name, 'test', spelt.get(clip.action.lower(), clip.action), 0., clip.difficulty)
     candidates = find_candidates((*data.release.samples, me), data.splits['train'], rule)
     exemplar_ids = pick_exemplars(candidates.candidates[-1], m, data.cfg.seed, 5, len(data.release.samples))

@@ -18,7 +18,7 @@ from ..data.clips import resize_crop,to_clips
 from .gradcam import heat
 from ..metrics import bootstrap_ci
 from ..models.i3d import I3D,same_pad
-from ..report.figures import _ORANGE,_data_words
+from ..report.figures import ORANGE,data_words
 
 # %% ../../nbs/inspect/02_heat.ipynb #f9112c11
 def on_frames(
@@ -167,7 +167,7 @@ def _look(ax, frame, warm=None, top=1., box=None):
     "One frame; grey under `warm` (H,W) where there is heat; with a `box`"
     ax.imshow(frame if warm is None else np.asarray(frame, float).mean(-1), cmap='gray', vmin=0, vmax=255)
     if warm is not None: ax.imshow(warm:=np.asarray(warm), cmap='inferno', vmin=0, vmax=top, alpha=np.clip(warm/top, 0, 1)**.5*.8)
-    if box is not None: ax.add_patch(plt.Rectangle(box[:2], *(box[2:]-box[:2]), fill=False, ec=_ORANGE, lw=1.3))
+    if box is not None: ax.add_patch(plt.Rectangle(box[:2], *(box[2:]-box[:2]), fill=False, ec=ORANGE, lw=1.3))
     ax.set(xticks=[], yticks=[], facecolor='.9', xlim=(0, np.shape(frame)[1]), ylim=(np.shape(frame)[0], 0))
 
 # %% ../../nbs/inspect/02_heat.ipynb #0b4b80a6
@@ -187,7 +187,7 @@ def plot_heat(
     width:float=7.4, # Of the figure, inches
 ):
     "Frames with boxes, heat of the scene, crops, heat of the actor (Fig. 10); returns the figure"
-    said,frames,squares = _data_words(data, note),np.asarray(frames),square_box(boxes, pad)
+    title,frames,squares = data_words(data, note),np.asarray(frames),square_box(boxes, pad)
     names = ['actor box','heat, scene','actor','heat, actor'][:4 if 'actor' in maps else 2]
     h,w = frames.shape[1:3]
     high = ([h/w]*2+[1]*2)[:len(names)]
@@ -201,7 +201,7 @@ def plot_heat(
             if stream == 'actor': ax.set(xlim=squares[t,[0,2]], ylim=squares[t,[3,1]])
         col[0].set_title(f'frame {t}', fontsize='small')
     for ax,name in zip(axs[:,0], names): ax.set_ylabel(name, fontsize='small')
-    fig.suptitle(f'Heat of the score, {said}', fontsize='medium')
+    fig.suptitle(f'Heat of the score, {title}', fontsize='medium')
     return fig
 
 # %% ../../nbs/inspect/02_heat.ipynb #62daa2f3
@@ -229,7 +229,7 @@ def plot_failures(
     width:float=7.4, # Of the figure, inches
 ):
     "One row per failure: box and heat over time, with scores and the reason (Fig. 12); returns the figure"
-    said = _data_words(data, note)
+    title = data_words(data, note)
     if gone:=[item for item in picks.uid if item not in videos]:
         raise ValueError(f"need frames, heat and boxes of every pick, got none of {', '.join(gone)}; make them with video_heat")
     h,w = np.shape(videos[picks.uid[0]][0])[1:3]
@@ -240,8 +240,8 @@ def plot_failures(
         for ax,t in zip(row, ((np.arange(n)+.5)*len(frames)/n).astype(int)):
             _look(ax, np.asarray(frames[t]), maps[t], _top(maps), boxes[t])
         share = 'no heat' if np.isnan(entry.in_box) else f'{entry.in_box:.0%} of the heat in the box'
-        said_of = f'{entry.uid}: {entry.why}; true {entry.true:.1f}, predicted {entry.pred:.1f}, {share}'
+        label = f'{entry.uid}: {entry.why}; true {entry.true:.1f}, predicted {entry.pred:.1f}, {share}'
         row[0].set_title(' ', fontsize='small') # keeps the room
-        row[0].text(0, 1.05, said_of, fontsize='small', transform=row[0].transAxes).set_in_layout(False)
-    fig.suptitle(f'Failures by rule, {said}', fontsize='medium')
+        row[0].text(0, 1.05, label, fontsize='small', transform=row[0].transAxes).set_in_layout(False)
+    fig.suptitle(f'Failures by rule, {title}', fontsize='medium')
     return fig

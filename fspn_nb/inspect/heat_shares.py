@@ -13,10 +13,10 @@ from .actor_study import LABELS,Study
 from .attention import HeatResults,shown_frames
 from .heat import pick_failures,plot_failures,plot_heat,share_summary
 from ..metrics import bootstrap_ci
-from ..report.figures import _BLUE,_RED,_data_words
+from ..report.figures import BLUE,RED,data_words
 from ..report.run_report import run_note
 
-# %% ../../nbs/inspect/05_heat_shares.ipynb #1e10ae34
+# %% ../../nbs/inspect/05_heat_shares.ipynb #fe383795
 def _mean_gap(a, b):
     "Mean of `a` minus `b` over dives that have both, with its interval"
     both = a.notna() & b.notna()
@@ -24,6 +24,7 @@ def _mean_gap(a, b):
     f = lambda x, y: float(np.mean(np.subtract(x, y)))
     return f(a[both], b[both]), *bootstrap_ci(f, a[both], b[both])
 
+# %% ../../nbs/inspect/05_heat_shares.ipynb #1e10ae34
 def _read(g):
     "`g` without the columns of a stream that the network does not read"
     return g.drop(columns=[c for s in ('scene','actor') if g[s+'_floor'].isna().all() for c in (s, s+'_floor', s+'_best')])
@@ -83,13 +84,13 @@ def plot_shares(
     note:str='', # What else the title must say
 ):
     "Shares of heat in the box between floor and best; returns the figure"
-    title,t = _data_words(data, note),shares.sort_values('stream', ascending=False, kind='stable').reset_index(drop=True)
+    title,t = data_words(data, note),shares.sort_values('stream', ascending=False, kind='stable').reset_index(drop=True)
     fig,ax = plt.subplots(figsize=(7,.9+.36*len(t)), layout='constrained')
     for i,r in t.iterrows():
         ax.plot([100*r.floor,100*r.best], [i,i], color='.8', lw=7, solid_capstyle='butt', zorder=1)
         lo,hi = (100*(r.share-r.floor-r[k]) for k in ('gain_lo','gain_hi'))
         ax.errorbar(100*r.share, i, xerr=np.abs([[lo],[hi]]), fmt='o',
-                    color='.4' if 'shuffled' in r.run else _BLUE if r.stream == 'scene' else _RED, capsize=3)
+                    color='.4' if 'shuffled' in r.run else BLUE if r.stream == 'scene' else RED, capsize=3)
     ax.set(yticks=range(len(t)), yticklabels=t.stream+': '+t.run, xlabel="share of the heat inside the actor's box (%)",
            xlim=(0, None), ylim=(len(t)-.4,-.6))
     ax.set_title(f'Where the score comes from (grey: chance to best possible), {title}', fontsize='small')
@@ -106,11 +107,12 @@ def typical_dive(
                          f'or train longer')
     return t.assign(gain=t.scene-t.scene_floor).sort_values(['gain','uid']).uid.iloc[(len(t)-1)//2]
 
-# %% ../../nbs/inspect/05_heat_shares.ipynb #27fc2d57
+# %% ../../nbs/inspect/05_heat_shares.ipynb #b2448397
 def _even(n, T):
     "`n` of `T` frames, evenly spaced"
     return ((np.arange(n)+.5)*T/n).astype(int)
 
+# %% ../../nbs/inspect/05_heat_shares.ipynb #27fc2d57
 def draw_typical(
     study:Study, # After `train_all`
     results:HeatResults, # From `collect_heat`

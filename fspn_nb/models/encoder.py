@@ -28,7 +28,8 @@ class SubActionEncoder(nn.Module):
         self.per_step,self.frames = cfg.tokens_per_step,cfg.token_mode == 'frames'
         self.adapter = Adapter(dim) if cfg.adapter and cfg.use_iap else nn.Identity() # D-21
         self.iap = IAP(cfg.clips, cfg.frames, cfg.sub_actions, dim, cfg.order_prior) if cfg.use_iap else None
-        self.project = nn.Sequential(nn.LayerNorm(dim, elementwise_affine=False), nn.Linear(dim, width)) if not cfg.use_iap else None
+        self.project = nn.Sequential(nn.LayerNorm(dim, elementwise_affine=False),
+                                     nn.Linear(dim, width)) if not cfg.use_iap else None
         num_tokens = cfg.clips if not cfg.use_iap else cfg.frames if self.frames else cfg.sub_actions*self.per_step
         self.width = width+cfg.sub_actions*(cfg.use_iap and self.frames)
         self.pos_embed = nn.Parameter(.02*torch.randn(num_tokens, self.width)) # D-38

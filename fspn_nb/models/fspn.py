@@ -84,7 +84,8 @@ class ScoreRegressor(nn.Module):
                              'build the model with ScoreBins.fit_pairs(labels, groups) or load weights')
         if not self.paired: return self.head(query)
         if exemplar is None or exemplar_label is None:
-            raise ValueError("pairing='exemplar' needs the exemplar's feature and label, got None; pass both or use pairing='absolute'")
+            raise ValueError("pairing='exemplar' needs the exemplar's feature and label, got None; pass both or use "
+                             "pairing='absolute'")
         return self.head(concat_pair(*broadcast_pairs(query, exemplar, (exemplar_label-self.bins.mean)/self.bins.std)))
 
     def decode(self,

@@ -53,7 +53,8 @@ def sorted_labels(
     "Labels that intervals can be made of"
     y = np.sort(np.asarray(labels, float))
     if len(y) < 2 or y[0] == y[-1]:
-        raise ValueError(f'need at least two different training labels to build intervals, got {len(y)} labels from {y[:1]} to {y[-1:]}')
+        raise ValueError(f'need at least two different training labels to build intervals, got {len(y)} labels from '
+                         f'{y[:1]} to {y[-1:]}')
     return y
 
 # %% ../../nbs/models/08_heads.ipynb #503f1b2b

@@ -67,7 +67,7 @@ LAYOUTS = { # layout: (name in reports, convolution, normalisation, logits)
     'piergiaj': ('piergiaj', 'conv3d', 'bn', 'logits.conv3d'),
     'fspn_nb': ('fspn_nb', 'conv', 'bn', 'Logits')}
 
-# %% ../../nbs/models/01_weights.ipynb #a4fb2935
+# %% ../../nbs/models/01_weights.ipynb #693f0315
 def map_key(
     key:str, # One of ours, e.g. 'Mixed_3b.b1a.conv.weight'
     layout:str, # A key of `LAYOUTS`
@@ -80,6 +80,7 @@ def map_key(
     names = [*unit, {'conv':conv, 'bn':norm, 'Logits':head}[part]]
     return _flax_key(names, part, leaf) if layout == 'flax' else '.'.join((*names, leaf))
 
+# %% ../../nbs/models/01_weights.ipynb #a4fb2935
 def _flax_key(names, part, leaf):
     if (part,leaf) == ('bn','weight'): return None
     group = 'batch_stats' if leaf.startswith('running_') else 'params'
@@ -117,5 +118,6 @@ def match_weights(
     table = {key:map_key(key, layout) for key in expected}
     problems = [f'{len(names)} {what}: {", ".join(sorted(names)[:4])}' for what,names in _problems(expected, state, table) if names]
     if problems:
-        raise ValueError(f'{name} ({layout} layout) does not fit this I3D: {"; ".join(problems)}; use the whole backbone, and nothing else')
+        raise ValueError(f'{name} ({layout} layout) does not fit this I3D: {"; ".join(problems)}; use the whole '
+                         f'backbone, and nothing else')
     return layout,{ours:torch.ones_like(expected[ours]) if theirs is None else state[theirs] for ours,theirs in table.items()}

@@ -30,7 +30,8 @@ def encode_frames(
         return features(x).mean(2 if maps else (2,3,4))
     if not micro_batch: return torch.cat([_encode(part) for part in clips.split(chunk or len(clips))])
     parts = clips.split(micro_batch)
-    return torch.cat([checkpoint(_encode, part, use_reentrant=False) if torch.is_grad_enabled() else _encode(part) for part in parts])
+    return torch.cat([checkpoint(_encode, part, use_reentrant=False) if torch.is_grad_enabled() else _encode(part)
+                      for part in parts])
 
 # %% ../../nbs/models/11_with_backbone.ipynb #6e0842a3
 def encode_videos(
@@ -119,7 +120,8 @@ class WithBackbone(nn.Module):
         batch:Batch, # Frames or features
     )->Batch: # Features
         "`batch` and its exemplars as clip features"
-        if hasattr(self.head, 'extract_features'): return self.head.extract_features(self.backbone, batch) # works inside the backbone
+        if hasattr(self.head, 'extract_features'):
+            return self.head.extract_features(self.backbone, batch) # works inside the backbone
         backbone = self.backbone if self.compiled is None else SimpleNamespace(features=self.compiled)
         return extract_features(backbone, batch, **self.options)
 

@@ -101,5 +101,6 @@ class I3DClipMLP(OneDive):
     )->Tensor: # (B,K*64)
         "Reduced clips, concatenated in order"
         if scene.shape[1] != self.cfg.clips:
-            raise ValueError(f'need {self.cfg.clips} clips (model.clips), got {scene.shape[1]}; set model.clips to the number of clip.starts')
+            raise ValueError(f'need {self.cfg.clips} clips (model.clips), got {scene.shape[1]}; set model.clips to the '
+                             f'number of clip.starts')
         return self.small(scene).flatten(1)

@@ -41,7 +41,8 @@ class GraphConv(nn.Module):
         super().__init__()
         if num_groups < 1 or dim%num_groups or width%num_groups:
             raise ValueError(f'num_groups must divide the widths {dim} and {width}, got {num_groups}; take 1, 2, 4 or 8')
-        if adjacency not in ('both','past','none'): raise ValueError(f"adjacency must be 'both', 'past' or 'none', got {adjacency!r}")
+        if adjacency not in ('both','past','none'):
+            raise ValueError(f"adjacency must be 'both', 'past' or 'none', got {adjacency!r}")
         self.span,self.adjacency = span,adjacency
         if adjacency != 'none': self.log_sharpness = nn.Parameter(torch.tensor(5.).log()) # the sharpness stays positive
         self.conv,self.norm = nn.Conv1d(dim, width, span, groups=num_groups),nn.LayerNorm(width)
@@ -50,7 +51,8 @@ class GraphConv(nn.Module):
         nodes:Tensor, # (B,N,dim)
     )->Tensor: # (B,N-span+1,width)
         if nodes.shape[1] < self.span:
-            raise ValueError(f'need at least {self.span} clips to make a scene, got {nodes.shape[1]}; cut the video into more clips')
+            raise ValueError(f'need at least {self.span} clips to make a scene, got {nodes.shape[1]}; cut the video '
+                             f'into more clips')
         if self.adjacency != 'none':
             edges = neighbour_edges(nodes, self.log_sharpness.exp(), self.adjacency == 'both')
             nodes = edges.to(nodes.dtype)@nodes

@@ -90,6 +90,7 @@ def check_transitions(
     wrong = [batch.uid[i] if batch.uid else f'number {i}'
              for i,(first,last) in enumerate(transitions.tolist()) if not 0 < first < last < frames]
     if wrong:
-        raise ValueError(f'TSA needs transitions with 0 < first < last < {frames}, got others in these dives: {", ".join(wrong[:5])}; '
+        raise ValueError(f'TSA needs transitions with 0 < first < last < {frames}, got others in these dives: '
+                         f'{", ".join(wrong[:5])}; '
                          'mend the annotation or leave them out')
     return transitions.long()

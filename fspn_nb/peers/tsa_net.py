@@ -20,12 +20,13 @@ from ..models.i3d import normalize_clip
 from .i3d_mlp import I3DMLP
 from .usdl import USDL
 
-# %% ../../nbs/peers/09_tsa_net.ipynb #fdc4efc4
+# %% ../../nbs/peers/09_tsa_net.ipynb #c12288f0
 def _overlap(low, high, n):
     "Which of `n` equal intervals of [0, 1] overlap with (low, high), (...,n)"
     start = torch.arange(n, device=low.device)/n
     return (low < start+1/n) & (high > start) & (high > low)
 
+# %% ../../nbs/peers/09_tsa_net.ipynb #fdc4efc4
 def tube_cells(
     boxes:Tensor, # (N,L,4) corners of each frame, shares of the square; no area: not in the picture
     shape:tuple[int,int,int], # T', h, w of the map
@@ -38,13 +39,14 @@ def tube_cells(
     per = -(-length//layers) # frames in a layer
     return F.pad(cells, (0,0,0,0,0,per*layers-length)).unflatten(1, (layers,per)).any(2)
 
-# %% ../../nbs/peers/09_tsa_net.ipynb #30fcd911
+# %% ../../nbs/peers/09_tsa_net.ipynb #4c7a6039
 def _pad_tubes(tube, sizes):
     "The cells (M,C) of all clips as (N',n,C), padded to the longest, and (N',n), False where padded"
     cells = pad_sequence(tube.split(sizes), batch_first=True)
     valid = torch.arange(max(sizes), device=tube.device) < torch.tensor(sizes, device=tube.device)[:, None]
     return cells,valid
 
+# %% ../../nbs/peers/09_tsa_net.ipynb #30fcd911
 def _batch_norm(norm, y):
     "Over the M cells of all tubes; a single cell has no variance, so it uses the running statistics"
     return norm(y) if len(y) > 1 else F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
@@ -74,7 +76,8 @@ class TubeAttention(nn.Module):
     )->Tensor: # The shape of `x`
         shape = len(x),*x.shape[2:]
         if inside.shape != shape:
-            raise ValueError(f'need a tube of shape {shape} for a map of {tuple(x.shape)}, got {tuple(inside.shape)}; see tube_cells')
+            raise ValueError(f'need a tube of shape {shape} for a map of {tuple(x.shape)}, got {tuple(inside.shape)}; '
+                             f'see tube_cells')
         sizes = [n for n in inside.flatten(1).sum(1).tolist() if n]
         if not sizes: return x # no actor in any clip
         tube = x.movedim(1, -1)[inside] # all tubes, one after the other: (M,C)

@@ -96,11 +96,12 @@ def panel_sum(
     "Sum of the middle three of seven marks"
     return marks.sort(-1).values[..., 2:5].sum(-1)
 
-# %% ../../nbs/peers/03_usdl.ipynb #1b2b4761
+# %% ../../nbs/peers/03_usdl.ipynb #e6512773
 def _dive_names(batch, mask):
     "Names of the first five dives where `mask` (B,) is true"
     return ', '.join(batch.uid[i] if batch.uid else f'number {i}' for i in mask.nonzero()[:5, 0].tolist())
 
+# %% ../../nbs/peers/03_usdl.ipynb #1b2b4761
 def check_marks(
     batch:Batch, # Dives
 )->Tensor: # True where a mark is known, (B,7)

@@ -32,7 +32,8 @@ def picture_sections(
         data,path = (source/f'{name}.png').read_bytes(),target/f'{name}.png'
         if not path.is_file() or path.read_bytes() != data: write_atomic(path, data)
     text = '\n\n'.join(f'![{name}](figures/{name}.png)\n\n*{words}*' for name,words in there.items())
-    return [ReportSection('', 'Figs. 10 and 12: heat maps', text, command='papermill nbs/actor_and_heat.ipynb out.ipynb')] if there else []
+    return [ReportSection('', 'Figs. 10 and 12: heat maps', text,
+                          command='papermill nbs/actor_and_heat.ipynb out.ipynb')] if there else []
 
 # %% ../../nbs/report/10_build.ipynb #8e6cd7ba
 _EVERY_ROW = 'Every row with its interval; filled: differs from the full FSPN (Holm p < .05).'
@@ -121,5 +122,6 @@ def publish_report(
     published = reports/'published'
     known = [unpack_runs(published)] if (published/'runs.csv').is_file() else []
     files = pack_runs([*known, *roots], published) if len(roots) else []
-    built,sections = build_report(unpack_runs(published), out or reports, run_links(published), pictures or reports/'figures', **options)
+    built,sections = build_report(unpack_runs(published), out or reports, run_links(published),
+                                  pictures or reports/'figures', **options)
     return [*files, *built],sections

@@ -63,7 +63,8 @@ def _voted(df, cfg, miss):
 def _facts(cfg):
     "What metrics.json says of a run beside its scores"
     return dict(
-        method=cfg.model.name, protocol=cfg.protocol, seed=cfg.seed, mode=cfg.train.backbone, data='real' if cfg.data_root else 'synthetic',
+        method=cfg.model.name, protocol=cfg.protocol, seed=cfg.seed, mode=cfg.train.backbone,
+        data='real' if cfg.data_root else 'synthetic',
         checkpoint_selection=cfg.eval.checkpoint_selection, weights='rgb_scratch', preset=cfg.preset,
         label=protocol_variant(cfg.dataset, cfg.protocol).label, epochs=cfg.train.epochs, exemplars=cfg.eval.num_exemplars)
 

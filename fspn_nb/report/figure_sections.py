@@ -178,7 +178,8 @@ def epochs_section(
     cells = index.cells[(index.cells.protocol == 'w_dn') & (index.cells.run != '')].drop_duplicates('run')
     cells = _with_file(cells, index.root, 'watched.csv').sort_values(['experiment','seed'])
     if not len(cells): return ReportSection('', title, 'No finished run that was watched.', command=command)
-    read = lambda row: pd.read_csv(index.root/row.run/'watched.csv', dtype=dict(uid=str)).assign(method=row.experiment, seed=row.seed)
+    read = lambda row: pd.read_csv(index.root/row.run/'watched.csv', dtype=dict(uid=str)).assign(method=row.experiment,
+        seed=row.seed)
     parts = [read(row) for row in cells.itertuples()]
     runs = cells.rename(columns=dict(experiment='method', run='runs'))[['method','seed','runs']]
     table = epoch_selection(pd.concat(parts)).merge(runs, on=['method','seed'])
@@ -201,7 +202,8 @@ def _parse_means(index, cells, each):
     means['runs'] = [' '.join(runs.get(label, [])) for label in means.label]
     known = [label in runs and tiou == tiou for label,tiou in zip(means.label, means.tiou)]
     nothing = (np.nan,np.nan)
-    means[['tiou_lo','tiou_hi']] = [_overlap_interval(index, runs[label]) if ok else nothing for label,ok in zip(means.label, known)]
+    means[['tiou_lo','tiou_hi']] = [_overlap_interval(index, runs[label]) if ok else nothing
+                                    for label,ok in zip(means.label, known)]
     return means
 
 # %% ../../nbs/report/09_figure_sections.ipynb #0e86a758

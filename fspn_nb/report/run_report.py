@@ -62,7 +62,8 @@ def baselines_of(
 def _read_curves(session):
     "Logs of all runs, with the loss relative to the first epoch and the epochs as a share"
     logs = [pd.read_csv(result.run/'log.csv').assign(run=result.run.name.rsplit('-', 1)[0]) for result in session.done]
-    return pd.concat([log.assign(loss=log.total/log.total.iloc[0], passed=log.epoch/log.epoch.max()) for log in logs], ignore_index=True)
+    return pd.concat([log.assign(loss=log.total/log.total.iloc[0], passed=log.epoch/log.epoch.max()) for log in logs],
+                     ignore_index=True)
 
 # %% ../../nbs/report/06_run_report.ipynb #e828c3a2
 def plot_curves(

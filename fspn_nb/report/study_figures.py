@@ -12,7 +12,7 @@ import pandas as pd
 from ..analysis.compare import SCORES
 from ..analysis.parse_quality import MEAN_TRANSITIONS,valid_transitions
 from ..metrics import temporal_iou
-from .figures import _BLUE,_GREY,_RED,_data_words
+from .figures import BLUE,_GREY,RED,data_words
 
 # %% ../../nbs/report/03_study_figures.ipynb #38ce58b4
 _METRICS = dict(rho="Spearman's rho", r_l2_x100='relative L2 x100')
@@ -28,12 +28,12 @@ def _points(ax, x, df, metric, line=False):
     has = df[metric].notna().to_numpy()
     x,d = np.asarray(x, float),df[has]
     if has.any():
-        ax.errorbar(x[has], d[metric], _bars(d, metric), fmt='o-' if line else 'o', color=_BLUE, ms=5, capsize=3, lw=1.2,
+        ax.errorbar(x[has], d[metric], _bars(d, metric), fmt='o-' if line else 'o', color=BLUE, ms=5, capsize=3, lw=1.2,
                     label='ours, mean over seeds, 95 % interval')
-        ax.errorbar(x[has], d[metric], d[f'{metric}_sd'].fillna(0), fmt='none', ecolor=_BLUE, elinewidth=5, alpha=.3,
+        ax.errorbar(x[has], d[metric], d[f'{metric}_sd'].fillna(0), fmt='none', ecolor=BLUE, elinewidth=5, alpha=.3,
                     label='standard deviation over seeds')
     if f'{metric}_paper' in df and df[f'{metric}_paper'].notna().any():
-        ax.plot(x, df[f'{metric}_paper'], 'o', mfc='none', mec=_RED, mew=1.5, ms=9, label='paper')
+        ax.plot(x, df[f'{metric}_paper'], 'o', mfc='none', mec=RED, mew=1.5, ms=9, label='paper')
 
 # %% ../../nbs/report/03_study_figures.ipynb #6b9fabe7
 def _sweep(title, xlabel, x, points, line=False, ncols=3):
@@ -55,7 +55,7 @@ def plot_channels(
 ):
     "Both metrics for each width of the channels; returns the figure"
     places = range(len(points))
-    fig,panels = _sweep(f'Channels of the stages, {_data_words(data, note)}', 'channels of each stage', places, points)
+    fig,panels = _sweep(f'Channels of the stages, {data_words(data, note)}', 'channels of each stage', places, points)
     for ax in panels.values():
         ax.set_xticks(places, [label.replace('-', '\n') for label in points.label], fontsize='small')
         ax.set_xlim(-.5, len(points)-.5)
@@ -68,7 +68,7 @@ def plot_votes(
     note:str='', # What else the title must say
 ):
     "Both metrics for each number of exemplars; returns the figure"
-    title = f'Exemplars per test video, {_data_words(data, note)}'
+    title = f'Exemplars per test video, {data_words(data, note)}'
     fig,panels = _sweep(title, 'exemplars per video, M', points.exemplars, points, line=True, ncols=2)
     for metric,ax in panels.items():
         best = points.loc[points.rho.idxmax() if metric == 'rho' else points.r_l2_x100.idxmin()]
@@ -80,14 +80,16 @@ def plot_votes(
 # %% ../../nbs/report/03_study_figures.ipynb #2726e660
 def _ablation_panel(ax, df, metric, level):
     "Dots of one metric with intervals, spread over seeds and the paper's values, a row each"
-    for differs,fill in ((True, _BLUE), (False, 'white')):
+    for differs,fill in ((True, BLUE), (False, 'white')):
         d = df[df[metric].notna() & ((df[f'{metric}_p_holm'] < level) == differs)]
         label = 'ours, differs from FSPN' if differs else 'ours'
-        if len(d): ax.errorbar(d[metric], d.index, xerr=_bars(d, metric), fmt='o', color=_BLUE, mfc=fill, ms=6, capsize=3, label=label)
-    ax.errorbar(df[metric].astype(float), df.index, xerr=df[f'{metric}_sd'].fillna(0), fmt='none', ecolor=_BLUE, elinewidth=5, alpha=.3,
+        if len(d):
+            ax.errorbar(d[metric], d.index, xerr=_bars(d, metric), fmt='o', color=BLUE, mfc=fill, ms=6, capsize=3, label=label)
+    ax.errorbar(df[metric].astype(float), df.index, xerr=df[f'{metric}_sd'].fillna(0), fmt='none', ecolor=BLUE,
+                elinewidth=5, alpha=.3,
                 label='standard deviation over seeds')
     if df[f'{metric}_paper'].notna().any():
-        ax.plot(df[f'{metric}_paper'], df.index, 'o', mfc='none', mec=_RED, mew=1.5, ms=10, label='paper')
+        ax.plot(df[f'{metric}_paper'], df.index, 'o', mfc='none', mec=RED, mew=1.5, ms=10, label='paper')
     ax.set(xlabel=f'{_METRICS[metric]}, 95 % interval', ylim=(-.6, len(df)-.4))
     ax.grid(axis='x', alpha=.25)
 
@@ -110,14 +112,14 @@ def plot_ablation(
     axs[0].set_yticks(df.index, df.label)
     handles = {label: handle for ax in axs for handle,label in zip(*ax.get_legend_handles_labels())}
     fig.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=4, frameon=False, fontsize='small')
-    fig.suptitle(f'{_table_title(table.table[0])}, {_data_words(data, note)}', fontsize='medium')
+    fig.suptitle(f'{_table_title(table.table[0])}, {data_words(data, note)}', fontsize='medium')
     return fig
 
 # %% ../../nbs/report/03_study_figures.ipynb #c550097a
 def _cut_panel(ax, pred, true, constant, name):
     "Predicted against true frame of one cut"
-    ax.plot(true, pred, 'o', color=_BLUE, ms=4, alpha=.5, mew=0)
-    ax.axline((0, 0), slope=1, color=_RED, lw=1.2)
+    ax.plot(true, pred, 'o', color=BLUE, ms=4, alpha=.5, mew=0)
+    ax.axline((0, 0), slope=1, color=RED, lw=1.2)
     ax.axhline(constant, color=_GREY, ls=':', lw=1.5)
     ax.set(xlim=(0, 96), ylim=(0, 96), aspect='equal', xticks=range(0, 97, 24), yticks=range(0, 97, 24))
     ax.set(xlabel=f'true {name} cut (frame)', title=f'off by {np.abs(pred-true).mean():.1f} frames')
@@ -140,13 +142,13 @@ def plot_cuts(
     constant:tuple[float,float]=MEAN_TRANSITIONS, # The pair of cuts to compare with
 ):
     "Predicted against true cuts, and the overlap of each dive beside that of a constant; returns the figure"
-    words = _data_words(data)
+    words = data_words(data)
     pred,true,left_out = valid_transitions(steps)
     fig,axs = plt.subplots(1, 3, figsize=(8,2.9), layout='constrained')
     for i,cut in enumerate(('first','last')): _cut_panel(axs[i], pred[:,i], true[:,i], constant[i], cut)
     axs[0].set(ylabel='predicted (frame)')
     always = np.broadcast_to(constant, true.shape)
-    _overlap_panel(axs[2], true, [(pred, _BLUE, '-', name), (always, _GREY, '--', f'constant {tuple(constant)}')])
+    _overlap_panel(axs[2], true, [(pred, BLUE, '-', name), (always, _GREY, '--', f'constant {tuple(constant)}')])
     excluded = f', {left_out} left out (no true cuts in order)' if left_out else ''
     fig.suptitle(f'{words}, {len(true)} test dives{excluded}', fontsize='medium', x=.02, ha='left')
     return fig
@@ -163,14 +165,14 @@ def plot_tiou(
     data:str, # 'real' | 'synthetic', for the title
 ):
     "Mean overlap of each variant, seed by seed, between the baselines; returns the figure"
-    words = _data_words(data)
+    words = data_words(data)
     runs,baselines = table[table.seed.notna()],table[table.seed.isna()]
     labels = list(dict.fromkeys(runs.label))[::-1]
     fig,ax = plt.subplots(figsize=(6.4, 1.3+.26*len(labels)), layout='constrained')
     for y,label in enumerate(labels):
         x = runs.tiou[runs.label == label].dropna()
         if len(x):
-            ax.plot(x, np.full(len(x), y), 'o', color=_BLUE, ms=5, alpha=.6, mew=0)
+            ax.plot(x, np.full(len(x), y), 'o', color=BLUE, ms=5, alpha=.6, mew=0)
             ax.plot(x.mean(), y, '|', color='k', ms=13, mew=2)
         else: ax.text(.02, y, 'one cut: no middle step', fontsize='x-small', va='center', color=_GREY)
     _baseline_lines(ax, baselines)

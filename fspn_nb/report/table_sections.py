@@ -83,7 +83,8 @@ def ablation_section(
     table = ablation_table(name, index.cells, index.scorer)
     if name == 'VIII' and index.sizes: table = with_sizes(table, _sizes(tuple(table.experiment), 'finediving'))
     caption = provenance_line(index.select(' '.join(table.runs).split()), f'{HOW} {PAIRED}')+(' '+COSTS if name == 'VIII' else '')
-    return ReportSection(key_of(name), TITLES[name], caption, table, readable_ablation(table), order_lines(table), [], _GRID.format(name))
+    return ReportSection(key_of(name), TITLES[name], caption, table, readable_ablation(table), order_lines(table), [],
+                         _GRID.format(name))
 
 # %% ../../nbs/report/08_table_sections.ipynb #b2bf7b64
 _NOTEBOOK = dict(finediving=_GRID.format('IX'), mtl_aqa='papermill nbs/run_mtl_aqa.ipynb out.ipynb -p methods {}',
@@ -158,7 +159,8 @@ def rank_lines(
     for protocol,g in table.groupby('protocol', sort=False):
         low,sure = g.rho_gain < 0,g.rho_p_holm < .05
         above = g[~low].sort_values('rho_gain', ascending=False)
-        ahead = [f'{names.get(row.method, row.method)} ({row.rho_gain:+.4f}, Holm p {_is(row.rho_p_holm)})' for row in above.itertuples()]
+        ahead = [f'{names.get(row.method, row.method)} ({row.rho_gain:+.4f}, Holm p {_is(row.rho_p_holm)})'
+                 for row in above.itertuples()]
         lines.append(f"{titles[protocol]}: above FSPN in rho: {', '.join(ahead) or 'none'}. "
                      f"FSPN is above {int(low.sum())} of {len(g)} methods, "
                      f"above {int((low & sure).sum())} of them beyond chance (Holm p < .05).")
@@ -182,7 +184,8 @@ def _methods_table(index, dataset, runs):
 # %% ../../nbs/report/08_table_sections.ipynb #6f82b0e6
 def _block_section(index, dataset, runs):
     "Tables IX and XI: methods in rows, protocols in blocks"
-    table,titles = _methods_table(index, dataset, runs),{name: variant.title for name,variant in PROTOCOLS[dataset].variants.items()}
+    table,titles = _methods_table(index, dataset,
+                                  runs),{name: variant.title for name,variant in PROTOCOLS[dataset].variants.items()}
     beside = beside_fspn(index, runs)
     table = table.merge(beside, 'left', ['protocol','method'])
     shown = readable(table)
@@ -199,7 +202,8 @@ def _class_section(index, runs):
     "Table X: methods in rows, classes in columns"
     table,titles = _methods_table(index, 'aqa7', runs),{name: variant.title for name,variant in PROTOCOLS['aqa7'].variants.items()}
     caption = provenance_line(runs)+_family_line(runs)+' The interval of an average draws videos within each class (percentile).'
-    section = ReportSection(key_of('X'), TITLES['X'], caption, table, wide(table).replace('-', ''), [*_lead_lines(index, runs, titles)],
+    section = ReportSection(key_of('X'), TITLES['X'], caption, table, wide(table).replace('-', ''),
+                            [*_lead_lines(index, runs, titles)],
                             [], _NOTEBOOK['aqa7'].format('i3d_mlp,fspn'))
     means = table[(table.protocol == 'average') & table.rho.notna()]
     averages = [f"{row.label.removesuffix(' (Ours)')} {_cell(row, 'rho', 4)}" for _,row in means.iterrows()]

@@ -9,7 +9,7 @@ __all__ = ['caption', 'method_titles', 'block_titles', 'ours_vs_paper', 'readabl
 # %% ../../nbs/report/01_tables.ipynb #61f16aba
 import pandas as pd
 from pathlib import Path
-from ..analysis.runs import _ALIKE,_PAIRS,average_seeds,read_predictions
+from ..analysis.runs import SAME_RUN,SCORE_PAIRS,average_seeds,read_predictions
 from ..core import write_atomic
 from ..methods import METHODS
 from ..paper import paper_table
@@ -68,7 +68,7 @@ def _beside(ours, paper, blocks):
 def _baseline_rows(baselines):
     "`baselines` in the columns of `average_seeds`"
     for row in baselines.to_dict('records'):
-        scores = {f'{name}{end}': k*row[f'{source}{end}'] for name,source,k in _PAIRS for end in ('','_lo','_hi')}
+        scores = {f'{name}{end}': k*row[f'{source}{end}'] for name,source,k in SCORE_PAIRS for end in ('','_lo','_hi')}
         yield dict(protocol=row['protocol'], method='no video: '+row['baseline'], n=row['n'], **scores)
 
 # %% ../../nbs/report/01_tables.ipynb #123cdb9f
@@ -84,8 +84,8 @@ def ours_vs_paper(
     if baselines is not None and len(baselines):
         ours = pd.DataFrame([*ours.to_dict('records'), *_baseline_rows(baselines)], columns=ours.columns)
     df = _beside(ours, paper, blocks).astype({'n': 'Int64'}).assign(block=lambda df: df.protocol.map(blocks))
-    for score,_,_ in _PAIRS: df[f'{score}_diff'] = df[score]-df[f'{score}_paper']
-    scores = [f'{score}{end}' for score,_,_ in _PAIRS for end in ('','_lo','_hi','_sd','_paper','_diff')]
+    for score,_,_ in SCORE_PAIRS: df[f'{score}_diff'] = df[score]-df[f'{score}_paper']
+    scores = [f'{score}{end}' for score,_,_ in SCORE_PAIRS for end in ('','_lo','_hi','_sd','_paper','_diff')]
     first = ['protocol','block','method','label',*scores,'seeds']
     df = df[[*first,*(column for column in df if column not in first and column != 'note'),'note']]
     df.attrs |= dict(name=name, caption=caption(name, runs))
@@ -125,7 +125,7 @@ def predictions_by_method(
 )->dict[str,pd.DataFrame]: # Method's label -> its test rows, FSPN last
     "Test predictions of each method in `protocol`, lowest seed"
     sound = runs[(runs.problem == '') & (runs.protocol == protocol)]
-    first = sound.sort_values('seed').drop_duplicates([name for name in _ALIKE if name != 'n'])
+    first = sound.sort_values('seed').drop_duplicates([name for name in SAME_RUN if name != 'n'])
     first = first.assign(last=first.method == 'fspn', label=first.method.map(method_titles()).fillna(first.method))
     first = first.sort_values(['last','method','run'])
     twins = first.label.duplicated(keep=False)
@@ -138,7 +138,8 @@ def to_md(
     caption:str='', # Goes above the table
 )->str: # Ends with a newline
     "`df` as a Markdown table"
-    text = df.map(lambda value: '-' if pd.isna(value) else f'{value:.4g}' if isinstance(value, float) else str(value).replace('|', '\\|'))
+    text = df.map(lambda value: '-' if pd.isna(value) else f'{value:.4g}' if isinstance(value, float)
+                  else str(value).replace('|', '\\|'))
     return (f'{caption}\n\n' if caption else '')+text.to_markdown(index=False, disable_numparse=True)+'\n'
 
 # %% ../../nbs/report/01_tables.ipynb #e4a1e84d

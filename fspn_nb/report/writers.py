@@ -20,7 +20,8 @@ from .tables import _cell,to_md
 _KINDS = {'real': 'Real data', 'synthetic': '**Synthetic data, not comparable with the paper**', '': 'No finished run'}
 
 _MIXED = '**Real and synthetic data mixed; the synthetic rows are not comparable with the paper**'
-HOW = ('Ours: mean over seeds; in brackets the 95 % bootstrap interval of that mean (BCa, test videos drawn, the same ones for all seeds); '
+HOW = ('Ours: mean over seeds; in brackets the 95 % bootstrap interval of that mean (BCa, test videos drawn, the same '
+       'ones for all seeds); '
        'sd: standard deviation over seeds.')
 
 # %% ../../nbs/report/04_writers.ipynb #669d7cd8

@@ -49,11 +49,12 @@ def _before(length):
     "x at which `length` metres along the snow are left to the lip"
     return np.interp(_LENGTHS[-1]-length, _LENGTHS, _X)
 
-# %% ../../nbs/synthetic/09_big_air_motion.ipynb #720eec84
+# %% ../../nbs/synthetic/09_big_air_motion.ipynb #985d97ea
 def _before_lip(t, lift, speed):
     "x at frames `t`, at `speed` m/s to the lip at frame `lift`"
     return _before(speed*np.maximum(0, lift-t)/FPS)
 
+# %% ../../nbs/synthetic/09_big_air_motion.ipynb #720eec84
 def _normal(angle):
     "(n, 2) direction away from the snow"
     return np.stack([-np.sin(angle), np.cos(angle)], -1)
@@ -110,11 +111,12 @@ def _air_tilt(t, trick, lift, land, speed, bad, flight_poses):
     start,end = -np.degrees(_LIP),np.degrees(_SLOPE)+360*trick.flips
     return np.where(t < lift, ride, _turn(t, lift, land, start, end, flight_poses))-_lean(t, land, bad)
 
-# %% ../../nbs/synthetic/09_big_air_motion.ipynb #99c94b3e
+# %% ../../nbs/synthetic/09_big_air_motion.ipynb #2ac0bc9c
 def _air_twist(t, trick, lift, land, board):
     "(n,) twist at frames `t`; a snowboarder stands sideways"
     return 90.*board+_eased(t, np.array([lift+1, land-5]), np.array([0., 180.*trick.twists]))
 
+# %% ../../nbs/synthetic/09_big_air_motion.ipynb #99c94b3e
 def _grab_share(t, lift, land, missed):
     "(n,) how far the hand is on its way to the foot at frames `t`"
     return _eased(t, np.array([lift+6, lift+16, land-16, land-6]), np.array([0., 1., 1., 0.]))*(1-missed)

@@ -112,12 +112,13 @@ def _flight(drop, jump):
     "Seconds from take-off at `jump` m/s until `drop` metres below"
     return (jump+np.sqrt(jump**2+2*9.81*drop))/9.81
 
-# %% ../../nbs/synthetic/05_dive_motion.ipynb #e40c1f44
+# %% ../../nbs/synthetic/05_dive_motion.ipynb #54991e4a
 def _jump_speed(code, height, rng):
     "Upward speed at the take-off, m/s"
     if code.takeoff.startswith('Arm'): return rng.uniform(.9, 1.2)
     return rng.uniform(4., 4.6) if height == 3 else rng.uniform(2.7, 3.3)
 
+# %% ../../nbs/synthetic/05_dive_motion.ipynb #e40c1f44
 def _stand_height(t, time, m, joints):
     "(n,) height of the centre of mass above the board while the diver stands on it"
     above = -joints[:,:,1].min(1)

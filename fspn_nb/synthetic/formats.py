@@ -100,13 +100,19 @@ class Format:
     uid:Callable # job -> name of the sample
     shown:Callable=_every_frame # (job, video) -> which frame of the video each file of the sample shows
 
-# %% ../../nbs/synthetic/14_formats.ipynb #3405f7fa
+# %% ../../nbs/synthetic/14_formats.ipynb #e646168e
 def _dive(job, size, draw): return synth_dive(job.seed, size=size, draw=draw)
+
+# %% ../../nbs/synthetic/14_formats.ipynb #06dd8e68
 def _act(job, size, draw): return synth_act(job.seed, job.key[0], size, draw)
 
+# %% ../../nbs/synthetic/14_formats.ipynb #0f79cf00
 def _keys(jobs, split): return [job.key for job in jobs if job.split == split]
+
+# %% ../../nbs/synthetic/14_formats.ipynb #1e0f0a38
 def _finediving_frames(root, job, dive): return write_frames(root, job.key, job.at, dive.frames)
 
+# %% ../../nbs/synthetic/14_formats.ipynb #3405f7fa
 def _aqa7_frames(root, job, act): return write_act_frames(root, *job.key, act.frames)
 
 # %% ../../nbs/synthetic/14_formats.ipynb #7b302d34

@@ -14,12 +14,13 @@ from .dive_motion import Dive,make_dive
 from .sport_plans import Plan,_HEIGHT
 from .vault_motion import N
 
-# %% ../../nbs/synthetic/10_pair_motion.ipynb #d360769c
+# %% ../../nbs/synthetic/10_pair_motion.ipynb #7d50d3f3
 def _height_of(seed, name):
     "The height from which `make_dive` starts the dive `name` of `seed`, metres"
     rng = np.random.default_rng([seed, 20]) # as in `make_dive`
     return draw_timeline(rng, pick_action(rng, name)).height
 
+# %% ../../nbs/synthetic/10_pair_motion.ipynb #d360769c
 def _dive_seed(seed, name, height):
     "The first seed of this act's own whose dive `name` starts from `height` metres"
     return next(s for s in count(1000*seed) if _height_of(s, name) == height)

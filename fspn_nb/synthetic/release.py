@@ -58,11 +58,12 @@ def _draw(task):
     dataset,root,job,size = task
     return FORMATS[dataset].frames(root, job, FORMATS[dataset].make(job, size, True))
 
-# %% ../../nbs/synthetic/15_release.ipynb #efa81e1a
+# %% ../../nbs/synthetic/15_release.ipynb #8e63311c
 def _cores():
     "CPU cores that this process may use"
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
+# %% ../../nbs/synthetic/15_release.ipynb #efa81e1a
 def _workers(n, workers):
     "How many processes to use for `n` videos; 1: only this one"
     return max(1, min(_cores(), n//8) if workers is None else workers)

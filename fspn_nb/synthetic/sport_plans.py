@@ -102,12 +102,13 @@ def _severities(rng, sport, easy=False):
     if falls: out['landing'] = max(bad, out['landing'])
     return out
 
-# %% ../../nbs/synthetic/07_sport_plans.ipynb #29d54b66
+# %% ../../nbs/synthetic/07_sport_plans.ipynb #a1c7b8e1
 def _marks(rng, quality, n, noise, step, top):
     "`n` marks around `quality` in steps of `step`, 0..`top`"
     marks = np.clip(quality+rng.normal(0, noise, n), 0, top)
     return tuple(round(float(m), 2) for m in np.round(marks/step)*step)
 
+# %% ../../nbs/synthetic/07_sport_plans.ipynb #29d54b66
 def _middle(marks, cut=1):
     "`marks` without the `cut` highest and lowest"
     return sorted(marks)[cut:len(marks)-cut]
@@ -120,12 +121,13 @@ def _judge_pair(rng, difficulty, costs):
     kept = [m for p in panels for m in _middle(p)]
     return sum(panels, ()),round(.6*sum(kept)*difficulty, 2)
 
-# %% ../../nbs/synthetic/07_sport_plans.ipynb #e5d26072
+# %% ../../nbs/synthetic/07_sport_plans.ipynb #6475df10
 def _judge_vault(rng, difficulty, costs):
     "(five E marks, score) of a vault"
     marks = _marks(rng, 10-sum(costs.values())+costs['line'], 5, .08, .1, 10)
     return marks,round(difficulty+float(np.mean(_middle(marks)))-round(costs['line'], 1), 2)
 
+# %% ../../nbs/synthetic/07_sport_plans.ipynb #e5d26072
 def _judge_run(rng, difficulty, costs):
     "(five marks out of 50, score) of a run in the snow"
     marks = _marks(rng, difficulty-sum(costs.values()), 5, 1., 1., 50)

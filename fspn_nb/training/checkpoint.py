@@ -52,7 +52,8 @@ def save_ckpt(
 # %% ../../nbs/training/02_checkpoint.ipynb #48e11b86
 def _damaged(path, reason):
     "The error for a file that cannot be used"
-    return ValueError(f'{path}: need a checkpoint of this trainer, got a damaged or foreign file ({reason}); remove it to start afresh')
+    return ValueError(f'{path}: need a checkpoint of this trainer, got a damaged or foreign file ({reason}); remove it '
+                      f'to start afresh')
 
 # %% ../../nbs/training/02_checkpoint.ipynb #61ee255e
 def load_ckpt(
@@ -85,7 +86,8 @@ def newest_ckpt(
             errors.append(str(e))
             continue
         if errors or path != last:
-            print(f"{last.name} of {Path(run).name} is {'damaged' if errors else 'missing'}: going on from the checkpoint before it")
+            print(f"{last.name} of {Path(run).name} is {'damaged' if errors else 'missing'}: going on from the "
+                  f"checkpoint before it")
         return state
     if errors: raise ValueError(errors[0])
 
@@ -150,12 +152,13 @@ def sigterm_flag():
     try: yield received.is_set
     finally: signal.signal(signal.SIGTERM, previous)
 
-# %% ../../nbs/training/02_checkpoint.ipynb #d71ba754
+# %% ../../nbs/training/02_checkpoint.ipynb #da60bf12
 def rng_state()->dict: # 'cpu', and 'cuda' where there is one
     "State of PyTorch's random number generators"
     cuda = {'cuda': torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
     return {'cpu': torch.get_rng_state(), **cuda}
 
+# %% ../../nbs/training/02_checkpoint.ipynb #d71ba754
 def set_rng_state(
     state:dict, # Of `rng_state`
 )->None:

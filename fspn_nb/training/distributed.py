@@ -123,7 +123,8 @@ def init_distributed(
     nodes:int=1, # Machines
 )->DistributedContext:
     "Start or join the processes of a run; call it once, at the top of a program"
-    if processes < 1 or nodes < 1: raise ValueError(f'need at least one process and one machine, got processes={processes}, nodes={nodes}')
+    if processes < 1 or nodes < 1:
+        raise ValueError(f'need at least one process and one machine, got processes={processes}, nodes={nodes}')
     if processes*nodes == 1: return DistributedContext()
     if device == 'auto': device = 'cuda' if torch.cuda.is_available() else 'cpu'
     kind = 'cuda' if torch.device(device).type == 'cuda' else 'cpu'

@@ -48,7 +48,8 @@ def build_model(
     head = _make_head(data)
     if data.backbone is None: return head.to(data.device)
     if data.dist.world_size > 1 and hasattr(head, 'extract_features'):
-        raise ValueError(f'{cfg.model.name} normalises over a batch inside the backbone: need one process, got {data.dist.world_size}')
+        raise ValueError(f'{cfg.model.name} normalises over a batch inside the backbone: need one process, got '
+                         f'{data.dist.world_size}')
     backbone = data.backbone.to(data.device, memory_format=torch.channels_last_3d)
     compiled = torch.compile(backbone.features) if cfg.train.compile else None
     return WithBackbone(backbone, head, cfg.train.freeze_bn, cfg.clip.starts, cfg.train.micro_batch, compiled).to(data.device)

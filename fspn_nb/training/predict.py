@@ -83,7 +83,8 @@ def predict(
     data:RunData, # Source, labels and candidate sets
     ids:np.ndarray, # Positions of n samples
     num_exemplars:int, # M, for methods with exemplars
-)->tuple[np.ndarray,np.ndarray|None,EncodedSet]: # (n,) labels predicted, (n,M) from single exemplars (NaN: padding), and what was encoded
+)->tuple[np.ndarray,np.ndarray|None,
+         EncodedSet]: # (n,) labels predicted, (n,M) from single exemplars (NaN: padding), and what was encoded
     "Predicted label of each sample, mean over its exemplars (Eq. 17)"
     if not model.uses_exemplar:
         encoded = encode_dives(model, data, ids)

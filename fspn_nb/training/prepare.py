@@ -44,7 +44,8 @@ def pick_backbone(
     preset:str='paper', # The demo and the smoke run are frozen by definition
 )->str: # 'frozen' | 'finetune'
     "The mode that `backbone` means on `device` for `preset`"
-    if backbone not in ('auto','frozen','finetune'): raise ValueError(f"backbone must be one of auto, frozen, finetune, got {backbone!r}")
+    if backbone not in ('auto','frozen','finetune'):
+        raise ValueError(f"backbone must be one of auto, frozen, finetune, got {backbone!r}")
     if backbone != 'auto': return backbone
     return 'finetune' if device.type == 'cuda' and preset == 'paper' else 'frozen'
 
@@ -97,7 +98,8 @@ class RunData:
     def __post_init__(self):
         "Resolve once what follows from `cfg`"
         cfg = self.cfg
-        facts = dict(run_id=run_id(cfg), variant=protocol_variant(cfg.dataset, cfg.protocol), dataset_protocol=PROTOCOLS[cfg.dataset])
+        facts = dict(run_id=run_id(cfg), variant=protocol_variant(cfg.dataset, cfg.protocol),
+                     dataset_protocol=PROTOCOLS[cfg.dataset])
         for name,value in facts.items(): object.__setattr__(self, name, value) # the dataclass is frozen
 
 # %% ../../nbs/training/04_prepare.ipynb #c4769d05
@@ -136,7 +138,8 @@ def _feature_source(cfg, release, boxes, device):
     source = cache_features(release.samples, cfg, boxes, encode, key, kinds=METHODS[cfg.model.name].extra_inputs)
     name = cfg.weights if cfg.weights == 'random' else 'file' if cfg.weights else 'rgb_scratch'
     weights_hash,_,precision = key.split('-')
-    return source, dict(name=name, sha256=weights_hash, precision=precision, file=cfg.weights.split('/')[-1] if name == 'file' else '')
+    return source, dict(name=name, sha256=weights_hash, precision=precision,
+                        file=cfg.weights.split('/')[-1] if name == 'file' else '')
 
 # %% ../../nbs/training/04_prepare.ipynb #af632ab6
 def _source(cfg, release, boxes, device, dist, reuse=None):
@@ -152,7 +155,8 @@ def _source(cfg, release, boxes, device, dist, reuse=None):
 def _inputs(cfg):
     "The fields of `cfg` that decide which frames or features a run sees"
     action = protocol_variant(cfg.dataset, cfg.protocol).action
-    return (cfg.dataset, action, cfg.data_root, cfg.allow_missing, cfg.weights, cfg.clip, cfg.actor, cfg.synthetic, cfg.train.backbone,
+    return (cfg.dataset, action, cfg.data_root, cfg.allow_missing, cfg.weights, cfg.clip, cfg.actor, cfg.synthetic,
+            cfg.train.backbone,
             METHODS[cfg.model.name].extra_inputs)
 
 # %% ../../nbs/training/04_prepare.ipynb #734e63a5
@@ -184,4 +188,5 @@ def prepare(
     dataset = load_dataset(cfg, release)
     source,backbone,weights = _source(cfg, release, boxes[1], device, dist, reuse)
     provenance = _provenance(dataset, cfg, boxes, weights)|dict(device=str(device), processes=dist.world_size)
-    return RunData(cfg, **vars(dataset), source=source, backbone=backbone, device=device, provenance=provenance, boxes=boxes, dist=dist)
+    return RunData(cfg, **vars(dataset), source=source, backbone=backbone, device=device, provenance=provenance,
+                   boxes=boxes, dist=dist)
