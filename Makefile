@@ -9,7 +9,7 @@ DATASET ?= finediving
 OUT ?= reports/runs/$(DATASET)/run.ipynb
 ARGS ?=
 
-.PHONY: help run test env hooks check clean clean-env
+.PHONY: help run test docs env hooks check clean clean-env
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -37,6 +37,11 @@ check: $(ENV)  ## notebooks are clean and fspn_nb/ is what they export
 	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean
 	@git add -AN . && git diff --exit-code --stat -- nbs fspn_nb settings.ini pyproject.toml
 
+docs: $(ENV)  ## the site with all notebooks, the published page, the glossary, the API and search: _docs/html/index.html
+	@if test -x $(BIN)/uv; then $(BIN)/uv pip install -q --python $(BIN)/python -c requirements.lock -e '.[docs]'; \
+	  else $(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[docs]'; fi
+	@$(BIN)/python docs/build_site.py
+
 env: $(ENV)  ## build .venv only
 
 # uv where it is to be had (it compiles the bytecode, which saves seconds in every process), else pip
@@ -59,7 +64,7 @@ hooks: $(ENV)  ## once per clone: merge notebooks cell by cell instead of line b
 	@git config --local merge.nbdev-merge.driver "$(BIN)/nbdev_merge %O %A %B %P"
 
 clean:  ## remove what runs left: run folders with their weights, executed notebooks that are not in git, unfinished files
-	rm -rf reports/runs out.ipynb nbs/out.ipynb nbs/out
+	rm -rf reports/runs out.ipynb nbs/out.ipynb nbs/out _docs
 	@find . -name '*.part' -not -path './.venv/*' -not -path './.git/*' -prune -exec rm -rf {} +
 
 clean-env:  ## remove .venv and the caches
