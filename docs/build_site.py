@@ -69,7 +69,7 @@ def entry(node, lines, level=3):
 
 def api_page(area):
     "Every public function and class of one area, with a link to the notebook that defines it"
-    out = [f'# API: {AREAS[area].lower()}', '']
+    out = [f'# API: {AREAS[area]}', '']
     for path in sorted((ROOT/'nbs'/area).glob('*.ipynb')):
         name = path.stem[3:]
         module = ROOT/'fspn_nb'/('' if area == 'root' else area)/f'{name}.py'
@@ -81,6 +81,13 @@ def api_page(area):
     return '\n'.join(out)
 
 
+def link_folders(page):
+    "Send links to folders, which are no pages, to the repository"
+    folder = page.parent.relative_to(SOURCE)
+    there = lambda m: f'](https://github.com/fspn-nb/fspn_nb/tree/main/{(folder/m[1]).as_posix()})'
+    page.write_text(re.sub(r'\]\((?![a-z]+:)([^)#]+)/\)', there, page.read_text(encoding='utf-8')), encoding='utf-8')
+
+
 def lay_out():
     "Write the whole source tree"
     shutil.rmtree(SOURCE, ignore_errors=True)
@@ -90,7 +97,7 @@ def lay_out():
     for path in (ROOT/'nbs').glob('*.md'): shutil.copy(path, SOURCE/'nbs'/path.name)
     shutil.copytree(ROOT/'reports', SOURCE/'reports', ignore=shutil.ignore_patterns('runs', 'notebooks', '.*'))
     for path in (SOURCE/'reports').rglob('*.md'):
-        if path.name != 'README.md': path.unlink() # tables that the page shows already
+        if path.name != 'README.md': path.write_text('---\norphan: true\n---\n'+path.read_text(encoding='utf-8'), encoding='utf-8')
     for name in ('README.md', 'LICENSE', 'CITATION.cff', 'Makefile', 'settings.ini', 'environment.yml', 'requirements.lock'):
         if (ROOT/name).is_file(): shutil.copy(ROOT/name, SOURCE/name)
     (SOURCE/'reports'/'notebooks').mkdir(parents=True, exist_ok=True)
@@ -103,8 +110,9 @@ def lay_out():
         (SOURCE/'api'/f'{area}.md').write_text(api_page(area), encoding='utf-8')
         books = [f'../nbs/{area}/{p.stem}' for p in sorted((ROOT/'nbs'/area).glob('*.ipynb'))]
         (SOURCE/'areas'/f'{area}.md').write_text(f'# {title}\n\n'+toctree([*books, f'../api/{area}']), encoding='utf-8')
+    for path in (SOURCE/'README.md', SOURCE/'reports'/'README.md'): link_folders(path)
     runs = [f'nbs/{n}' for n in RUN_FIRST if (ROOT/'nbs'/f'{n}.ipynb').is_file()]
-    parts = [('Start here', ['README', 'nbs/index', 'nbs/glossary', 'nbs/tutorial_new_method', 'docs/guide']), ('Results', ['reports/README']),
+    parts = [('Start here', ['Overview <README>', 'A five-minute walk <nbs/index>', 'nbs/glossary', 'nbs/tutorial_new_method', 'docs/guide']), ('Results', ['reports/README']),
              ('Notebooks to run', runs), ('Notebooks to read', [f'areas/{a}' for a in AREAS])]
     index = '# fspn_nb\n\nFSPN for action quality assessment, as notebooks: the method, the protocols of its peers, tables and figures with intervals.\n\n'
     (SOURCE/'index.md').write_text(index+'\n'.join(toctree(e, c) for c, e in parts), encoding='utf-8')
