@@ -272,3 +272,23 @@ def test_environment_file_adds_no_pin():
 
 def test_clean_keeps_tags():
     assert re.search(r'^allowed_cell_metadata_keys *= *tags', (ROOT/'settings.ini').read_text(), re.M)
+
+
+EXECUTED = sorted((ROOT/'reports'/'notebooks').glob('*.ipynb'))
+
+
+def test_executed_copies_are_there():
+    assert {p.stem for p in EXECUTED} == {'run_finediving','run_mtl_aqa','run_aqa7','report','score_clip'}
+
+
+@pytest.mark.parametrize('path', EXECUTED, ids=lambda p: p.stem)
+def test_executed_copies_show_results_of_the_source(path):
+    "Outputs of the notebook as it is in nbs/, small enough to be rendered, without paths of a machine"
+    assert path.stat().st_size < 1e6
+    own = [''.join(c['source']) for c in json.loads(path.read_text())['cells']
+           if c['cell_type'] == 'code' and 'injected-parameters' not in c['metadata'].get('tags', [])]
+    assert own == cells(NBS/path.name), 'the source has changed: make notebooks'
+    text = path.read_text()
+    assert not re.search(r'/(home|root|work|tmp|Users)/', text)
+    outputs = [o for c in json.loads(text)['cells'] for o in c.get('outputs', [])]
+    assert any('image/png' in o.get('data', {}) for o in outputs) and not any(o['output_type'] == 'error' for o in outputs)
