@@ -110,15 +110,15 @@ def video_heat(
     "Heat of one video in source pixels, and what a map without preference has"
     scene = resize_crop(frames, clip.size, clip.orientation)
     actor = scene if boxes is None else crop_actor(frames, boxes, clip.size, pad)
-    found = heat(backbone, head, *(to_clips(x, clip.starts, clip.length).transpose(1, 2) for x in (scene, actor)), **ask)
+    heat_maps = heat(backbone, head, *(to_clips(x, clip.starts, clip.length).transpose(1, 2) for x in (scene, actor)), **ask)
     h,w = frames.shape[1:3]
-    window = dict.fromkeys(found, crop_window(h, w, clip.size, clip.orientation))
-    if boxes is not None and 'actor' in found: window['actor'] = square_box(boxes, pad)
+    window = dict.fromkeys(heat_maps, crop_window(h, w, clip.size, clip.orientation))
+    if boxes is not None and 'actor' in heat_maps: window['actor'] = square_box(boxes, pad)
     cells = cell_centres(clip.size)/clip.size if isinstance(backbone, I3D) else None
     back = lambda maps: {s:paste(on_frames(m, clip.starts, len(frames), clip.length), window[s], h, w, cells) for s,
                          m in maps.items()}
-    return dict(heat=back(found), floor=back({s:torch.ones_like(m) for s,m in found.items()}),
-                grid={s:(window[s],m.shape[2:],cells) for s,m in found.items()})
+    return dict(heat=back(heat_maps), floor=back({s:torch.ones_like(m) for s,m in heat_maps.items()}),
+                grid={s:(window[s],m.shape[2:],cells) for s,m in heat_maps.items()})
 
 # %% ../../nbs/inspect/02_heat.ipynb #46a5680f
 def _best(grid, boxes, height, width):
