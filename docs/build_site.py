@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT/'_docs'
 SOURCE = OUT/'source'
-AREAS = {'root': 'Ground floor', 'data': 'Data', 'synthetic': 'Synthetic releases', 'actor': 'The actor', 'models': 'FSPN and its backbone',
+AREAS = {'base': 'Ground floor', 'data': 'Data', 'synthetic': 'Synthetic releases', 'actor': 'The actor', 'models': 'FSPN and its backbone',
          'peers': 'Other methods', 'batches': 'Batches', 'training': 'Training', 'analysis': 'Analysis', 'experiments': 'Experiments',
          'report': 'Report', 'inspect': 'A closer look'}
 RUN_FIRST = ('run_finediving', 'run_mtl_aqa', 'run_aqa7', 'run_ablations', 'report', 'score_clip', 'actor_and_heat', 'bench_throughput')
@@ -72,10 +72,10 @@ def api_page(area):
     out = [f'# API: {AREAS[area]}', '']
     for path in sorted((ROOT/'nbs'/area).glob('*.ipynb')):
         name = path.stem[3:]
-        module = ROOT/'fspn_nb'/('' if area == 'root' else area)/f'{name}.py'
+        module = ROOT/'fspn_nb'/('' if area == 'base' else area)/f'{name}.py'
         lines = module.read_text(encoding='utf-8').splitlines()
         tree = ast.parse('\n'.join(lines))
-        dotted = f"fspn_nb.{'' if area == 'root' else area+'.'}{name}"
+        dotted = f"fspn_nb.{'' if area == 'base' else area+'.'}{name}"
         out += [f'## {dotted}', '', f'{ast.get_docstring(tree)}. Defined in [{name}](../nbs/{area}/{path.name}).', '']
         out += [entry(n, lines) for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith('_')]
     return '\n'.join(out)

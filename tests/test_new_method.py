@@ -64,14 +64,14 @@ def test_a_method_that_is_kept_gets_its_row_in_table_ix(tmp_path):
     number = max(int(path.name[:2]) for path in (copy/'nbs/peers').glob('*.ipynb'))+1
     new_notebook(copy/f'nbs/peers/{number:02d}_mine.ipynb', ['#| default_exp peers.mine', *(f'#| export\n{part}' for part in parts)])
 
-    change(copy/'nbs/root/03_methods.ipynb', ')}', [f"    {the_only(steps, 'Method(')}", ')}'])
+    change(copy/'nbs/base/03_methods.ipynb', ')}', [f"    {the_only(steps, 'Method(')}", ')}'])
     last = "    'fspn': build_fspn,"
-    change(copy/'nbs/root/08_zoo.ipynb', last, [last, f"""    {the_only(steps, "'mine': ")}"""])
+    change(copy/'nbs/base/08_zoo.ipynb', last, [last, f"""    {the_only(steps, "'mine': ")}"""])
     first = 'from fspn_nb.peers.i3d_mlp import build_i3d_mlp'
-    change(copy/'nbs/root/08_zoo.ipynb', first, [first, the_only(steps, 'import build_mine')])
+    change(copy/'nbs/base/08_zoo.ipynb', first, [first, the_only(steps, 'import build_mine')])
 
     run(the_only(steps, 'nbdev_export').split())
-    run(['nbdev_test', '--path', 'nbs/root/08_zoo.ipynb'])
+    run(['nbdev_test', '--path', 'nbs/base/08_zoo.ipynb'])
     run([*the_only(steps, 'papermill').split(), '-p', 'preset', 'smoke', '-p', 'out', str(out)])
 
     table = pd.read_csv(out/'finediving/table_09.csv')

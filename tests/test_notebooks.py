@@ -15,12 +15,12 @@ NOTEBOOKS = sorted(p for p in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not i
 LIBRARY = [p for p in NOTEBOOKS if p.parent != NBS]
 RUNS = [p for p in NOTEBOOKS if p.name.startswith('run_')]
 PARAMETERS = {'data_root','preset','methods','seeds','backbone','weights','device','processes','epochs','allow_missing','actor','actor_file','out'}
-# Area -> areas that it may import. `root` is split in three: what everything stands on, the zoo of methods, and the two commands
-BELOW = {'root':(), 'data':('root',), 'synthetic':('root','data'), 'actor':('root','data')}
-BELOW['models'] = ('root','data') # of data only the unpickler for checkpoints and the cutting of clips
+# Area -> areas that it may import. `base` is split in three: what everything stands on, the zoo of methods, and the two commands
+BELOW = {'base':(), 'data':('base',), 'synthetic':('base','data'), 'actor':('base','data')}
+BELOW['models'] = ('base','data') # of data only the unpickler for checkpoints and the cutting of clips
 BELOW['peers'] = (*BELOW['models'],'models')
 BELOW['zoo'] = (*BELOW['peers'],'peers')
-BELOW['batches'] = ('root','data','synthetic','actor')
+BELOW['batches'] = ('base','data','synthetic','actor')
 BELOW['training'] = (*BELOW['batches'],'models','peers','zoo','batches')
 BELOW['commands'] = (*BELOW['training'],'training')
 BELOW['analysis'] = BELOW['commands']
@@ -76,7 +76,7 @@ def test_public_names_are_documented(path):
 def area_of(module):
     "Area of a module's dotted name without `fspn_nb.`"
     if '.' in module: return module.split('.')[0]
-    return {'zoo':'zoo', 'train':'commands', 'evaluate':'commands'}.get(module, 'root')
+    return {'zoo':'zoo', 'train':'commands', 'evaluate':'commands'}.get(module, 'base')
 
 
 def imported_modules(path):
@@ -94,7 +94,7 @@ def imported_modules(path):
 def test_the_folder_of_notebooks_fits_on_a_screen():
     assert len([p for p in NOTEBOOKS if p.parent == NBS]) <= 12
     folders = {p.parent.name for p in LIBRARY}
-    assert folders == {'root', *(a for a in BELOW if a not in ('zoo','commands'))}
+    assert folders == {'base', *(a for a in BELOW if a not in ('zoo','commands'))}
     for folder in folders:
         numbers = sorted(int(p.name[:2]) for p in LIBRARY if p.parent.name == folder)
         assert numbers == list(range(1, len(numbers)+1)), f'{folder}: {numbers}'
@@ -103,7 +103,7 @@ def test_the_folder_of_notebooks_fits_on_a_screen():
 
 @pytest.mark.parametrize('path', LIBRARY, ids=lambda p: p.stem)
 def test_notebook_exports_the_module_of_its_name(path):
-    folder = '' if path.parent.name == 'root' else path.parent.name+'.'
+    folder = '' if path.parent.name == 'base' else path.parent.name+'.'
     assert module_of(path) == folder+path.stem[3:]
 
 
@@ -171,7 +171,7 @@ def test_next_leads_through_the_whole_library():
     missing = {p.name for p in LIBRARY if p.resolve() not in reached}-{'01_core.ipynb'}
     assert not missing, f'no Next leads to {sorted(missing)}'
     start = [t for _, t in links(NBS/'index.ipynb')]
-    assert 'root/01_core.ipynb' in start, 'index names the first notebook'
+    assert 'base/01_core.ipynb' in start, 'index names the first notebook'
 
 
 # Names that nobody but us understood, and what they are called now
