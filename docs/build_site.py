@@ -100,8 +100,6 @@ def lay_out():
         if path.name != 'README.md': path.write_text('---\norphan: true\n---\n'+path.read_text(encoding='utf-8'), encoding='utf-8')
     for name in ('README.md', 'LICENSE', 'CITATION.cff', 'Makefile', 'settings.ini', 'environment.yml', 'requirements.lock'):
         if (ROOT/name).is_file(): shutil.copy(ROOT/name, SOURCE/name)
-    (SOURCE/'reports'/'notebooks').mkdir(parents=True, exist_ok=True)
-    for path in (ROOT/'reports'/'notebooks').glob('*.ipynb'): shutil.copy(path, SOURCE/'reports'/'notebooks'/path.name)
     (SOURCE/'docs').mkdir()
     shutil.copy(ROOT/'docs'/'guide.md', SOURCE/'docs'/'guide.md')
     (SOURCE/'api').mkdir()

@@ -21,7 +21,10 @@ _LINES = [(RED,'-'), (BLUE,'--'), (GREEN,'-.'), (ORANGE,':'), ('#CC79A7',(0,(5,1
           ('#56B4E9','-'), (_GREY,'--'), ('#8C510A','-.'), (RED,':'), (BLUE,'-'), (GREEN,'--'), (ORANGE,'-.'), ('black','-')]
 
 # %% ../../nbs/report/02_figures.ipynb #4a777251
-def data_words(data, note=''):
+def data_words(
+    data:str, # 'real' | 'synthetic'
+    note:str='', # What else the title must say
+)->str: # For titles of figures
     "`data` and `note` as words for a title"
     if data not in ('real','synthetic'):
         raise ValueError(f"need data='real' or 'synthetic', so that the title can say it, got {data!r}")
