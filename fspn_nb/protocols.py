@@ -52,6 +52,7 @@ class Protocol:
     paper:tuple[str,...] # The blocks that the paper's table has
     main:str # The block that figures are drawn for
     no_video_baselines:dict[str,str] # Predictor without video -> the block whose knowledge it uses; '': every block
+    released:tuple[int,int]=(0,0) # Training and test samples of the public release
     noun:str='dive' # What a sample is called
 
 # %% ../nbs/base/02_protocols.ipynb #8049d949
@@ -64,7 +65,7 @@ FINEDIVING = Protocol(
         wo_dn=ProtocolVariant('w/o DN'),
         w_dn=ProtocolVariant('w/ DN', 'points', 'action'),
         w_dd=ProtocolVariant('w/ DD', 'per_dd', 'action')),
-    paper=('wo_dn','w_dn'), main='w_dn',
+    paper=('wo_dn','w_dn'), main='w_dn', released=(2251,749),
     no_video_baselines={_MEAN: 'wo_dn', _ACTION_MEAN: 'w_dn', _PER_DD: 'w_dd'})
 
 # %% ../nbs/base/02_protocols.ipynb #55706adb
@@ -74,13 +75,14 @@ MTL_AQA = Protocol(
         wo_dd=ProtocolVariant('w/o DD'),
         w_dd=ProtocolVariant('w/ DD', 'per_dd', 'difficulty'),
         w_dn=ProtocolVariant('w/ DN', 'per_dd', 'action')),
-    paper=('wo_dd','w_dd'), main='w_dd',
+    paper=('wo_dd','w_dd'), main='w_dd', released=(1059,353),
     no_video_baselines={_MEAN: 'wo_dd', _ACTION_MEAN: 'w_dd', _PER_DD: 'w_dd'})
 
 AQA7 = Protocol(
     'AQA-7', 'X', frames=103, starts=(*_TENS,86), size=224, jitter=0,
     variants={name: ProtocolVariant(sport.title, 'percent', 'any', name) for name,sport in SPORTS.items()},
-    paper=tuple(SPORTS), main='diving', no_video_baselines={_MEAN: ''}, noun='video')
+    paper=tuple(SPORTS), main='diving', no_video_baselines={_MEAN: ''}, noun='video',
+    released=tuple(sum(getattr(sport, split) for sport in SPORTS.values()) for split in ('train','test')))
 
 PROTOCOLS = dict(finediving=FINEDIVING, mtl_aqa=MTL_AQA, aqa7=AQA7)
 

@@ -16,7 +16,7 @@ from .check_files import changed_files,frame_file_rows,frame_number_rows
 from .finediving import read_finediving
 from .mtl_aqa import read_mtl_aqa
 from .stats import shared_dives
-from ..protocols import PROTOCOLS,SPORTS
+from ..protocols import PROTOCOLS
 
 # %% ../../nbs/data/12_check.ipynb #bb5a5007
 _AGAIN = 'fetch this file again'
@@ -105,9 +105,7 @@ def _exemplar_rows(dataset, samples):
 _READERS = {'finediving':read_finediving, 'mtl_aqa':read_mtl_aqa, 'aqa7':read_aqa7}
 _ANNOTATIONS = {'finediving':'Annotations', 'mtl_aqa':'info', 'aqa7':'Split_4'} # Where the annotations are
 _PAIR = ('finediving','mtl_aqa') # The two with common dives
-_RELEASED = { # Training and test samples
-    'finediving':(2251,749), 'mtl_aqa':(1059,353),
-    'aqa7':tuple(sum(getattr(row, split) for row in SPORTS.values()) for split in ('train','test'))}
+_RELEASED = {name:protocol.released for name,protocol in PROTOCOLS.items()} # Training and test samples
 
 # %% ../../nbs/data/12_check.ipynb #74e8230b
 def _per_split(samples): return tuple(sum(s.split == split for s in samples) for split in ('train','test'))
