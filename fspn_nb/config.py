@@ -7,8 +7,7 @@ __all__ = ['CHOICES', 'PRESETS', 'ClipCfg', 'ActorCfg', 'SyntheticCfg', 'ModelCf
            'override', 'make_config', 'finediving', 'method_epochs', 'run_id', 'save_cfg', 'load_cfg']
 
 # %% ../nbs/base/05_config.ipynb #c2fc2466
-import hashlib
-import json
+import hashlib,json
 from dataclasses import asdict,dataclass,field,fields,replace
 from pathlib import Path
 from .core import flatten,from_dict,write_json
@@ -90,6 +89,7 @@ class TrainCfg:
     temporal_jitter:int=0 # Largest shift of the window in finetune mode, frames; CoRe moves MTL-AQA's by up to 3
     val_fraction:float=0. # Share of the training split kept aside for validation; the paper keeps none (D-11)
     precision:str='fp32' # 'fp32' | 'bf16' autocast
+    feature_precision:str='fp32' # 'fp32' | 'bf16': features of a frozen backbone
     workers:int=0 # Threads that decode frames in finetune mode; results do not depend on it
     in_batch_exemplars:bool=False # Exemplars come from the same batch: half the backbone passes, fewer different pairs (D-139)
     micro_batch:int=0 # Clips at a time through the backbone, with activation checkpointing; 0: all at once. Results do not depend on it
@@ -128,7 +128,8 @@ CHOICES = {
     'model.name': METHODS, 'model.pairing': ('exemplar','absolute'), 'model.token_mode': ('bands','frames'),
     'model.residual': ('scene','actor'), 'model.decoding': ('argmax','expected'),
     'train.optimiser': ('adam','adamw'), 'train.schedule': ('constant','one_cycle'), 'train.backbone': ('frozen','finetune'),
-    'train.precision': ('fp32','bf16'), 'eval.checkpoint_selection': ('last','best_val')}
+    'train.precision': ('fp32','bf16'), 'train.feature_precision': ('fp32','bf16'),
+    'eval.checkpoint_selection': ('last','best_val')}
 
 # %% ../nbs/base/05_config.ipynb #77a23aa8
 def _check_pairs(cfg):
@@ -182,10 +183,9 @@ PRESETS = {
     'demo': dict(_FROZEN, train__epochs=20, train__val_fraction=.1),
     'smoke': dict(_FROZEN, train__epochs=2, train__batch_size=4, synthetic__n_train=10, synthetic__n_test=6,
                   eval__num_exemplars=3, clip__size=64)}
-
-# %% ../nbs/base/05_config.ipynb #ac619a6e
 _SYNTHETIC = {('demo','mtl_aqa'): (115,45), ('demo','aqa7'): (18,10), ('smoke','aqa7'): (4,4)} # training and test samples
 
+# %% ../nbs/base/05_config.ipynb #ac619a6e
 def _of_dataset(dataset, preset):
     "The fields that follow from the dataset"
     protocol,paper = PROTOCOLS[dataset],preset == 'paper'
@@ -206,7 +206,6 @@ def make_config(
     if dataset not in PROTOCOLS: raise ValueError(f'dataset must be one of {", ".join(PROTOCOLS)}, got {dataset!r}')
     return override(RunCfg(dataset, preset), **{**PRESETS[preset], **_of_dataset(dataset, preset), **changes})
 
-# %% ../nbs/base/05_config.ipynb #7bc5069f
 def finediving(
     preset:str='paper', # 'paper' | 'demo' | 'smoke'
     **changes, # As in `override`
@@ -229,6 +228,7 @@ def run_id(
     paths = {k: Path(v).name for k,v in (('weights',cfg.weights), ('actor.boxes',cfg.actor.boxes),
                                          ('actor.weights',cfg.actor.weights))}
     flat = {**flatten(cfg), 'data_root': bool(cfg.data_root), **paths}
+    if cfg.train.feature_precision == 'fp32': del flat['train.feature_precision'] # runs of versions that knew no other keep their name
     key = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
     return f'{cfg.model.name}-{cfg.protocol}-{cfg.train.backbone}-s{cfg.seed}-{key}'
 

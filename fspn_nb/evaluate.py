@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from .batches.fingerprint import check_inputs
 from .config import load_cfg
 from .core import write_atomic,write_json
 from .metrics import summarise,temporal_iou
@@ -27,11 +28,12 @@ def load_model(
     run:str|Path, # A run's folder
     data:RunData, # What `prepare` gave for its configuration
 )->nn.Module: # In evaluation mode
-    "The trained method of `run`, at the epoch that `eval.checkpoint_selection` names (D-11)"
+    "The trained method of `run`, at the epoch that `eval.checkpoint_selection` names (D-11); a `ValueError` for other data"
     path = Path(run)/('last.pt' if data.cfg.eval.checkpoint_selection == 'last' else 'best_val.pt')
     if not path.is_file(): raise FileNotFoundError(f'{path}: need the weights of a trained run; train it with fspn_nb.train.fit')
+    check_inputs(run, data.inputs)
     model = build_model(data)
-    model.load_state_dict(load_ckpt(path, data.run_id)['model'])
+    model.load_state_dict(load_ckpt(path, data.run_id, data.inputs.hashes)['model'])
     return model.eval()
 
 # %% ../nbs/base/10_evaluate.ipynb #2734f411

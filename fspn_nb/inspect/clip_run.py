@@ -17,7 +17,7 @@ from ..experiments.parameters import notebook_parameters
 from .clip import Clip,read_clip,synthetic_clip
 from ..protocols import protocol_variant
 from ..train import fit
-from ..training.prepare import RunData,load_backbone,pick_device
+from ..training.prepare import RunData,load_backbone,pick_device,read_inputs
 
 # %% ../../nbs/inspect/07_clip_run.ipynb #b9547a35
 def _suits(cfg, action, difficulty):
@@ -67,7 +67,8 @@ def open_run(
     except (OSError, ValueError) as e:
         raise ValueError(f'{run.name}: need a provenance.json that says what the run was trained on, got '
                          f'{type(e).__name__}; train the run again') from e
-    return RunData(cfg, release, parts, read_labels(release.samples, cfg), CandidateSets((), ()), None, backbone, device, kept)
+    inputs = read_inputs(cfg, release, backbone is None)
+    return RunData(cfg, release, parts, read_labels(release.samples, cfg), CandidateSets((), ()), None, backbone, device, kept, inputs)
 
 # %% ../../nbs/inspect/07_clip_run.ipynb #6c239188
 CLIP_PARAMETERS = ('clip','run','action','difficulty','actor','actor_file','device','out')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIXED', 'IMAGENET', 'same_pad', 'Unit3D', 'SamePool', 'InceptionBlock', 'I3D', 'normalize_clip', 'Pointwise',
-           'fuse_conv_bn', 'fast_dtype', 'encode_clips', 'load_kinetics']
+           'fuse_conv_bn', 'encode_clips', 'load_kinetics']
 
 # %% ../../nbs/models/02_i3d.ipynb #b24065e0
 import copy
@@ -182,21 +182,12 @@ def fuse_conv_bn(
         unit.conv,unit.bn = Pointwise(conv) if conv.kernel_size == (1,1,1) else conv,nn.Identity()
     return fast.to(memory_format=torch.channels_last_3d)
 
-# %% ../../nbs/models/02_i3d.ipynb #622ac770
-def fast_dtype(
-    device='cpu', # Where the model is
-)->torch.dtype: # bfloat16 where the hardware multiplies it, else float32
-    "The fastest number format of `device`"
-    if torch.device(device).type == 'cuda': ok = torch.cuda.is_bf16_supported(including_emulation=False)
-    else: ok = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if ok else torch.float32
-
 # %% ../../nbs/models/02_i3d.ipynb #2f4652bc
 def encode_clips(
     model:I3D, # Fastest after `fuse_conv_bn`
     clips:Tensor, # (K,3,L,H,W) uint8, or float already in [-1,1]
     batch:int=9, # Clips at a time: one dive
-    dtype:torch.dtype=torch.float32, # `fast_dtype(device)` for speed instead of repeatability
+    dtype:torch.dtype=torch.float32, # torch.bfloat16: faster where the hardware multiplies it, and other features
     maps:bool=False, # Mean over time only: (K,1024,h,w)
 )->Tensor: # (K,1024) float32 on the CPU
     "One vector per clip: the mean of the last feature map"
