@@ -16,11 +16,12 @@ from torch import nn
 
 from .batches.fingerprint import check_inputs,write_inputs
 from .config import RunCfg,load_cfg,run_id,save_cfg,validate
-from .core import tune_malloc,progress,repo_root,reports_dir,write_atomic,write_json
+from .core import progress,repo_root,reports_dir,write_atomic,write_json
 from .metrics import spearman
+from .processes import run_lock,tune_malloc
 from .training.checkpoint import (CheckpointTimer,Preempted,backup_path,check_disk_space,missing_files,newest_ckpt,
     rng_state,save_ckpt,sigterm_flag)
-from .training.distributed import DistributedContext,any_rank,init_distributed
+from .training.distributed import DistributedContext,any_rank,init_distributed,main_process_lock
 from .training.loop import build_model,make_optimiser,make_schedule,steps_per_epoch,train_epoch
 from .training.predict import predict
 from .training.prepare import RunData,prepare
@@ -135,7 +136,7 @@ def _resume_state(run, data):
 def _start_folder(run, data, model):
     "Write what is known before training: configuration and provenance"
     cfg = data.cfg
-    for path in run.glob('.*.part'): path.unlink(missing_ok=True) # left by a kill
+    for path in run.glob('.*.part'): path.unlink(missing_ok=True) # left by a kill; no other process writes here now
     save_cfg(cfg, run/'config.json')
     write_inputs(run, data.inputs)
     parameters = sum(param.numel() for param in model.parameters())
@@ -165,16 +166,17 @@ def fit(
     dist:DistributedContext=DistributedContext(), # The processes that train together; that of `data` where it is given
     max_checkpoint_overhead:float=.02, # Fraction of the time that may go into checkpoints; 1: one after every step
 )->Path: # The run's folder
-    "Train `cfg`, or go on where an interrupted run stopped"
+    "Train `cfg`, or go on where an interrupted run stopped; a `LockHeld` where another process trains it"
     run = run_folder(cfg, out, data)
-    data = data or prepare(cfg, device, dist=dist)
-    state = _resume_state(run, data)
-    if state and state['epoch'] >= cfg.train.epochs: return run
-    tune_malloc()
-    model = build_model(data)
-    check_disk_space(run, model)
-    if data.dist.is_main_process: _start_folder(run, data, model)
-    _train_epochs(_Trainer(model, data, run, state, max_checkpoint_overhead), on_epoch_end)
+    with main_process_lock(data.dist if data else dist, run): # from before anything is read
+        data = data or prepare(cfg, device, dist=dist)
+        state = _resume_state(run, data)
+        if state and state['epoch'] >= cfg.train.epochs: return run
+        tune_malloc()
+        model = build_model(data)
+        check_disk_space(run, model)
+        if data.dist.is_main_process: _start_folder(run, data, model)
+        _train_epochs(_Trainer(model, data, run, state, max_checkpoint_overhead), on_epoch_end)
     return run
 
 # %% ../nbs/base/09_train.ipynb #ca5a518d

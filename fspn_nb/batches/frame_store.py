@@ -22,7 +22,8 @@ from ..actor.crop import crop_region,crop_actor,samples_per_pixel,square_box,res
 from .features import feature_key,single_threads
 from .fingerprint import short_hash
 from ..config import ClipCfg,RunCfg
-from ..core import data_cache,tune_malloc,progress,write_atomic
+from ..core import data_cache,progress,write_atomic
+from ..processes import hold_lock,tune_malloc
 from ..data.clips import frame_indices,load_frames
 from ..data.records import Sample
 from ..file_hashes import files_hash

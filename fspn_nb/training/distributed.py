@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['DistributedContext', 'all_gather_with_grad', 'all_gather', 'gather_batch', 'all_reduce_gradients',
-           'main_process_first', 'any_rank', 'init_distributed']
+           'main_process_first', 'any_rank', 'main_process_lock', 'init_distributed']
 
 # %% ../../nbs/training/01_distributed.ipynb #7174c6d6
+from contextlib import ExitStack,contextmanager
 from dataclasses import dataclass,fields
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor,nn
 
 from ..core import Batch
+from ..processes import LockHeld,run_lock
 
 # %% ../../nbs/training/01_distributed.ipynb #72be496c
 @dataclass(frozen=True)
@@ -106,6 +109,22 @@ def any_rank(
     "Whether the flag of any process is set"
     if dist.world_size == 1: return flag
     return bool(dist.fabric.all_reduce(torch.tensor(float(flag), device=dist.fabric.device), reduce_op='sum') > 0)
+
+# %% ../../nbs/training/01_distributed.ipynb #5b06d8c9
+@contextmanager
+def main_process_lock(
+    dist:DistributedContext, # Of any size
+    run:Path, # The run's folder
+):
+    "Hold `run_lock(run)` in the main process; a `LockHeld` in all processes where it is refused"
+    refused = None
+    with ExitStack() as stack:
+        try:
+            if dist.is_main_process: stack.enter_context(run_lock(run))
+        except (LockHeld, OSError) as e: refused = e
+        stop = bool(refused) if dist.fabric is None else any_rank(dist, bool(refused))
+        if stop: raise refused or LockHeld(f'run {Path(run).name}: the main process was refused, it says why')
+        yield
 
 # %% ../../nbs/training/01_distributed.ipynb #f79f9498
 def _fabric_class():
