@@ -16,6 +16,7 @@ from . import best_path
 from .best_path import main_actor,box_iou
 from ..core import data_cache,progress,write_atomic
 from ..data.clips import load_frames
+from ..file_hashes import files_hash,frame_hashes
 
 # %% ../../nbs/actor/06_track.ipynb #778f6ca9
 def video_boxes(
@@ -38,9 +39,9 @@ def video_boxes(
     return np.stack([np.interp(t, ids, boxes[:, k]) for k in range(4)], 1),code[nearest]
 
 # %% ../../nbs/actor/06_track.ipynb #8714b34b
-def _file_sizes(sample):
-    "(name, bytes) of every frame file of `sample`"
-    try: return [(name, (Path(sample.folder)/name).stat().st_size) for name in sample.files]
+def _frames_hash(sample):
+    "Hash of the frame files of `sample`"
+    try: return files_hash(Path(sample.folder)/name for name in sample.files)
     except OSError as e:
         raise FileNotFoundError(f'dive {sample.uid}: need the frame {e.filename}, and it is not there; '
                                 'restore it, or read the release again') from e
@@ -51,10 +52,11 @@ def box_file(
     detector, # Its `key` is read
     actors:int=1, # As in `video_boxes`
     every:int=1, # As in `video_boxes`
+    frames:str='', # Hash of its frames, from `frame_hashes`; '': read here
 )->str: # A file name
     "The name under which the boxes of `sample` are kept"
     code = [ast.dump(ast.parse(inspect.getsource(thing))) for thing in (best_path, video_boxes)]
-    text = json.dumps([detector.key, code, actors, every, _file_sizes(sample)])
+    text = json.dumps([detector.key, code, actors, every, frames or _frames_hash(sample)])
     return f"{sample.uid.replace('/', '_')}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.npz"
 
 # %% ../../nbs/actor/06_track.ipynb #4c73f890
@@ -93,7 +95,8 @@ def detect_boxes(
 )->tuple[dict[str,np.ndarray],dict]: # uid to (n,4) boxes, one per frame file; report with the shares of frames that fell back
     "Boxes of all `samples`: read where they are kept, detected and kept where they are not"
     folder = Path(folder or data_cache()/'boxes')
-    paths = {sample.uid:folder/box_file(sample, detector, actors, every) for sample in samples}
+    frames = frame_hashes(samples)
+    paths = {sample.uid:folder/box_file(sample, detector, actors, every, frames[sample.uid]) for sample in samples}
     kept = {sample.uid:_read_kept(paths[sample.uid], len(sample.files)) for sample in samples}
     todo = [sample for sample in samples if kept[sample.uid] is None]
     for sample in progress(todo, f'{detector.name} boxes of {len(todo)} dives') if todo else ():

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from safetensors.torch import load_file,save
 from torch import Tensor
-from .fingerprint import clip_code_hash,frame_hashes,short_hash
+from .fingerprint import clip_code_hash,short_hash
 from .sources import FeatureDataset,dive_clips
 from ..config import ClipCfg,RunCfg
 from ..core import data_cache,progress,write_atomic

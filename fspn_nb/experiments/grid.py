@@ -20,7 +20,7 @@ from torch import nn
 from ..actor.boxes import load_actor_boxes
 from ..batches.dataset import load_samples
 from ..batches.features import cache_features
-from ..batches.fingerprint import frame_hashes
+from ..file_hashes import frame_hashes
 from ..config import RunCfg,validate
 from ..core import progress,reports_dir,write_atomic
 from ..data.records import samples_frame
@@ -111,7 +111,7 @@ def _encode(cfg, part, parts, device):
         release = load_samples(cfg)
         boxes = load_actor_boxes(release, cfg.actor, pick_device(device))[1]
         encode,key = feature_extractor(cfg, pick_device(device))
-        cache_features(release.samples[part::parts], cfg, boxes, encode, key, frame_hashes(release.samples, release.root),
+        cache_features(release.samples[part::parts], cfg, boxes, encode, key, frame_hashes(release.samples),
                        kinds=METHODS[cfg.model.name].extra_inputs)
 
 # %% ../../nbs/experiments/04_grid.ipynb #c540545c

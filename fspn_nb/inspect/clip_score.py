@@ -15,7 +15,7 @@ from ..actor.crop import crop_actor
 from ..batches.dataset import Labels
 from ..batches.exemplars import CandidateSets,find_candidates,group_of,pick_exemplars
 from ..batches.features import cache_features
-from ..batches.fingerprint import frame_hashes
+from ..file_hashes import frame_hashes
 from ..batches.sources import FeatureDataset,dive_clips
 from ..config import RunCfg
 from ..data.clips import resize_crop,to_clips
@@ -73,7 +73,7 @@ def _encoded(data, samples, own):
     encode,key = feature_extractor(cfg, data.device)
     mine = [encode(item).float().cpu()[None] for item in own]
     if not samples: return FeatureDataset(*mine)
-    known = cache_features(samples, cfg, boxes, encode, key, frame_hashes(samples, data.release.root))
+    known = cache_features(samples, cfg, boxes, encode, key, frame_hashes(samples))
     return FeatureDataset(torch.cat([known.scene, mine[0]]), torch.cat([known.actor, mine[1]]))
 
 # %% ../../nbs/inspect/08_clip_score.ipynb #41f3779d

@@ -20,11 +20,12 @@ from ..actor.detectors import SOURCES
 from ..batches.dataset import Labels,load_dataset,load_samples
 from ..batches.exemplars import CandidateSets
 from ..batches.features import cache_features,videos_at_once
-from ..batches.fingerprint import RunInputs,detector_hash,frame_hashes,run_inputs
+from ..batches.fingerprint import RunInputs,detector_hash,run_inputs
 from ..batches.store_source import CachedDataset,choose_source
 from ..config import RunCfg,run_id,validate
 from ..core import file_hash
 from ..data.records import Release
+from ..file_hashes import frame_hashes
 from ..methods import METHODS
 from ..models.i3d import I3D,encode_clips,fuse_conv_bn,load_kinetics
 from ..models.weights import kinetics_weights
@@ -210,7 +211,7 @@ def read_inputs(
     release = release or load_samples(validate(cfg))
     source = box_source(release, cfg.actor)
     boxes = (source, {}, []) if source in SOURCES else load_actor_boxes(release, cfg.actor)
-    return _fingerprint(cfg, release, boxes, frame_hashes(release.samples, release.root), weights)
+    return _fingerprint(cfg, release, boxes, frame_hashes(release.samples), weights)
 
 # %% ../../nbs/training/04_prepare.ipynb #734e63a5
 def _provenance(dataset, cfg, boxes, weights, inputs):
@@ -238,7 +239,7 @@ def prepare(
     if reuse is not None and (input_fields(cfg) != input_fields(reuse.cfg) or device != reuse.device): reuse = None
     weights = weights_hash(cfg.weights)
     release = reuse.release if reuse else main_process_first(dist, lambda: load_samples(cfg))
-    frames = main_process_first(dist, lambda: frame_hashes(release.samples, release.root))
+    frames = main_process_first(dist, lambda: frame_hashes(release.samples))
     detected = reuse and reuse.boxes[0] in SOURCES # they follow from the frames; a file of boxes is read again
     boxes = reuse.boxes if detected else main_process_first(dist, lambda: load_actor_boxes(release, cfg.actor, device))
     inputs = _fingerprint(cfg, release, boxes, frames, weights)
