@@ -1,6 +1,7 @@
 "I3D: foreign weight layouts, damaged files, sizes, fused normalisation, and real frames"
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -106,11 +107,97 @@ def test_files_that_are_no_weights(tmp_path):
             with pytest.raises(ValueError, match=name): read_weights(write(name, data))
     whole = kinetics_weights().read_bytes()
     with pytest.raises(ValueError, match='cut.ckpt'): read_weights(write('cut.ckpt', whole[:len(whole)//2]))
-    with pytest.raises(ValueError, match='flat dictionary'): read_weights(save({'state_dict': {'a': torch.zeros(1)}}, tmp_path/'nested.pth'))
-    with pytest.raises(ValueError, match='flat dictionary'): read_weights(write('empty.ckpt', pickle.dumps({})))
+    for i, nothing in enumerate(({}, {'epoch': 3, 'state_dict': {}}, [torch.zeros(1)], 5)):
+        with pytest.raises(ValueError, match=f'need a dictionary of tensors in {i}.pth'): read_weights(save(nothing, tmp_path/f'{i}.pth'))
+    with pytest.raises(ValueError, match='need a dictionary of tensors'): read_weights(write('empty.ckpt', pickle.dumps({})))
     with pytest.raises(ValueError, match='fit none'): load_kinetics(I3D(), save({'conv1.weight': torch.zeros(1)}, tmp_path/'resnet.pth'))
     with pytest.raises(FileNotFoundError, match='gone.pth'): read_weights(tmp_path/'gone.pth')
     with pytest.raises(FileNotFoundError, match='no file'): read_weights(tmp_path) # a folder
+
+
+# ---- as the peers and others save it
+
+def below(path, state):
+    "`state` under the nested keys `path`, e.g. 'base_model/module.backbone.'"
+    *outer, prefix = path.split('/')
+    value = {prefix+k: v for k, v in state.items()}
+    for key in reversed(outer): value = {key: value}
+    return value
+
+
+RUNS = {'DataParallel': ('hassony2', 'module.', {}), 'plain wrapper': ('hassony2', 'state_dict/', {}),
+        'CoRe, H-GCN': ('hassony2', 'base_model/module.backbone.', {'regressor': {'module.first_layer.0.weight': torch.ones(2)}, 'epoch': 7, 'rho_best': np.float64(.95)}),
+        'TSA': ('hassony2', 'base_model/backbone.', {'psnet_model': {'w': torch.ones(2)}, 'L2_min': np.float32(8.5), 'optimizer': {'state': {0: {'step': 3, 'exp_avg': torch.ones(1)}}}}),
+        'TPT': ('hassony2', 'backbone/backbone.', {'model': {'cls.0.weight': torch.ones(2)}}), 'MUSDL': ('piergiaj', 'i3d/module.', {'evaluator': [{'w': torch.ones(2)}]}),
+        'Lightning': ('fspn_nb', 'state_dict/net.', {'global_step': 12, 'hyper_parameters': {'lr': .1}})}
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+@pytest.mark.parametrize('who', RUNS)
+def test_the_backbone_of_a_training_run(random_i3d, tmp_path, who, legacy):
+    "Wrappers, heads, scores of numpy and the optimiser's state around the backbone; as PyTorch saves it now and as it did before 1.6"
+    layout, path, rest = RUNS[who]
+    file = tmp_path/('last.ckpt' if who == 'Lightning' and not legacy else 'last.pth')
+    torch.save(below(path, EXPORTS[layout](random_i3d))|rest, file, _use_new_zipfile_serialization=not legacy)
+    model = I3D()
+    prov = load_kinetics(model, file)
+    part = path.replace('/', '.').rstrip('.')
+    assert (prov['layout'], prov['part'], prov['dtype']) == (layout, part, 'float32') and (part in prov['name']) == (part != 'module')
+    assert all(torch.equal(v, random_i3d.state_dict()[k]) for k, v in model.state_dict().items() if not k.endswith('num_batches_tracked'))
+
+
+def test_numpy_1_names_in_a_checkpoint(random_i3d, tmp_path):
+    "Arrays instead of tensors, under the module names of numpy 1, in PyTorch's old format"
+    state = {k: v.numpy() for k, v in as_hassony2(random_i3d).items()}
+    torch.save(state, tmp_path/'w.pth', _use_new_zipfile_serialization=False)
+    data = (tmp_path/'w.pth').read_bytes()
+    (tmp_path/'w.pth').write_bytes(data.replace(b'cnumpy._core.multiarray\n', b'cnumpy.core.multiarray\n'))
+    assert b'numpy._core.' in data and b'numpy._core.' not in (tmp_path/'w.pth').read_bytes()
+    load_kinetics(model := I3D(), tmp_path/'w.pth')
+    assert torch.equal(model.Logits.weight, random_i3d.Logits.weight)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_other_number_formats_are_read_and_named(random_i3d, tmp_path, dtype):
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in as_piergiaj(random_i3d).items()}
+    prov = load_kinetics(model := I3D(), save(state, tmp_path/'w.pth'))
+    name = str(dtype).removeprefix('torch.')
+    assert prov['dtype'] == name and prov['name'].endswith(name) and model.Logits.bias.dtype == torch.float32
+    assert torch.equal(model.Logits.bias, random_i3d.Logits.bias.to(dtype).float())
+
+
+def test_two_backbones_are_no_choice_of_ours(random_i3d, tmp_path):
+    "Weights and their moving average; RGB and flow; the four networks of MUSDL's cross-validation"
+    good = as_hassony2(random_i3d)
+    for two in ({'model': good, 'ema': good}, {f'{name}.{k}': v for name in ('rgb', 'flow') for k, v in good.items()}, {'i3ds': {f'{i}.{k}': v for i in range(4) for k, v in good.items()}}):
+        with pytest.raises(ValueError, match='need one I3D, got [24]: .*; save'): load_kinetics(I3D(), save(two, tmp_path/'w.pth'))
+
+
+def test_inside_a_run_every_tensor_still_counts(random_i3d, tmp_path):
+    good = as_hassony2(random_i3d)
+    for wrong, why in ((good|{'stray.weight': torch.zeros(1)}, '1 not used: stray.weight'), ({k: v for k, v in good.items() if 'mixed_5c.branch_0' not in k}, '[56] missing')):
+        with pytest.raises(ValueError, match=why): load_kinetics(I3D(), save(below('base_model/module.', wrong), tmp_path/'w.pth'))
+
+
+def test_weights_of_another_kind_are_named(random_i3d, tmp_path):
+    "Optical flow, Kinetics-600, whole numbers"
+    good, first = as_piergiaj(random_i3d), 'Conv3d_1a_7x7.conv3d.weight'
+    classes = {f'logits.conv3d.{leaf}': torch.zeros(600, *good[f'logits.conv3d.{leaf}'].shape[1:]) for leaf in ('weight', 'bias')}
+    for wrong, why in (({first: good[first][:, :2]}, 'these are for 2 input channels, not 3 .optical flow'), (classes, 'these are for 600 classes, not 400'),
+                       ({first: good[first].to(torch.int8)}, '1 no floating point numbers: Conv3d_1a')):
+        with pytest.raises(ValueError, match=why): load_kinetics(I3D(), save(good|wrong, tmp_path/'w.pth'))
+
+
+class Own(torch.nn.Module):
+    "Somebody's own network"
+
+
+@pytest.mark.parametrize('whole', [Own(), I3D(), {'model': Own()}])
+@pytest.mark.parametrize('legacy', [False, True])
+def test_a_whole_model_is_refused_with_the_remedy(tmp_path, whole, legacy):
+    torch.save(whole, tmp_path/'model.pth', _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match=r'model.pth cannot be read .*asks for \S+, and only tensors.*torch.save\(model.state_dict\(\), path\)$') as e: read_weights(tmp_path/'model.pth')
+    assert 'may run' not in str(e.value) and len(str(e.value)) < 400
 
 
 class Evil:

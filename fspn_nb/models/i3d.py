@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..core import file_hash
-from .weights import LAYOUTS,kinetics_weights,match_weights,read_weights
+from .weights import LAYOUTS,backbone_part,kinetics_weights,match_weights,read_weights
 
 # %% ../../nbs/models/02_i3d.ipynb #64faaa12
 def same_pad(
@@ -204,11 +204,13 @@ def encode_clips(
 def load_kinetics(
     model:I3D, # Filled in place; not a fused one
     path=None, # A checkpoint of any layout in `LAYOUTS`; None: `kinetics_weights()`
-)->dict: # For provenance.json: name, layout, sha256 (first 12), file
+)->dict: # For provenance.json: name, layout, sha256 (first 12), file, part of the file ('' for all of it), number format in it
     "Fill `model` from a checkpoint and say which one it was"
     path = Path(path or kinetics_weights())
-    state = read_weights(path)
+    part,state = backbone_part(read_weights(path))
     expected = {k:v for k,v in model.state_dict().items() if not k.endswith('num_batches_tracked')}
     layout,matched = match_weights(expected, state, path.name)
     model.load_state_dict(matched, strict=False)
-    return dict(name=LAYOUTS[layout][0], layout=layout, sha256=file_hash(path), file=path.name)
+    part,dtype = part.rstrip('.'),str(next(iter(state.values())).dtype).removeprefix('torch.')
+    name = LAYOUTS[layout][0]+(f', part {part}' if part not in ('','module') else '')+(f', {dtype}' if dtype != 'float32' else '')
+    return dict(name=name, layout=layout, sha256=file_hash(path), file=path.name, part=part, dtype=dtype)
