@@ -8,7 +8,9 @@ __all__ = ['picture_sections', 'sections_of', 'intro', 'build_report', 'publish_
 # %% ../../nbs/report/10_build.ipynb #c0225e96
 from pathlib import Path
 from ..analysis.published import pack_runs,published_dir,run_links,unpack_runs
+from ..analysis.run_groups import left_out_line,samples_words
 from ..core import write_atomic
+from ..protocols import PROTOCOLS
 from fspn_nb.report.figure_sections import (draw_section,epochs_section,parsing_section,printed_methods,scatter_section,
     votes_section)
 from .run_index import RunIndex,open_index
@@ -37,6 +39,7 @@ def picture_sections(
 
 # %% ../../nbs/report/10_build.ipynb #8e6cd7ba
 _EVERY_ROW = 'Every row with its interval; filled: differs from the full FSPN (Holm p < .05).'
+_OF_TABLE = dict(table_07='mtl_aqa', table_10='aqa7', table_11='mtl_aqa') # Dataset of a section; FineDiving's are all others
 
 # %% ../../nbs/report/10_build.ipynb #16089ced
 def sections_of(
@@ -54,7 +57,9 @@ def sections_of(
     six = scatter_section(index, 'fig_06', 'Fig. 6: predictions of the parts', cells, out)
     nine = scatter_section(index, 'fig_09', 'Figs. 9 and 11: predictions and cumulative score', printed_methods(index), out)
     figures = [six, grid['Fig. 7'], votes_section(index, out), nine]
-    return [*tables, *figures, grid['beyond'], epochs_section(index), parsing_section(index, out), *picture_sections(out, pictures)]
+    sections = [*tables, *figures, grid['beyond'], epochs_section(index), parsing_section(index, out)]
+    for section in sections: section.hidden = left_out_line(index.hidden, _OF_TABLE.get(section.key, 'finediving'))
+    return [*sections, *picture_sections(out, pictures)]
 
 # %% ../../nbs/report/10_build.ipynb #56b75743
 _FOLDERS = 'Every number of ours comes from the `predictions.csv` of the run folders that its row links to (the links are the seeds)'
@@ -68,7 +73,24 @@ def _counts(index):
     filled = index.cells.groupby(['table','row','protocol']).run.apply(lambda runs: (runs != '').any())
     sound = index.runs[index.runs.problem == '']
     kinds = ', '.join(f'{len(g)} on {data} data' for data,g in sound.groupby('data'))
-    return f"Finished runs: {kinds or 'none'}; {int(filled.sum())} of the {len(filled)} cells of the grid have a number."
+    cells = f"{int(filled.sum())} of the {len(filled)} cells of the grid have a number"
+    hidden = int(index.hidden.runs.sum())
+    unseen = f' {hidden} of the runs are not shown; the line below a table says which and why.' if hidden else ''
+    return f"Finished runs: {kinds or 'none'}; {cells}.{unseen}"
+
+# %% ../../nbs/report/10_build.ipynb #0b3becb1
+def _bases(index):
+    "What the tables of each dataset rest on, one line each"
+    for dataset,runs in index.main.groupby('dataset'):
+        seeds,first = runs.seed.nunique(),runs.iloc[0]
+        yield (f"- {PROTOCOLS[dataset].title}: {first.data} data, preset {first.preset}, {seeds} seed{'s'*(seeds > 1)}, "
+               f"{samples_words(runs)}.\n")
+
+# %% ../../nbs/report/10_build.ipynb #0e0b6878
+def _rests_on(index):
+    "The list of `_bases` with its sentence, or that there is none"
+    lines = ''.join(_bases(index))
+    return f'The tables of methods rest on these runs:\n\n{lines}' if lines else 'There is no finished run yet.\n'
 
 # %% ../../nbs/report/10_build.ipynb #8d580c8b
 def intro(
@@ -80,6 +102,7 @@ def intro(
     source = 'published files' if published else 'run folders'
     return f'''What our runs of FSPN, its variants and its peers gave, beside what the paper prints
 (IEEE TIP 2023, doi 10.1109/TIP.2023.3331212).
+{_rests_on(index)}
 {_PUBLISHED if published else _FOLDERS}; the CSV beside each table has all digits.
 Numbers on synthetic data say what the code does, not how good the method is on real dives, and are not comparable with the printed ones.
 A row that is empty has no run yet, and the command below its table fills it.

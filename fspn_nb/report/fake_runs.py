@@ -68,6 +68,13 @@ def _facts(cfg):
         checkpoint_selection=cfg.eval.checkpoint_selection, weights='rgb_scratch', preset=cfg.preset,
         label=protocol_variant(cfg.dataset, cfg.protocol).label, epochs=cfg.train.epochs, exemplars=cfg.eval.num_exemplars)
 
+# %% ../../nbs/report/07_fake_runs.ipynb #7295bf9e
+def _provenance(cfg, n_test, counts, inputs):
+    "What provenance.json says of a run"
+    counts = counts or dict(train=96, val=6, test=n_test)
+    facts = dict(release='made up', data='real' if cfg.data_root else 'synthetic', weights=dict(name='rgb_scratch'), counts=counts)
+    return facts|(dict(inputs=dict(total=inputs)) if inputs else {})
+
 # %% ../../nbs/report/07_fake_runs.ipynb #216b388f
 def fake_run(
     root:str|Path, # The folder of runs
@@ -76,13 +83,15 @@ def fake_run(
     n:int=40, # Test videos
     watched:bool=False, # Also watched.csv
     votes:bool=False, # Also votes.csv
+    counts:dict|None=None, # Samples under 'train', 'val', 'test' for its provenance; None: all of an invented release
+    inputs:str='', # Fingerprint of its inputs; '': as runs from before fingerprints
 )->Path: # The run's folder
     "Write a run of `cfg` that nobody trained"
     df = fake_samples(cfg, n)
     df = df.assign(pred=(df.true+miss*_errors(cfg, len(df))[0]).round(4), seed=cfg.seed)
     test,folder = df[df.split == 'test'],Path(root)/cfg.dataset/run_id(cfg)
     save_cfg(cfg, folder/'config.json')
-    write_json(folder/'provenance.json', dict(release='made up', weights=dict(name='rgb_scratch')))
+    write_json(folder/'provenance.json', _provenance(cfg, n, counts, inputs))
     write_json(folder/'metrics.json', summarise(test.pred, test.true, n=50)|_facts(cfg))
     files = dict(predictions=df[['uid','true','pred','difficulty','action','split','seed']])
     if cfg.model.name.startswith('fspn') and cfg.model.use_iap and cfg.dataset == 'finediving': files['parsing'] = _parse(df, cfg)

@@ -19,11 +19,11 @@ from ..analysis.significance import epoch_selection,seed_mean_ci
 from ..metrics import bca,cs_area
 from ..paper import paper_table
 from .figures import plot_cs,plot_scatter,save_figure
-from .run_index import RunIndex,figure_note
+from .run_index import RunIndex,figure_note,provenance_line
 from .study_figures import plot_tiou,plot_votes
 from .table_sections import _GRID
 from .tables import _cell,method_titles
-from .writers import ReportSection,_text,provenance_line
+from .writers import ReportSection,_text
 
 # %% ../../nbs/report/09_figure_sections.ipynb #319fe3dd
 def draw_section(
@@ -103,7 +103,7 @@ def scatter_section(
     if key == 'fig_09': figures.append(('fig_11', plot_cs, 'Share of the test videos whose error is at most so many points.'))
     for name,draw,_ in figures: _draw_methods(name, draw, preds, figure_note(used), out)
     words = [(name, caption) for name,_,caption in figures]
-    return ReportSection(key, title, provenance_line(used, _SINGLE), table, readable_scores(table), [line], words, command)
+    return ReportSection(key, title, provenance_line(used, _SINGLE, index.runs), table, readable_scores(table), [line], words, command)
 
 # %% ../../nbs/report/09_figure_sections.ipynb #0aed2b15
 def printed_methods(
@@ -145,7 +145,8 @@ def votes_section(
     for name,short,digits in (('rho','rho',4), ('r_l2_x100','R x100',3)):
         columns[short] = [_cell(row, name, digits) for _,row in table.iterrows()]
     shown = pd.DataFrame(columns|dict(seeds=table.seeds, n=table.n))
-    section = ReportSection('fig_08', title, provenance_line(index.select(runs)), table, shown, [_votes_line(table)], [], command)
+    caption = provenance_line(index.select(runs), others=index.runs)
+    section = ReportSection('fig_08', title, caption, table, shown, [_votes_line(table)], [], command)
     words = "Both metrics against the number of exemplars; dashed: the near end of the best one's interval."
     return draw_section(index, section, out, plot_votes, words)
 
@@ -183,7 +184,7 @@ def epochs_section(
     parts = [read(row) for row in cells.itertuples()]
     runs = cells.rename(columns=dict(experiment='method', run='runs'))[['method','seed','runs']]
     table = epoch_selection(pd.concat(parts)).merge(runs, on=['method','seed'])
-    caption = provenance_line(index.select(table.runs), _RULES)
+    caption = provenance_line(index.select(table.runs), _RULES, index.runs)
     return ReportSection('epochs', title, caption, table, _readable_epochs(table), [*_epoch_lines(table)], [], command)
 
 # %% ../../nbs/report/09_figure_sections.ipynb #0475b46b
@@ -234,4 +235,5 @@ def parsing_section(
     save_figure(fig, Path(out)/'figures'/'tiou', pdf=True)
     plt.close(fig)
     figures = [('tiou', 'Each variant, seed by seed, between the rules that see no frame.')]
-    return ReportSection('parsing', title, provenance_line(used), means, _readable_parse(means), [line], figures, command)
+    caption = provenance_line(used, others=index.runs)
+    return ReportSection('parsing', title, caption, means, _readable_parse(means), [line], figures, command)

@@ -11,16 +11,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import os
 import pandas as pd
-import resource
 import seaborn as sns
 import time
 import torch
-from ..analysis.runs import add_averages,collect,read_predictions
+from ..analysis.run_groups import samples_words
+from ..analysis.runs import add_averages,collect,read_predictions,used_and_annotated
 from ..data.clips import frame_indices,load_frames
 from ..data.records import samples_frame
 from ..evaluate import load_model
 from ..experiments.session import RunContext
 from ..metrics import score_baselines,temporal_iou
+from ..processes import peak_memory
 from ..protocols import SPORTS,LabelTransform
 from .figures import plot_parse
 from .tables import ours_vs_paper
@@ -69,15 +70,17 @@ def _read_curves(session):
 def plot_curves(
     session:RunContext, # After `train_all`
 ):
-    "Loss and validation rho over the epochs of every run; returns the figure"
+    "Loss over the epochs of every run and, where there are validation videos, their rho; returns the figure"
     curves,legend = _read_curves(session),'auto' if len(session.done) <= 8 else False
-    fig,axs = plt.subplots(1, 2, figsize=(9, 3), layout='constrained')
-    sns.lineplot(curves, x='passed', y='loss', hue='run', legend=legend, ax=axs[0])
-    axs[0].set(xlabel='share of the epochs', ylabel='loss, first epoch = 1', yscale='log')
     val = curves.dropna(subset='val_rho')
-    if len(val): sns.lineplot(val, x='passed', y='val_rho', hue='run', marker='o', legend=False, ax=axs[1])
-    axs[1].set(xlabel='share of the epochs', ylabel='rho on validation videos')
-    if legend: axs[0].legend(fontsize=6)
+    panels = 1+bool(len(val))
+    fig,axs = plt.subplots(1, panels, figsize=(4.5*panels, 3), layout='constrained', squeeze=False)
+    sns.lineplot(curves, x='passed', y='loss', hue='run', legend=legend, ax=axs[0,0])
+    axs[0,0].set(xlabel='share of the epochs', ylabel='loss, first epoch = 1', yscale='log')
+    if legend: axs[0,0].legend(fontsize=6)
+    if len(val):
+        sns.lineplot(val, x='passed', y='val_rho', hue='run', marker='o', legend=False, ax=axs[0,1])
+        axs[0,1].set(xlabel='share of the epochs', ylabel='rho on validation videos')
     return fig
 
 # %% ../../nbs/report/06_run_report.ipynb #abc50567
@@ -86,22 +89,38 @@ def make_table(
     baselines:pd.DataFrame, # From `baselines_of`
 )->pd.DataFrame: # As `ours_vs_paper`
     "The paper's table with the runs of `session` in it"
-    runs = collect(session.reports)
-    own = [f'{session.dataset}/{result.run.name}' for result in session.done]
-    runs = runs[runs.run.isin(own)].reset_index(drop=True)
+    everything = collect(session.reports)
+    own = everything.run.isin([f'{session.dataset}/{result.run.name}' for result in session.done])
+    runs = everything[own].reset_index(drop=True)
     if session.dataset == 'aqa7': runs = add_averages(runs, session.reports)
-    return ours_vs_paper(session.dataset_protocol.table, runs, baselines)
+    table = ours_vs_paper(session.dataset_protocol.table, runs, baselines, everything)
+    hidden = int((~own & (everything.dataset == session.dataset)).sum())
+    if hidden: table.attrs['caption'] += (f' Not shown: {hidden} more run{"s"*(hidden > 1)} of this dataset in the same folder, '
+                                          'of other parameters; nbs/report.ipynb shows them.')
+    return table
+
+# %% ../../nbs/report/06_run_report.ipynb #e380c13b
+def _samples_frame(session, protocol):
+    "How many samples the runs of a block used, as `samples_words` reads it; '': of all blocks"
+    rows = []
+    for result in session.done:
+        if protocol not in ('', result.cfg.protocol): continue
+        data,test = result.data.provenance,len(result.data.splits['test'])
+        used,annotated = used_and_annotated(data, session.dataset, result.cfg.protocol, data['data'])
+        rows.append(dict(dataset=session.dataset, protocol=result.cfg.protocol, used=used, annotated=annotated, n=test))
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/report/06_run_report.ipynb #82e41061
 def run_note(
     session:RunContext, # After `train_all`
-    protocol:str, # A block of the table
-)->str: # One line
-    "What a figure's title must say: protocol, mode, weights, preset, seed, epoch rule"
-    title,first = session.dataset_protocol.variants[protocol].title,session.done[0]
+    protocol:str='', # A block of the table; '': all of them
+)->str: # Two lines
+    "What a figure's title must say: protocol, mode, weights, preset, seed, epoch rule, how much of the dataset"
+    title,first = f'{session.dataset_protocol.variants[protocol].title}, ' if protocol else '',session.done[0]
     cfg,weights = first.cfg,first.data.provenance['weights']['name']
     rule = cfg.eval.checkpoint_selection
-    return f'{title}, {cfg.train.backbone} backbone ({weights}), preset {cfg.preset}, seed {cfg.seed}, {rule} epoch'
+    return (f'{title}{cfg.train.backbone} backbone ({weights}), preset {cfg.preset}, seed {cfg.seed}, {rule} epoch,\n'
+            f'{samples_words(_samples_frame(session, protocol))}')
 
 # %% ../../nbs/report/06_run_report.ipynb #8db884e4
 def main_protocol(
@@ -176,7 +195,7 @@ def costs(
     session:RunContext, # After `train_all`
 )->pd.DataFrame: # Milliseconds per training video and epoch, minutes, per run
     "Time per run; prints device, time and memory of the whole notebook"
-    minutes,memory = (time.perf_counter()-session.began)/60,resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e6
+    minutes,memory = (time.perf_counter()-session.began)/60,peak_memory()/1e9
     print(f'device {session.done[0].data.device}, {torch.get_num_threads()} threads, {session.base.train.backbone} backbone; '
           f'whole notebook {minutes:.1f} min, peak memory {memory:.1f} GB')
     rows = []
