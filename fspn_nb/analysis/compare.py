@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'stack_predictions', 'score_functions', 'score_seeds', 'compare_seeds', 'Scorer', 'ablation_table',
-           'order_of']
+           'order_of', 'read_baselines']
 
 # %% ../../nbs/analysis/03_compare.ipynb #0ce6e773
 import re
 from functools import partial
 from pathlib import Path
 import numpy as np,pandas as pd
-from .runs import read_predictions
+from .runs import SCORE_PAIRS,read_predictions
 from .significance import holm,paired_test,seed_mean_ci
 from ..metrics import relative_l2,spearman
 from ..paper import paper_figure_points,paper_table
+from ..protocols import PROTOCOLS
 from ..zoo import list_models
 
 # %% ../../nbs/analysis/03_compare.ipynb #741ff6ff
@@ -175,3 +176,28 @@ def order_of(
     lower = compared.rho_gain < 0
     return dict(pairs=int((paper != 0).sum()), agree=int((ours*paper > 0).sum()), rows=len(compared),
                 below=int(lower.sum()), sure=int((lower & (compared.rho_p_holm < .05)).sum()))
+
+# %% ../../nbs/analysis/03_compare.ipynb #bbcc8109
+_TABLE_FILES = dict(IX='table_09', X='table_10', XI='table_11')
+
+# %% ../../nbs/analysis/03_compare.ipynb #147c8d5f
+def _baselines_of_table(path):
+    "The rows of a run notebook's table that see no frame, as `score_baselines` gives them"
+    table = pd.read_csv(path)
+    table = table[table.method.str.startswith('no video: ')]
+    baselines = table[['protocol','n']].assign(baseline=table.method.str.removeprefix('no video: '))
+    for name,source,factor in SCORE_PAIRS:
+        for end in ('','_lo','_hi'): baselines[source+end] = table[name+end]/factor
+    return baselines
+
+# %% ../../nbs/analysis/03_compare.ipynb #53b7fd1c
+def read_baselines(
+    root:str|Path, # A folder of runs
+    dataset:str, # 'finediving' | 'mtl_aqa' | 'aqa7'
+)->pd.DataFrame|None: # As `score_baselines`; None where there are none
+    "Scores of predictors that see no frame, as the grid or the run notebook of `dataset` left them"
+    folder = Path(root)/dataset
+    if files := sorted(folder.glob('baselines_*.csv')): return pd.concat([pd.read_csv(path) for path in files], ignore_index=True)
+    path = folder/f'{_TABLE_FILES[PROTOCOLS[dataset].table]}.csv'
+    baselines = _baselines_of_table(path) if path.is_file() else None
+    return baselines if baselines is not None and len(baselines) else None

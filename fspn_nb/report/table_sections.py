@@ -11,10 +11,9 @@ from functools import cache
 from pathlib import Path
 import pandas as pd
 import torch
-from ..analysis.compare import SCORES,ablation_table,order_of
+from ..analysis.compare import SCORES,ablation_table,order_of,read_baselines
 from ..analysis.method_tables import method_cells,seed_intervals,with_sizes
 from ..analysis.complexity import complexity_table
-from ..analysis.published import read_baselines
 from ..analysis.runs import add_averages
 from ..analysis.significance import holm
 from ..methods import METHODS
