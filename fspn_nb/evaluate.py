@@ -6,7 +6,7 @@
 __all__ = ['PREDICTION_COLUMNS', 'load_model', 'predictions', 'parsing_table', 'evaluate', 'evaluate_cli']
 
 # %% ../nbs/base/10_evaluate.ipynb #34e5b309
-import argparse,json
+import argparse,json,math
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,9 @@ from .batches.fingerprint import check_inputs
 from .config import load_cfg
 from .core import write_atomic,write_json
 from .metrics import summarise,temporal_iou
+from .processes import LockHeld
 from .training.checkpoint import load_ckpt
-from .training.distributed import DistributedContext,init_distributed
+from .training.distributed import DistributedContext,init_distributed,main_process_lock
 from .training.loop import build_model
 from .training.predict import predict
 from .training.prepare import RunData,prepare
@@ -30,6 +31,9 @@ def load_model(
 )->nn.Module: # In evaluation mode
     "The trained method of `run`, at the epoch that `eval.checkpoint_selection` names (D-11); a `ValueError` for other data"
     path = Path(run)/('last.pt' if data.cfg.eval.checkpoint_selection == 'last' else 'best_val.pt')
+    if not path.is_file() and path.with_name('last.pt').is_file():
+        raise FileNotFoundError(f'{path}: need an epoch with a validation rho, got none, as all predictions for the validation split were '
+                                'equal; train with eval.checkpoint_selection=last')
     if not path.is_file(): raise FileNotFoundError(f'{path}: need the weights of a trained run; train it with fspn_nb.train.fit')
     check_inputs(run, data.inputs)
     model = build_model(data)
@@ -75,11 +79,14 @@ def _metrics(table, data):
     "What metrics.json holds: results on the test samples in `table`, and what the run was"
     cfg = data.cfg
     return dict(
-        summarise(table.pred.to_numpy(), table.true.to_numpy(),
-                  seed=cfg.seed), method=cfg.model.name, protocol=cfg.protocol, seed=cfg.seed,
+        summarise(table.pred.to_numpy(), table.true.to_numpy(), seed=cfg.seed, noun=data.dataset_protocol.noun), method=cfg.model.name, protocol=cfg.protocol, seed=cfg.seed,
         mode=cfg.train.backbone, data=data.provenance['data'], checkpoint_selection=cfg.eval.checkpoint_selection,
         weights=data.provenance['weights']['name'], preset=cfg.preset, label=data.labels.label_transform.kind,
         epochs=cfg.train.epochs, exemplars=cfg.eval.num_exemplars)
+
+def _with_null(metrics):
+    "`metrics` as JSON knows them: null for a number that is undefined"
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name,value in metrics.items()}
 
 # %% ../nbs/base/10_evaluate.ipynb #aa070002
 def evaluate(
@@ -88,19 +95,21 @@ def evaluate(
     device:str='auto', # As in `pick_device`
     dist:DistributedContext=DistributedContext(), # The processes that encode the samples; that of `data` where it is given
 )->dict: # What metrics.json holds
-    "Predict test and validation samples of `run`; write predictions.csv, parsing.csv and metrics.json"
+    "Predict test and validation samples of `run`; write predictions.csv, parsing.csv, then metrics.json with null for NaN"
     run = Path(run)
-    data = data or prepare(load_cfg(run/'config.json'), device, dist=dist)
-    model = load_model(run, data)
-    results = [predictions(model, data, split) for split in ('test','val') if len(data.splits[split])]
-    test,extras = results[0]
-    files,metrics = {'predictions.csv': pd.concat([table for table,_ in results])},_metrics(test, data)
-    if 'transitions' in extras and data.labels.transitions is not None:
-        files['parsing.csv'] = steps = pd.concat([parsing_table(*result, data) for result in results])
-        metrics['tiou'] = round(float(steps[steps.split == 'test'].tiou.mean()), 4)
-    if data.dist.is_main_process: # all ranks have the same results, rank 0 writes
-        for name,table in files.items(): write_atomic(run/name, table.to_csv(index=False))
-        write_json(run/'metrics.json', metrics)
+    with main_process_lock(data.dist if data else dist, run):
+        data = data or prepare(load_cfg(run/'config.json'), device, dist=dist)
+        model = load_model(run, data)
+        results = [predictions(model, data, split) for split in ('test','val') if len(data.splits[split])]
+        write = lambda name,table: write_atomic(run/name, table.to_csv(index=False)) if data.dist.is_main_process else None
+        write('predictions.csv', pd.concat([table for table,_ in results])) # kept, whatever becomes of the metrics
+        test,extras = results[0]
+        metrics = _metrics(test, data)
+        if 'transitions' in extras and data.labels.transitions is not None:
+            steps = pd.concat([parsing_table(*result, data) for result in results])
+            write('parsing.csv', steps)
+            metrics['tiou'] = round(float(steps[steps.split == 'test'].tiou.mean()), 4)
+        if data.dist.is_main_process: write_json(run/'metrics.json', _with_null(metrics)) # all ranks have the same results
     return metrics
 
 # %% ../nbs/base/10_evaluate.ipynb #c3a0cc56
@@ -115,8 +124,9 @@ def evaluate_cli(
     p.add_argument('--nodes', type=int, default=1, help='machines')
     a = p.parse_args(args)
     dist = init_distributed(a.processes, a.device, a.nodes)
-    metrics = evaluate(a.run, device=a.device if dist.fabric is None else str(dist.fabric.device), dist=dist)
-    if dist.is_main_process: print(json.dumps(metrics, indent=1))
+    try: metrics = evaluate(a.run, device=a.device if dist.fabric is None else str(dist.fabric.device), dist=dist)
+    except LockHeld as e: raise SystemExit(str(e)) from None # one line says it all
+    if dist.is_main_process: print(json.dumps(_with_null(metrics), indent=1))
 
 # %% ../nbs/base/10_evaluate.ipynb #521bbc7c
 if __name__ == '__main__' and globals().get('__spec__'): evaluate_cli()

@@ -10,13 +10,13 @@ __all__ = ['LockOwner', 'this_process', 'lock_owner', 'LockHeld', 'hold_lock', '
 import ctypes,json,multiprocessing,os,platform,shlex,sys,time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager,suppress
 from dataclasses import asdict,dataclass
 from datetime import datetime
 from pathlib import Path
 
 import psutil
-from filelock import FileLock,Timeout
+from filelock import FileLock,SoftFileLock,Timeout
 
 from .core import escape,write_json
 
@@ -66,6 +66,12 @@ def _message(lock, purpose, advice):
     return f'{purpose}: need it for this process alone, got {owner or "another process"}; {advice}{remove}'
 
 # %% ../nbs/base/12_processes.ipynb #246e8ed9
+def _remove_files(lock, system_lock):
+    "Remove what lies on disk, while the lock is held: who has opened it meanwhile sees that it is gone and opens it anew"
+    _owner_file(lock).unlink(missing_ok=True)
+    with suppress(OSError): # Windows removes an open file later, by itself
+        if not isinstance(system_lock, SoftFileLock): lock.unlink(missing_ok=True)
+
 @contextmanager
 def hold_lock(
     lock:Path, # The lock file; made where it is not there
@@ -89,7 +95,7 @@ def hold_lock(
         if not nested: write_json(_owner_file(lock), asdict(this_process()))
         yield
     finally:
-        if not nested: _owner_file(lock).unlink(missing_ok=True)
+        if not nested: _remove_files(lock, system_lock)
         system_lock.release()
 
 # %% ../nbs/base/12_processes.ipynb #cf3bf71a

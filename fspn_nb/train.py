@@ -18,7 +18,7 @@ from .batches.fingerprint import check_inputs,write_inputs
 from .config import RunCfg,load_cfg,run_id,save_cfg,validate
 from .core import progress,repo_root,reports_dir,write_atomic,write_json
 from .metrics import spearman
-from .processes import run_lock,tune_malloc
+from .processes import LockHeld,tune_malloc
 from .training.checkpoint import (CheckpointTimer,Preempted,backup_path,check_disk_space,missing_files,newest_ckpt,
     rng_state,save_ckpt,sigterm_flag)
 from .training.distributed import DistributedContext,any_rank,init_distributed,main_process_lock
@@ -210,6 +210,7 @@ def train_cli(
     cfg,dist = load_cfg(a.config),init_distributed(a.processes, a.device, a.nodes)
     device = a.device if dist.fabric is None else str(dist.fabric.device)
     try: run = fit(cfg, a.out, device, dist=dist, max_checkpoint_overhead=a.max_overhead)
+    except LockHeld as e: raise SystemExit(str(e)) from None # one line says it all
     except Preempted as e:
         print(e, file=sys.stderr)
         raise

@@ -22,6 +22,7 @@ from ..config import ClipCfg,RunCfg
 from ..core import data_cache,progress,write_atomic
 from ..data.clips import recut
 from ..data.records import Sample
+from ..processes import hold_lock
 
 # %% ../../nbs/batches/05_features.ipynb #4bd7db4f
 def feature_key(
@@ -87,8 +88,17 @@ def _kind_size(kind, clip):
     return 4*1024*(len(clip.starts)*side**2 if kind == 'feature_maps' else 20)
 
 # %% ../../nbs/batches/05_features.ipynb #c4eae62e
-def _write_features(todo, features, desc, workers):
-    "Write `features(sample)` for each (sample, path) of `todo`, `workers` at a time; 0: here, with all threads"
+def _missing(jobs): return [job for job in jobs if not job[1].exists()]
+
+def _write_features(jobs, features, kind, workers):
+    "Write `features(sample)` for each (sample, path) of `jobs` that is missing, unless another process is at it; `workers` as in `cache_features`"
+    if not _missing(jobs): return
+    lock = jobs[0][1].with_name(f'.{short_hash([path.name for _,path in jobs])}.lock')
+    with hold_lock(lock, f'{kind} of {len(jobs)} videos', wait=True): # two programs on the same videos: the second waits and reads
+        _write_all(_missing(jobs), features, f'{kind} of {len(_missing(jobs))} dives', workers)
+
+def _write_all(todo, features, desc, workers):
+    "Write `features(sample)` for each (sample, path) of `todo`"
     def _write(job): write_atomic(job[1], save(features(job[0])))
     if not todo: return
     if not workers:
@@ -117,13 +127,13 @@ def cache_kind(
         raise ValueError(f"need 'feature_maps' or 'short_clip_features', got {kind!r}")
     paths = [folder/feature_key(sample, cfg, None, weights, frames[sample.uid]).replace('.safetensors', f'.{kind}.safetensors')
              for sample in samples]
-    todo = [(sample, path) for sample,path in zip(samples, paths) if not path.exists()]
-    if todo: _check_room(folder, kind, len(todo), _kind_size(kind, cfg.clip))
+    jobs = list(zip(samples, paths))
+    if todo := _missing(jobs): _check_room(folder, kind, len(todo), _kind_size(kind, cfg.clip))
     def _features(sample):
         scene = dive_clips(sample, cfg.clip)[0]
         features = encode(scene, maps=True) if kind == 'feature_maps' else encode(recut(scene, cfg.clip.starts))
         return {kind: features.float().cpu().contiguous()}
-    _write_features(todo, _features, f'{kind} of {len(todo)} dives', workers)
+    _write_features(jobs, _features, kind, workers)
     return torch.stack([load_file(path)[kind] for path in paths])
 
 # %% ../../nbs/batches/05_features.ipynb #25078ca7
@@ -141,9 +151,8 @@ def cache_features(
     "Features of all `samples`: read from the cache where they are there, else computed and kept"
     folder = Path(folder or data_cache()/'features')
     paths = [folder/feature_key(sample, cfg, boxes[sample.uid], weights, frames[sample.uid]) for sample in samples]
-    todo = [(sample, path) for sample,path in zip(samples, paths) if not path.exists()]
-    _write_features(todo, lambda sample: dive_features(sample, cfg, boxes[sample.uid], encode),
-                    f'I3D features of {len(todo)} dives', workers)
+    _write_features(list(zip(samples, paths)), lambda sample: dive_features(sample, cfg, boxes[sample.uid], encode),
+                    'I3D features', workers)
     rows = [load_file(path) for path in paths]
     extra = {kind: cache_kind(samples, cfg, encode, weights, folder, kind, frames, workers) for kind in kinds}
     return FeatureDataset(*(torch.stack([row[stream] for row in rows]) for stream in ('scene','actor')), **extra)

@@ -175,16 +175,22 @@ class FrameStore:
 _REASONS = {'damaged': 'its record is damaged', 'source changed': 'its frame files are not those that it was made from'}
 
 def _update_records(jobs, workers):
-    "Write the records of `jobs` (path to arguments of `record_state`) that are missing, changed or damaged"
+    "Write the records of `jobs` (path to arguments of `record_state`) that are missing, changed or damaged; another process at it is waited for"
+    def _states(paths): return dict(zip(paths, pool.map(lambda path: record_state(*jobs[path]), paths)))
     with _workers(workers) as pool:
-        states = dict(zip(jobs, pool.map(lambda job: record_state(*job), jobs.values())))
-        for path,state in states.items():
-            if state in _REASONS: print(f'frame store: dive {jobs[path][1].uid} is made again, {_REASONS[state]}')
-        todo = [jobs[path] for path,state in states.items() if state]
-        if not todo: return
-        _check_room(todo[0][0].parent, len(todo), sum(pool.map(lambda job: record_bytes(*job[1:]), todo)))
-        written = pool.map(lambda job: write_record(*job), todo)
-        for _ in progress(written, f'frames of {len(todo)} dives', len(todo)): pass
+        if not (unsound := [path for path,state in _states(jobs).items() if state]): return
+        lock = unsound[0].with_name(f'.{short_hash([path.name for path in jobs])}.lock')
+        with hold_lock(lock, f'frames of {len(jobs)} videos', wait=True): _write_records(jobs, _states(unsound), pool)
+
+def _write_records(jobs, states, pool):
+    "Write the records of `jobs` whose state is not ''"
+    for path,state in states.items():
+        if state in _REASONS: print(f'frame store: dive {jobs[path][1].uid} is made again, {_REASONS[state]}')
+    todo = [jobs[path] for path,state in states.items() if state]
+    if not todo: return
+    _check_room(todo[0][0].parent, len(todo), sum(pool.map(lambda job: record_bytes(*job[1:]), todo)))
+    written = pool.map(lambda job: write_record(*job), todo)
+    for _ in progress(written, f'frames of {len(todo)} dives', len(todo)): pass
 
 # %% ../../nbs/batches/06_frame_store.ipynb #b21e8884
 def build_store(

@@ -7,11 +7,12 @@ __all__ = ['sample_augmentation', 'crop_square', 'stack_clips', 'CachedDataset',
            'choose_backend', 'choose_source']
 
 # %% ../../nbs/batches/07_store_source.ipynb #31a948a4
-import re,shutil
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -123,10 +124,9 @@ def load_to_memory(
     return replace(store, rows=tuple({k: v.clone() for k,v in row.items()} for row in store.rows))
 
 # %% ../../nbs/batches/07_store_source.ipynb #d50e56d9
-def free_memory()->int: # Bytes; 0 where the system does not say
-    "Memory that can be had without swapping"
-    info = Path('/proc/meminfo')
-    return int(re.search(r'MemAvailable:\s+(\d+)', info.read_text())[1])*1024 if info.is_file() else 0
+def free_memory()->int: # Bytes
+    "Memory that can be had without swapping, on every system"
+    return psutil.virtual_memory().available
 
 # %% ../../nbs/batches/07_store_source.ipynb #ccc13df5
 def choose_backend(

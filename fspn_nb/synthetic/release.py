@@ -6,13 +6,13 @@
 __all__ = ['MARKER', 'plan_release', 'release_key', 'write_truth', 'synth_release']
 
 # %% ../../nbs/synthetic/15_release.ipynb #f6f4b80d
-import ast,hashlib,inspect,json,multiprocessing,os,shutil,time
-from concurrent.futures import ProcessPoolExecutor
+import ast,glob,hashlib,inspect,json,os,shutil
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from ..core import data_cache,progress,write_atomic,write_json
 from ..data import grammar
+from ..processes import hold_lock,worker_pool
 from ..protocols import PROTOCOLS
 from . import (big_air_motion,catalogue,dive_motion,dive_render,dive_scenery,formats,hill_scenery,
     judging,pair_motion,skeleton,sport_plans,sport_render,sport_scenery,vault_motion)
@@ -72,7 +72,7 @@ def _workers(n, workers):
 def _draw_all(tasks, workers):
     "Draws all `tasks` with `workers` processes"
     if workers == 1: return [_draw(t) for t in progress(tasks, 'videos drawn')]
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context('spawn')) as pool:
+    with worker_pool(workers) as pool:
         return list(progress(pool.map(_draw, tasks, chunksize=2), 'videos drawn', total=len(tasks)))
 
 # %% ../../nbs/synthetic/15_release.ipynb #c6d587c0
@@ -120,12 +120,6 @@ def _finished(root, key):
                          "or delete this one to have it drawn anew")
     return True
 
-# %% ../../nbs/synthetic/15_release.ipynb #5d65bbb2
-def _sweep(root, hours=24):
-    "Removes unfinished copies of `root` that were left behind more than `hours` ago"
-    for old in root.parent.glob(f'.{root.name}.*.part'):
-        if time.time()-old.stat().st_mtime > 3600*hours: shutil.rmtree(old, ignore_errors=True)
-
 # %% ../../nbs/synthetic/15_release.ipynb #d8bdbf9b
 def _build(part, dataset, jobs, key, size, workers):
     "Draws everything that belongs to a release into the folder `part`"
@@ -139,13 +133,16 @@ def _build(part, dataset, jobs, key, size, workers):
 
 # %% ../../nbs/synthetic/15_release.ipynb #84efd7f6
 def _draw_into(root, dataset, jobs, key, size, workers):
-    "Draws a release beside `root` and renames it; leaves nothing behind if that fails"
-    _sweep(root)
+    "Draw a release beside `root` and rename it, unless another process has drawn it meanwhile; whether it was drawn here"
     part = root.with_name(f'.{root.name}.{os.getpid()}.part')
-    try:
-        _build(part, dataset, jobs, key, size, workers)
-        if not _finished(root, key): part.rename(root)
-    finally: shutil.rmtree(part, ignore_errors=True)
+    with hold_lock(root.with_name(f'.{root.name}.lock'), f'synthetic release {root.name}', wait=True):
+        if _finished(root, key): return False
+        for old in root.parent.glob(f'.{glob.escape(root.name)}.*.part'): shutil.rmtree(old, ignore_errors=True) # left by a kill
+        try:
+            _build(part, dataset, jobs, key, size, workers)
+            if not _finished(root, key): part.rename(root)
+        finally: shutil.rmtree(part, ignore_errors=True)
+    return True
 
 # %% ../../nbs/synthetic/15_release.ipynb #403cb0ef
 def synth_release(
@@ -160,8 +157,7 @@ def synth_release(
     "A finished synthetic release in `root`: reused if it is there, drawn if not"
     jobs,key = plan_release(n_train, n_test, seed, dataset),release_key(n_train, n_test, seed, size, dataset)
     root = data_cache()/f'{dataset}_synth_{key}' if root is None else Path(root).expanduser()
-    reused = _finished(root, key)
-    if not reused: _draw_into(root, dataset, jobs, key, size, workers)
+    reused = _finished(root, key) or not _draw_into(root, dataset, jobs, key, size, workers)
     protocol,each = PROTOCOLS[dataset],' of each class' if dataset == 'aqa7' else ''
     print(f"synthetic {protocol.title} release {'reused' if reused else 'drawn'}: "
           f"{n_train} train and {n_test} test {protocol.noun}s{each}, seed {seed}")
