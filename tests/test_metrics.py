@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from fspn_nb.metrics import (bootstrap_ci,cs_area,cumulative_score,fisher_mean,baseline_predictions,iou_hits,relative_l2,
+from fspn_nb.analysis.parse_quality import iou_hits
+from fspn_nb.metrics import (bootstrap_ci,cs_area,cumulative_score,fisher_mean,baseline_predictions,relative_l2,
     score_baselines,spearman,summarise,temporal_iou)
 
 # Table X: six correlations (diving, vault, big ski, big snow, sync 3 m, sync 10 m) and the average as printed
@@ -159,13 +160,24 @@ def test_bootstrap_keeps_pairs_together():
 
 
 @pytest.mark.parametrize('pred, true', [([1., 2.], [3., 4.]), ([1., 1., 2.], [2., 2., 1.]), ([1., 2., 3.], [1., 3., 2.])])
-def test_tiny_splits_warn_or_give_nan_but_never_raise(pred, true):
-    with warnings.catch_warnings(record=True) as messages:
-        warnings.simplefilter('always')
+def test_tiny_splits_say_in_their_result_that_bca_is_undefined(pred, true):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error') # nothing red in a notebook
         result = summarise(pred, true, n=100)
-    assert result['n'] == len(pred)
-    assert any('degenerate' in str(warning.message) for warning in messages)
+    assert result['n'] == len(pred) and result['reason'] == ''
+    assert 'degenerate' in result['intervals']
     assert np.isnan(result['spearman_lo']) or -1 <= result['spearman_lo'] <= result['spearman_hi'] <= 1
+
+
+@pytest.mark.parametrize('pred, true, reason', [([50.], [60.], '1 dive: '), ([50., 51., 52.], [60.]*3, 'all 3 dives have the score 60: '), ([50.]*4, [60., 61., 62., 63.], 'all 4 predictions are 50: '),
+                                                ([50., 50.], [60., 60.], 'all 2 dives have the score 60: ')])
+def test_what_has_no_order_or_no_range_is_nan_with_a_reason(pred, true, reason):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        result = summarise(pred, true, n=100)
+    assert result['reason'].startswith(reason) and 'no rank correlation' in result['reason']
+    assert np.isnan([result[f'spearman{end}'] for end in ('', '_lo', '_hi')]).all()
+    assert np.isnan([result[f'relative_l2{end}'] for end in ('', '_lo', '_hi')]).all() == ('no score range' in result['reason']) == (np.ptp(true) == 0)
 
 
 def test_constant_predictor_has_an_error_but_no_order():

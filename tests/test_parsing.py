@@ -10,7 +10,8 @@ from fspn_nb.config import finediving,run_id,save_cfg
 from fspn_nb.data.clips import frame_indices
 from fspn_nb.data.finediving import read_finediving
 from fspn_nb.data.records import steps_on_axis
-from fspn_nb.metrics import iou_hits,temporal_iou
+from fspn_nb.analysis.parse_quality import iou_hits
+from fspn_nb.metrics import temporal_iou
 from fspn_nb.models.group_contrast import group_contrast
 from fspn_nb.models.iap import order_prior
 

@@ -132,9 +132,13 @@ def load_dataset(
     cfg:RunCfg, # The run
     release:Release|None=None, # What `load_samples` gave, where it is at hand
 )->LabelledSamples:
-    "Read the samples of `cfg`, split them, label them, and find their candidates"
+    "Read the samples of `cfg`, split them, label them, and find their candidates; a `ValueError` where no epoch could be chosen"
     release = release or load_samples(cfg)
     splits = split_indices(release.samples, cfg.train.val_fraction, cfg.seed)
+    validation = [release.samples[i].score for i in splits['val']]
+    if cfg.eval.checkpoint_selection == 'best_val' and (len(validation) < 3 or len(set(validation)) == 1):
+        raise ValueError(f'eval.checkpoint_selection=best_val: need 3 validation samples or more, with different scores, got '
+                         f'{len(validation)} with {len(set(validation))}; raise train.val_fraction, or measure the last epoch')
     variant = protocol_variant(cfg.dataset, cfg.protocol)
     candidate_sets = find_candidates(release.samples, splits['train'], variant)
     return LabelledSamples(release, splits, read_labels(release.samples, cfg), candidate_sets)
