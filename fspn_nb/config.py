@@ -7,7 +7,7 @@ __all__ = ['CHOICES', 'PRESETS', 'ClipCfg', 'ActorCfg', 'SyntheticCfg', 'ModelCf
            'override', 'make_config', 'finediving', 'method_epochs', 'run_id', 'save_cfg', 'load_cfg']
 
 # %% ../nbs/base/05_config.ipynb #c2fc2466
-import hashlib,json
+import hashlib,json,os
 from dataclasses import asdict,dataclass,field,fields,replace
 from pathlib import Path
 from .core import flatten,from_dict,write_json
@@ -33,7 +33,6 @@ class ActorCfg:
     weights:str='' # The detector's file: 'onnx' needs one, 'ssd300' has torchvision's without
     pad:float=.2 # Margin round the box, share of its longer side
 
-# %% ../nbs/base/05_config.ipynb #7b7d6485
 @dataclass(frozen=True)
 class SyntheticCfg:
     "The synthetic release, used when no data folder is given"
@@ -95,7 +94,6 @@ class TrainCfg:
     micro_batch:int=0 # Clips at a time through the backbone, with activation checkpointing; 0: all at once. Results do not depend on it
     compile:bool=False # torch.compile the backbone: pays on a GPU, needs a C++ compiler
 
-# %% ../nbs/base/05_config.ipynb #ee482c16
 @dataclass(frozen=True)
 class EvalCfg:
     "How a trained model is measured"
@@ -120,6 +118,12 @@ class RunCfg:
     model:ModelCfg=field(default_factory=ModelCfg)
     train:TrainCfg=field(default_factory=TrainCfg)
     eval:EvalCfg=field(default_factory=EvalCfg)
+
+    def __post_init__(self):
+        "Paths become absolute, so that what is stored and printed holds in every folder"
+        for part,name in ((self,'data_root'), (self,'weights'), (self.actor,'boxes'), (self.actor,'weights')):
+            path = getattr(part, name)
+            if path not in ('', 'random'): object.__setattr__(part, name, os.path.abspath(os.path.expanduser(path)))
 
 # %% ../nbs/base/05_config.ipynb #409d716b
 CHOICES = {
@@ -147,7 +151,6 @@ def _check_pairs(cfg):
     if cfg.preset == 'paper' and not cfg.data_root:
         raise ValueError('the paper preset needs a real release: pass its folder as data_root, or use preset demo')
 
-# %% ../nbs/base/05_config.ipynb #7835b443
 def validate(
     cfg:RunCfg, # Any run
 )->RunCfg: # `cfg`, unchanged
@@ -195,7 +198,6 @@ def _of_dataset(dataset, preset):
     if (preset,dataset) in _SYNTHETIC: own['synthetic__n_train'],own['synthetic__n_test'] = _SYNTHETIC[preset,dataset]
     return own
 
-# %% ../nbs/base/05_config.ipynb #9215bd90
 def make_config(
     dataset:str='finediving', # 'finediving' | 'mtl_aqa' | 'aqa7'
     preset:str='paper', # 'paper' | 'demo' | 'smoke'
@@ -225,9 +227,8 @@ def run_id(
     cfg:RunCfg, # A run
 )->str: # 'fspn-w_dn-frozen-s0-1a2b3c4d'
     "A name for `cfg` that another configuration cannot have"
-    paths = {k: Path(v).name for k,v in (('weights',cfg.weights), ('actor.boxes',cfg.actor.boxes),
-                                         ('actor.weights',cfg.actor.weights))}
-    flat = {**flatten(cfg), 'data_root': bool(cfg.data_root), **paths}
+    flat = flatten(cfg)|{'data_root': bool(cfg.data_root)}
+    flat |= {name: Path(flat[name]).name for name in ('weights','actor.boxes','actor.weights')}
     if cfg.train.feature_precision == 'fp32': del flat['train.feature_precision'] # runs of versions that knew no other keep their name
     key = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
     return f'{cfg.model.name}-{cfg.protocol}-{cfg.train.backbone}-s{cfg.seed}-{key}'
@@ -240,7 +241,6 @@ def save_cfg(
     "Write `cfg` as JSON"
     return write_json(path, asdict(cfg))
 
-# %% ../nbs/base/05_config.ipynb #1f9f0181
 def load_cfg(
     path:Path, # A file of `save_cfg`
 )->RunCfg: # Checked

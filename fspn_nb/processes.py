@@ -123,7 +123,7 @@ def worker_pool(
         except BrokenProcessPool:
             script = escape(getattr(sys.modules['__main__'], '__file__', 'the main program'))
             raise RuntimeError(f"need a script whose calls stand under `if __name__ == '__main__':`, as {workers} worker processes import it, "
-                               f"got {script}, in which they could not start; put the calls there, or use one process (workers=1)") from None
+                               f"got {script}, in which they could not start; put the calls there") from None
         yield pool
 
 # %% ../nbs/base/12_processes.ipynb #b01c341e

@@ -30,7 +30,7 @@ from .parameters import notebook_parameters,parse_seeds
 from .variants import config_of,grid_base,plan_grid
 from ..methods import METHODS
 from ..metrics import score_baselines
-from ..processes import LockHeld,run_lock,worker_pool
+from ..processes import LockHeld,run_lock,stop_in_bare_script,worker_pool
 from ..protocols import PROTOCOLS
 from ..train import fit,run_folder
 from ..training.predict import predict
@@ -190,6 +190,7 @@ def run_grid(
     keep_weights:bool=False, # As in `run_one`
 )->pd.DataFrame: # The plan, with status 'there' | 'trained' | 'elsewhere' | 'failed', seconds, rho, problem
     "Train the runs of the named tables that are not finished yet"
+    stop_in_bare_script() # before anything is printed twice
     root,device = reports_dir(str(out)),str(pick_device(device))
     plan = plan_grid(base, tables, seeds, scale_epochs)
     cfgs = [config_of(base, row.experiment, row.seed, row.protocol, scale_epochs) for row in plan.itertuples()]
