@@ -17,8 +17,8 @@ from fspn_nb.data.extract_frames import prepare_cli,prepare_videos
 from fspn_nb.data.finediving import read_finediving,write_finediving
 from fspn_nb.data.mtl_aqa import read_mtl_aqa,write_mtl_aqa
 from fspn_nb.data.records import check_samples,frame_problem
-from fspn_nb.data.video_io import encode_video,video_frames
-from fspn_nb.data.video_pieces import pieces_of,where_to_get
+from fspn_nb.data.video_io import encode_video,numbering_rate,video_frames
+from fspn_nb.data.video_pieces import pieces_of,read_film,where_to_get
 from fspn_nb.protocols import PROTOCOLS
 from fspn_nb.synthetic.dive_motion import make_dive
 
@@ -115,21 +115,24 @@ def test_broken_film_is_passed_over(diving, capsys):
     (videos/'Tokyo_final_r1.mkv').write_bytes(b'RIFF'*500)
     assert prepare_cli(['finediving', str(videos), str(out), '--workers', '2']) == 1
     printed = capsys.readouterr().out
-    assert '3 done, 0 skipped, 0 missing, 1 failed' in printed and 'Tokyo_final_r1.mkv: need a video that can be decoded' in printed
+    assert '3 done, 0 holes, 0 skipped, 0 missing, 1 failed' in printed and 'Tokyo_final_r1.mkv: need a video that can be decoded' in printed
     assert not hidden(out) and not (out/'FINADiving_MTL_256s'/'Tokyo_final_r1'/'3').exists()
 
 
-def test_film_that_breaks_off_keeps_what_came_before(diving):
-    "Damage in the middle of the second dive: the first is done, the other two fail with the number of the last good frame"
+def test_damage_is_named_and_moves_no_number(diving, capsys):
+    "Damage in the middle of the second dive: what came before is done, what it may touch has holes, every number stays where it was"
     videos, out = diving
     whole = (videos/'01.mp4').read_bytes()
     at = whole.index(b'mdat')+(len(whole)-whole.index(b'mdat'))//2
     (videos/'01.mp4').write_bytes(whole[:at]+bytes(600)+whole[at+600:])
-    with pytest.raises(ValueError, match=r'01.mp4: .* fails after frame [1-9]'): list(video_frames(videos/'01.mp4'))
-    table = prepare_videos('finediving', videos, out).set_index('name')
-    assert table.status['01/6'] == 'failed' and 'fails after frame' in table.why['01/6']
-    assert table.status['Tokyo_final_r1/3'] == 'done'
-    for s in read_finediving(out): assert frame_problem(s) is None or not s.files
+    assert prepare_cli(['finediving', str(videos), str(out)]) == 1
+    assert 'frames perhaps damaged' in capsys.readouterr().out
+    table = prepare_videos('finediving', videos, out).set_index('name') # found on disk, and the damage is not forgotten
+    assert table.status['01/1'] == 'skipped' and table.status['01/6'] == 'holes' and table.status['Tokyo_final_r1/3'] == 'skipped'
+    assert 'damaged' in table.why['01/6'] and (table.frames == N).all()
+    assert prepare_cli(['finediving', str(videos), str(out), '--allow-holes']) == 0
+    folder = out/'FINADiving_MTL_256s'/'01'/'1'
+    assert [number_of(folder/f'{i:05d}.jpg') for i in (3, 50, N+2)] == [3, 50, (N+2) % 125]
 
 
 def test_film_too_short_names_both_lengths(diving):
@@ -260,7 +263,7 @@ def test_missing_films_are_no_failure(diving, capsys):
     videos, out = diving
     (videos/'01.mp4').rename(videos/'01.mp4.part')
     assert prepare_cli(['finediving', str(videos), str(out)]) == 0
-    assert '1 done, 0 skipped, 3 missing, 0 failed' in (printed := capsys.readouterr().out) and 'missing: 01/1, 01/2, 01/6: no video 01' in printed
+    assert '1 done, 0 holes, 0 skipped, 3 missing, 0 failed' in (printed := capsys.readouterr().out) and 'missing: 01/1, 01/2, 01/6: no video 01' in printed
 
 
 def test_two_films_of_one_name(diving):
@@ -310,6 +313,178 @@ def test_another_height_is_said(diving):
     videos, out = diving
     prepare_videos('finediving', videos, out, height=36)
     assert set(prepare_videos('finediving', videos, out).why) == {'frames of height 36 are there'}
+
+
+# ---- time: every picture bears its number as a bar code of eight stripes
+
+def barcode(i, height=72):
+    frame = np.full((height, 128, 3), 60, np.uint8)
+    for b in range(8): frame[20:50, 16*b:16*b+16] = 230 if i >> b & 1 else 20
+    return frame
+
+
+def bars(frame):
+    grey = np.asarray(frame).astype(float).mean(-1)
+    return sum((grey[22:48, 16*b+3:16*b+13].mean() > 128) << b for b in range(8))
+
+
+def write_film(path, stamps, time_base, rate, sound=0., cover=False, codec='libx264', **options):
+    "A film whose pictures 1, 2, ... are shown at `stamps`; `sound`: seconds of silence from the beginning"
+    with av.open(str(path), 'w') as box:
+        if cover:
+            front = box.add_stream('mjpeg', rate=1)
+            front.width, front.height, front.pix_fmt = 128, 72, 'yuvj420p'
+        s = box.add_stream(codec, rate=rate, options={'crf': '8', **options} if codec == 'libx264' else options)
+        s.width, s.height, s.pix_fmt, s.codec_context.time_base = 128, 72, 'yuv420p', time_base
+        if sound:
+            silent = box.add_stream('aac', rate=44100)
+            for k in range(int(sound*44100/1024)):
+                f = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), 'fltp', 'mono')
+                f.sample_rate, f.pts, f.time_base = 44100, 1024*k, Fraction(1, 44100)
+                box.mux(silent.encode(f))
+            box.mux(silent.encode())
+        if cover:
+            box.mux(front.encode(av.VideoFrame.from_ndarray(barcode(255), format='rgb24').reformat(format='yuvj420p')))
+            box.mux(front.encode())
+        for k, stamp in enumerate(stamps):
+            f = av.VideoFrame.from_ndarray(barcode(k+1), format='rgb24')
+            f.pts, f.time_base = int(stamp), time_base
+            box.mux(s.encode(f))
+        box.mux(s.encode())
+    return path
+
+
+def shown(path, **kw):
+    "{frame: the number on the picture that it shows}, and the faults as text"
+    faults = []
+    return {i: bars(frame) for i, frame in video_frames(path, None, faults=faults, **kw)}, [str(fault) for fault in faults]
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    "A function: (exit status, printed, {frame: picture}) for a film that is annotated from frame 1 to n"
+    def prepare(path, n, *args):
+        import contextlib, io
+        dive = replace(DIVE, labels=DIVE.labels[:n], transitions=tuple(t for t in DIVE.transitions if t < n-1))
+        out, keys = tmp_path/'release', [('01', 1), ('01', 2)]
+        if not out.exists(): write_finediving(out, [(key, 1, dive) for key in keys], keys[:1], keys[1:])
+        (tmp_path/'films').mkdir(exist_ok=True)
+        (tmp_path/'films'/f'01{path.suffix}').write_bytes(path.read_bytes())
+        with contextlib.redirect_stdout(io.StringIO()) as text: status = prepare_cli(['finediving', str(tmp_path/'films'), str(out), *args])
+        files = sorted((out/'FINADiving_MTL_256s'/'01'/'1').glob('*.jpg'))
+        return status, text.getvalue(), {int(file.stem): bars(Image.open(file)) for file in files}
+    return prepare
+
+
+def test_case_hole_in_the_clock(shared, prepared):
+    status, text, frames = prepared(shared('cases', 'clock_with_hole.mkv'), 58)
+    assert status == 1 and '05' not in text and '25 pictures/s (constant), starts at 0 s, ends at 2.4 s' in text
+    assert '0 done, 2 holes' in text and '5 of 58 frames missing in the film (the last picture is repeated): 20 to 24 at 0.76 s' in text
+    assert frames == {i: 19 if 20 <= i < 25 else i for i in range(1, 59)}
+    status, text, _ = prepared(shared('cases', 'clock_with_hole.mkv'), 58, '--allow-holes')
+    assert status == 0 and '2 holes' in text and '20 to 24' in text, 'said again when the frames are found on disk'
+
+
+def test_case_lost_packets(shared, prepared):
+    status, text, frames = prepared(shared('cases', 'damaged.ts'), 100)
+    assert status == 1 and '3 of 100 frames missing' in text and '12 of 100 frames perhaps damaged: 37 to 48 at 1.44 s' in text
+    assert all(frames[i] == i for i in (*range(1, 37), *range(49, 101))) and len(frames) == 100
+
+
+def test_case_fifty_pictures_a_second(shared, prepared):
+    film = shared('cases', 'fifty_per_second.mp4')
+    status, text, frames = prepared(film, 58)
+    assert status == 1 and not frames and '50 pictures/s (constant)' in text and 'need 25 pictures/s' in text and '--rate 25' in text
+    status, text, frames = prepared(film, 58, '--rate', '25')
+    assert status == 0 and '2 done' in text and frames == {i: i for i in range(1, 59)}
+    status, text, _ = prepared(film, 58, '--rate', '50')
+    assert status == 1 and 'frames numbered at 25 per second are there' in text
+
+
+def test_case_cover_comes_first(shared, prepared):
+    status, text, frames = prepared(shared('cases', 'cover_first.mkv'), 58)
+    assert status == 0 and frames == {i: i for i in range(1, 59)} and '2 video streams, number 1 is read' in text
+
+
+def test_rate_of_the_film_itself(tmp_path, prepared):
+    "30000/1001 pictures a second: refused, at its own rate every picture, at 25 five of six"
+    film = write_film(tmp_path/'a.mp4', [1001*k for k in range(60)], Fraction(1, 30000), Fraction(30000, 1001))
+    assert read_film(film).rate == Fraction(30000, 1001) and not read_film(film).variable
+    assert shown(film) == ({i: i for i in range(1, 61)}, [])
+    assert 'need 25 pictures/s' in prepared(film, 48)[1]
+    status, text, frames = prepared(film, 48, '--rate', '25')
+    number = np.floor(np.arange(60)*1001/1200+.5)+1
+    assert status == 0 and frames == {i: int(np.flatnonzero(number <= i)[-1])+1 for i in range(1, 49)}
+    assert [frames[i] for i in (1, 2, 3, 4, 5, 6, 24, 48)] == [1, 2, 3, 5, 6, 7, 29, 57], 'as the fps filter of ffmpeg gives'
+
+
+@pytest.mark.parametrize('ending', ['mkv', 'mp4'])
+def test_sound_starts_before_the_picture(tmp_path, ending):
+    "The clock of the file begins with its sound; without sound it begins with the first picture"
+    stamps = [400+40*k for k in range(50)]
+    late = write_film(tmp_path/f'a.{ending}', stamps, Fraction(1, 1000), 25, sound=3)
+    frames, faults = shown(late)
+    assert [frames[i] for i in (1, 10, 11, 12, 60)] == [1, 1, 1, 2, 50] and len(frames) == 60
+    assert faults == ['frames 1 to 10 repeated (0.00 to 0.40 s)'] and abs(read_film(late).start-.4) < .002
+    assert shown(write_film(tmp_path/f'b.{ending}', stamps, Fraction(1, 1000), 25)) == ({i: i for i in range(1, 51)}, [])
+
+
+def test_variable_rate(tmp_path, prepared):
+    "Steps of 20 to 80 ms: a picture is shown at the frame nearest in time, until the next"
+    stamps = np.r_[0, np.cumsum(np.random.default_rng(0).choice([20, 33, 40, 50, 80], 59))]
+    film = write_film(tmp_path/'a.mkv', stamps, Fraction(1, 1000), 25)
+    assert read_film(film).variable
+    status, text, frames = prepared(film, 60)
+    number = np.floor(stamps/40+.5).astype(int)+1
+    assert status == 0 and '(variable, mean' in text and 'frames repeated (no picture of their own)' in text
+    assert frames == {i: int(np.flatnonzero(number <= i)[-1])+1 for i in range(1, 61)}
+
+
+def test_other_streams(tmp_path):
+    "A cover that is no attachment, sound, and B-frames in a file that stores only times of decoding"
+    assert shown(write_film(tmp_path/'a.mkv', range(40), Fraction(1, 25), 25, cover=True))[0] == {i: i for i in range(1, 41)}
+    for codec in ('libx264', 'mpeg4'):
+        assert shown(write_film(tmp_path/'b.avi', range(40), Fraction(1, 25), 25, codec=codec, bf='2')) == ({i: i for i in range(1, 41)}, [])
+    counted = write_film(tmp_path/'c.h264', range(40), Fraction(1, 25), 25)
+    assert shown(counted)[0] == {i: i for i in range(1, 41)} and 'no time stamps' in str(read_film(counted))
+
+
+def test_a_packet_that_cannot_be_read(tmp_path):
+    "300 zeroed bytes in an mkv of several clusters: later numbers stay, the hole and what may be damaged are named"
+    film = write_film(tmp_path/'a.mkv', range(250), Fraction(1, 25), 25, g='25', sound=10)
+    data = bytearray(film.read_bytes())
+    data[len(data)//3:len(data)//3+300] = bytes(300)
+    film.write_bytes(data)
+    frames, faults = shown(film)
+    touched = {i for fault in faults for i in range(int(fault.split()[1]), int(fault.split()[3] if 'frames' in fault else fault.split()[1])+1)}
+    assert faults and len(frames) == 250 and all(shows == i for i, shows in frames.items() if i not in touched) and len(touched) < 200
+
+
+def test_truncated_file(tmp_path, prepared):
+    whole = write_film(tmp_path/'a.mkv', range(100), Fraction(1, 25), 25, g='10')
+    whole.write_bytes(whole.read_bytes()[:len(whole.read_bytes())//2])
+    status, text, frames = prepared(whole, 90)
+    assert status == 1 and not frames and 'frames 1 to 90 are annotated, the film has 1 to' in text and 'its end is missing or damaged' in text
+    (tmp_path/'b.mp4').write_bytes(write_film(tmp_path/'c.mp4', range(50), Fraction(1, 25), 25).read_bytes()[:3000])
+    with pytest.raises(ValueError, match='b.mp4: need a video that can be decoded'): read_film(tmp_path/'b.mp4')
+
+
+def test_parts_with_their_own_clocks_and_sizes(tmp_path):
+    "Two recordings in one file: numbers go on, the jump and the new size are named"
+    a = write_film(tmp_path/'a.ts', range(50), Fraction(1, 25), 25, g='10')
+    b = encode_video([barcode(100+k)[:64] for k in range(30)], tmp_path/'b.ts')
+    (tmp_path/'c.ts').write_bytes(a.read_bytes()+b.read_bytes())
+    faults = []
+    frames = [frame for _, frame in video_frames(tmp_path/'c.ts', faults=faults)]
+    assert {frame.shape for frame in frames} == {(72, 128, 3)} and {'clock', 'size'} <= {fault.kind for fault in faults}
+    assert 78 <= len(frames) <= 81 and [bars(frame) for frame in frames[:45]] == list(range(1, 46))
+
+
+def test_rates_that_are_none(diving, tmp_path):
+    for bad in ('fast', 0, '1/0', -25): # 25. and '30000/1001' are rates
+        with pytest.raises(ValueError, match='need a rate between'): prepare_videos('finediving', *diving, rate=bad)
+    film = read_film(diving[0]/'01.mp4')
+    assert numbering_rate(film, '30000/1001') == Fraction(30000, 1001) and numbering_rate(film, 'film') == 25
 
 
 # ---- the shape of frames

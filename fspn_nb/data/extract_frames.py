@@ -6,19 +6,18 @@
 __all__ = ['prepare_videos', 'prepare_cli']
 
 # %% ../../nbs/data/15_extract_frames.ipynb #3e42b7e1
-import argparse,os,shutil,sys,threading
+import argparse,json,os,shutil,sys,threading
 from concurrent.futures import ThreadPoolExecutor,as_completed
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-
 import numpy as np
 import pandas as pd
 from PIL import Image
-
-from ..core import progress,write_atomic
+from ..core import escape,progress,write_atomic
 from .release_files import frames_by_number,jpeg_bytes
-from .video_io import import_av,video_frames
-from .video_pieces import Piece,find_videos,pieces_of,video_key,where_to_get
+from .video_io import ANNOTATION_RATE,describe_faults,find_videos,numbering_rate,video_frames,video_key
+from .video_pieces import Piece,import_av,pieces_of,read_film,where_to_get
 from ..protocols import PROTOCOLS
 
 # %% ../../nbs/data/15_extract_frames.ipynb #4cf99117
@@ -26,10 +25,8 @@ def _frames_there(folder):
     "{number: name} of the frames in `folder`"
     return {number:names[-1] for number,names in frames_by_number(folder, '(?:img_)?').items()}
 
-# %% ../../nbs/data/15_extract_frames.ipynb #527c12aa
 def _row(piece, status, frames, why=''): return dict(name=piece.name, status=status, frames=frames, why=why)
 
-# %% ../../nbs/data/15_extract_frames.ipynb #81648ed8
 def _check_same(path, frame):
     "Raises unless the picture at `path` is about what `frame` becomes as JPEG"
     with Image.open(path) as image: old = np.asarray(image.convert('RGB')).astype(int)
@@ -44,20 +41,20 @@ class _FrameWriter:
     folder:Path # The piece's own if it grows, else a hidden one
     there:dict # {number: name} of the frames in `folder`
     to_compare:set # Numbers of old frames that are still to be compared
-    complete:bool=False # All frames are there
+    row:dict|None=None # What happened, once all frames are there
 
     def needs(self,
         i:int, # Number of a frame
     )->bool:
         "Whether frame `i` is to be written or compared"
-        return not self.complete and i in self.piece.numbers and (i not in self.there or i in self.to_compare)
+        return self.row is None and i in self.piece.numbers and (i not in self.there or i in self.to_compare)
 
     def write(self,
         i:int, # Number of the frame
         frame:np.ndarray, # (H,W,3) uint8
         quality:int, # JPEG quality
     ):
-        "Write frame `i`, or compare it with the one that is there; the last one completes the piece"
+        "Write frame `i`, or compare it with the one that is there"
         if i in self.to_compare:
             _check_same(self.folder/self.there[i], frame)
             self.to_compare.discard(i)
@@ -65,11 +62,7 @@ class _FrameWriter:
             name = self.piece.pattern.format(i)
             write_atomic(self.folder/name, jpeg_bytes(frame, quality))
             self.there[i] = name
-        if not self.piece.grows and len(self.there) == len(self.piece.numbers):
-            self.folder.rename(self.piece.folder)
-            self.complete = True
 
-# %% ../../nbs/data/15_extract_frames.ipynb #22ca06b3
 def _open_writer(piece):
     "The writer of a piece before its film begins"
     if piece.grows:
@@ -79,64 +72,89 @@ def _open_writer(piece):
     shutil.rmtree(folder, ignore_errors=True)
     return _FrameWriter(piece, folder, {}, set())
 
-# %% ../../nbs/data/15_extract_frames.ipynb #3b067aa8
-def _close_writer(writer, n, error):
+# %% ../../nbs/data/15_extract_frames.ipynb #863a9402
+_LOG = 'fspn_prepare.jsonl'
+
+def _read_log(out):
+    "{piece's name: its last line} of the log in `out`"
+    path = Path(out)/_LOG
+    lines = path.read_text(encoding='utf-8').splitlines() if path.is_file() else ()
+    try: return {line['name']:line for line in map(json.loads, filter(None, lines))}
+    except (ValueError,KeyError,TypeError) as e: raise ValueError(f'{path}: need one JSON object a line, got {e}; remove the last line') from e
+
+def _finish(writer, faults, out, film, rate):
+    "Log what happened to the piece of `writer`, all whose frames are there, and give its folder its name"
+    piece,numbers = writer.piece,range(writer.piece.numbers[0], writer.piece.last+1)
+    real = any(fault.kind != 'repeated' and describe_faults([fault], numbers) for fault in faults)
+    writer.row = _row(piece, 'holes' if real else 'done', len(writer.there), describe_faults(faults, numbers))
+    with open(out/_LOG, 'a', encoding='utf-8') as log: log.write(json.dumps({**writer.row, 'film':film, 'rate':float(rate)})+'\n')
+    if not piece.grows: writer.folder.rename(piece.folder)
+
+def _close_writer(writer, n, error, finish):
     "The row of a piece whose film had `n` frames and then `error`; hidden leftovers, of killed runs too, are removed"
     piece,n_there = writer.piece,len(writer.there)
-    if piece.grows: writer.complete = not error and all(i in writer.there for i in range(piece.numbers[0], piece.last+1))
+    if piece.grows and not error and all(i in writer.there for i in range(piece.numbers[0], piece.last+1)): finish(writer)
     for path in piece.folder.parent.glob(f'.{piece.folder.name}.*.part'): shutil.rmtree(path, ignore_errors=True)
     for path in piece.folder.glob('.*.part'): path.unlink(missing_ok=True)
-    if writer.complete: return _row(piece, 'done', n_there)
+    if writer.row: return writer.row
     short = f'frames {piece.numbers[0]} to {piece.last} are annotated, the film has 1 to {n}; get the film that was annotated'
     return _row(piece, 'failed', n_there*piece.grows, error or short)
 
 # %% ../../nbs/data/15_extract_frames.ipynb #47f4641c
-def _cut_video(path, pieces, height, quality, stop):
-    "Cut `pieces` out of the film at `path`: one row for each, whatever happens"
-    n,error,end = 0,'',max(piece.numbers[-1] for piece in pieces)
-    writers = [_open_writer(piece) for piece in pieces]
+def _cut_video(path, pieces, out, stop, rate=None, height=256, quality=90):
+    "Cut `pieces` out of the film at `path`: (one row for each, whatever happens; what the film says of itself)"
+    n,error,film,faults,writers = 0,'',None,[],[_open_writer(piece) for piece in pieces]
+    finish = lambda writer: _finish(writer, faults, out, path.name, rate)
     try:
-        for n,frame in video_frames(path, height, wanted=lambda i: any(writer.needs(i) for writer in writers)):
+        film = read_film(path)
+        rate = numbering_rate(film, rate)
+        needed = lambda i: any(writer.needs(i) for writer in writers)
+        for n,frame in video_frames(path, height, needed, rate, faults, film):
             for writer in writers:
                 if frame is not None and writer.needs(n): writer.write(n, frame, quality)
-            if n == end or stop.is_set(): break
+                if writer.row is None and not writer.piece.grows and len(writer.there) == len(writer.piece.numbers): finish(writer)
+            if n == max(piece.numbers[-1] for piece in pieces) or stop.is_set(): break
     except (ValueError,OSError) as e: error = str(e)
-    return [_close_writer(writer, n, error) for writer in writers]
+    return [_close_writer(writer, n, error, finish) for writer in writers],'' if film is None else str(film)
 
 # %% ../../nbs/data/15_extract_frames.ipynb #9c052afe
-def _row_without_video(piece, height):
-    "The row of a piece that needs no film: its frames are there, or something is in their place; None if it is to be cut"
+def _row_without_video(piece, height, rate, line):
+    "The row of a piece that needs no film: its frames are there, or something is in their place; None if it is to be cut; `line`: of the log"
     there = _frames_there(piece.folder)
     n = sum(i in there for i in piece.numbers)
     if n == len(piece.numbers):
         with Image.open(piece.folder/there[piece.numbers[0]]) as image: h = image.size[1]
-        return _row(piece, 'skipped', n, '' if h == height else f'frames of height {h} are there')
+        if None not in (rate,line.get('rate')) and rate != 'film' and abs(Fraction(rate)-Fraction(line['rate'])) > .01:
+            return _row(piece, 'failed', n, f"frames numbered at {line['rate']:g} per second are there; move or remove its folder")
+        why = '; '.join(filter(None, ['' if h == height else f'frames of height {h} are there', line.get('why', '')]))
+        return _row(piece, 'holes' if line.get('status') == 'holes' else 'skipped', n, why)
     ours = piece.grows and all(piece.pattern.format(i) == name for i,name in there.items())
     if ours or not piece.folder.exists(): return None
     why = f'its folder is there with {n} of {len(piece.numbers)} frames, or with frames of other names; move or remove it'
     return _row(piece, 'failed', n, why)
 
 # %% ../../nbs/data/15_extract_frames.ipynb #92ba74c6
-def _cut_all(jobs, height, quality, workers):
-    "{piece's name: row} for {film: pieces}"
-    if not jobs: return {}
-    stop,rows = threading.Event(),{}
+def _cut_all(jobs, out, rate, height, quality, workers):
+    "({piece's name: row}, what the films say of themselves) for {film: pieces}"
+    stop,rows,films = threading.Event(),{},[]
+    if not jobs: return rows,films
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         try:
-            futures = [pool.submit(_cut_video, path, pieces, height, quality, stop) for path,pieces in jobs.items()]
+            futures = [pool.submit(_cut_video, path, pieces, out, stop, rate, height, quality) for path,pieces in jobs.items()]
             for future in progress(as_completed(futures), 'videos', len(futures)):
-                rows |= {row['name']:row for row in future.result()}
+                new,about = future.result()
+                rows |= {row['name']:row for row in new}
+                films.append(about)
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
-    return rows
+    return rows,sorted(filter(None, films))
 
-# %% ../../nbs/data/15_extract_frames.ipynb #644749fd
-def _plan(pieces, films, height):
+def _plan(pieces, films, height, rate, log):
     "(jobs {film: pieces}, rows {name: row} of pieces for which there is nothing to do or no film)"
     jobs,rows = {},{}
     for piece in pieces:
-        paths,row = films.get(video_key(piece.video), []),_row_without_video(piece, height)
+        paths,row = films.get(video_key(piece.video), []),_row_without_video(piece, height, rate, log.get(piece.name, {}))
         if row is None and len(paths) == 1:
             jobs.setdefault(paths[0], []).append(piece)
             continue
@@ -147,12 +165,15 @@ def _plan(pieces, films, height):
     return jobs,rows
 
 # %% ../../nbs/data/15_extract_frames.ipynb #28f24d61
-def _check_arguments(dataset, height, quality, workers):
+def _check_arguments(dataset, height, quality, workers, rate):
     "Raises unless the dataset is known and the numbers are possible"
     where_to_get(dataset)
     ranges = (('height',height,16,4096), ('quality',quality,1,100), ('workers',1 if workers is None else workers,1,1024))
     for name,x,lo,hi in ranges:
         if not isinstance(x, int) or not lo <= x <= hi: raise ValueError(f'need {name} between {lo} and {hi}, got {x}')
+    try: good = rate in (None,'film') or 1 <= Fraction(rate) <= 1000
+    except (ValueError,TypeError,ZeroDivisionError): good = False
+    if not good: raise ValueError(f"need a rate between 1 and 1000 frames per second (25, 30000/1001), or 'film', got {rate!r}")
 
 # %% ../../nbs/data/15_extract_frames.ipynb #ef21e2a8
 def prepare_videos(
@@ -163,33 +184,36 @@ def prepare_videos(
     height:int=256, # Height of the frames, pixels; smaller films keep theirs (256: all three releases)
     quality:int=90, # JPEG quality
     workers:int|None=None, # Videos at a time; None: as many as there are cores
-)->pd.DataFrame: # name, status ('done' | 'skipped': was there | 'missing': no video | 'failed'), frames, why
+    rate=None, # Frames per second by which frames are numbered, or 'film': its own; None: films of `ANNOTATION_RATE`, others are refused
+)->pd.DataFrame: # name, status, frames, why; `attrs['films']`: rate, start and length of each film that was read
     "Cut the frames of `dataset` out of `videos`: a row for each piece; what is there already is left alone"
-    _check_arguments(dataset, height, quality, workers)
+    _check_arguments(dataset, height, quality, workers, rate)
     import_av()
     videos = Path(videos).expanduser()
     if not videos.is_dir(): raise FileNotFoundError(f"need a folder of videos, got {videos}, which is none; check the path")
     pieces = pieces_of(dataset, out, annotations)
     films = find_videos(videos, {piece.video.rpartition('/')[0] for piece in pieces})
-    jobs,rows = _plan(pieces, films, height)
+    jobs,rows = _plan(pieces, films, height, rate, _read_log(Path(out).expanduser()))
     no_film = not any(video_key(piece.video) in films for piece in pieces)
     if no_film and any(row['status'] == 'missing' for row in rows.values()):
         raise FileNotFoundError(f"need videos of {PROTOCOLS[dataset].title} in {videos}, found none that is annotated "
                                 f"(such as {pieces[0].video}.mp4); check names and folder")
-    rows |= _cut_all(jobs, height, quality, workers)
-    return pd.DataFrame([rows[piece.name] for piece in pieces], columns=['name','status','frames','why'])
+    new,about = _cut_all(jobs, Path(out).expanduser(), rate, height, quality, workers)
+    table = pd.DataFrame([(rows|new)[piece.name] for piece in pieces], columns=['name','status','frames','why'])
+    table = table.assign(why=table.why.map(escape)) # a name of a film may hold bytes that are no UTF-8
+    table.attrs['films'] = [escape(line) for line in about]
+    return table
 
 # %% ../../nbs/data/15_extract_frames.ipynb #44028d31
-_STATUSES = ('done','skipped','missing','failed')
+_STATUSES = ('done','holes','skipped','missing','failed')
 
 def _first_names(names): return ', '.join(names[:4])+(f', ... ({len(names)})' if len(names) > 4 else '')
 
-# %% ../../nbs/data/15_extract_frames.ipynb #0a8e043f
 def _summary(table):
-    "How many pieces have which status, and why those that are not done"
+    "What the films say of themselves, how many pieces have which status, and why"
     counts = ', '.join(f'{sum(table.status == status)} {status}' for status in _STATUSES)
     reasons = table[table.why != ''].groupby(['status','why'], sort=False)
-    return '\n'.join([counts, *(f'{status}: {_first_names(part.name.tolist())}: {why}' for (status,why),part in reasons)])
+    return '\n'.join([*table.attrs.get('films', ()), counts, *(f'{status}: {_first_names(part.name.tolist())}: {why}' for (status,why),part in reasons)])
 
 # %% ../../nbs/data/15_extract_frames.ipynb #84e89916
 def _parser():
@@ -202,23 +226,26 @@ def _parser():
     p.add_argument('--annotations', help='folder of the annotations, where they are not in the release')
     p.add_argument('--height', type=int, default=256, help='height of the frames; smaller films keep theirs (default 256)')
     p.add_argument('--quality', type=int, default=90, help='JPEG quality (default 90)')
+    p.add_argument('--rate', help=f"frames per second by which frames are numbered (25, 30000/1001), or 'film': each film's own; "
+                   f'default: {ANNOTATION_RATE}, and films of another rate are refused')
+    p.add_argument('--allow-holes', action='store_true', help='exit status 0 although pictures are missing or damaged')
     p.add_argument('--workers', type=int, help='videos at a time (default: cores)')
     return p
 
 # %% ../../nbs/data/15_extract_frames.ipynb #152d9cc5
 def prepare_cli(
     args:list[str]|None=None, # Command line; None: the process's own
-)->int: # Exit status: 0, or 1 where something failed
+)->int: # Exit status: 0, or 1 where something failed or a film has holes
     "Prepare the videos that the command line names"
     p = _parser(); a = p.parse_args(args)
     if a.videos is None:
         print(where_to_get(a.dataset))
         return 0
     if a.out is None: p.error('need the root of the release after the folder of videos, got one folder')
-    try: table = prepare_videos(a.dataset, a.videos, a.out, a.annotations, a.height, a.quality, a.workers)
+    try: table = prepare_videos(a.dataset, a.videos, a.out, a.annotations, a.height, a.quality, a.workers, a.rate)
     except (ValueError,OSError,ImportError) as e:
         advice = f'\n\n{where_to_get(a.dataset)}' if 'need videos of' in str(e) else ''
         print(f'fspn_prepare: {e}{advice}', file=sys.stderr)
         return 1
     print(_summary(table))
-    return int((table.status == 'failed').any())
+    return int(table.status.isin(['failed'] if a.allow_holes else ['failed','holes']).any())
