@@ -3,6 +3,7 @@ import pytest
 from fspn_nb.batches import features
 from fspn_nb.config import finediving
 from fspn_nb.data.records import Sample
+from fspn_nb.file_hashes import frame_hashes
 
 
 @pytest.fixture
@@ -11,24 +12,27 @@ def dive(tmp_path):
     return Sample('01/1', 'train', '407c', 88., 3.2, tmp_path, tuple(f'{i:05d}.jpg' for i in range(3)))
 
 
+def frames(dive): return frame_hashes([dive])[dive.uid]
+
+
 def test_changed_code_is_another_key(dive, monkeypatch):
     cfg = finediving('smoke')
-    before = features.feature_key(dive, cfg, None, 'w')
-    assert features.feature_key(dive, cfg, None, 'w') == before
-    monkeypatch.setattr(features, '_transform_hash', lambda: 'mended')
-    assert features.feature_key(dive, cfg, None, 'w') != before
+    before = features.feature_key(dive, cfg, None, 'w', frames(dive))
+    assert features.feature_key(dive, cfg, None, 'w', frames(dive)) == before
+    monkeypatch.setattr(features, 'clip_code_hash', lambda: 'mended')
+    assert features.feature_key(dive, cfg, None, 'w', frames(dive)) != before
 
 
 def test_changed_frame_is_another_key(dive):
     cfg = finediving('smoke')
-    before = features.feature_key(dive, cfg, None, 'w')
-    (dive.folder/dive.files[1]).write_bytes(b'another frame')
-    assert features.feature_key(dive, cfg, None, 'w') != before
+    before = features.feature_key(dive, cfg, None, 'w', frames(dive))
+    (dive.folder/dive.files[1]).write_bytes(b'yy') # of the same size
+    assert features.feature_key(dive, cfg, None, 'w', frames(dive)) != before
 
 
 def test_clip_stride_is_another_key(dive):
     a,b = finediving('smoke'),finediving('smoke', clip__starts=(0,40))
-    assert features.feature_key(dive, a, None, 'w') != features.feature_key(dive, b, None, 'w')
+    assert features.feature_key(dive, a, None, 'w', 'f') != features.feature_key(dive, b, None, 'w', 'f')
 
 
 def test_maps_and_cells_are_the_same_backbone_looked_at_otherwise(tmp_path):
@@ -59,4 +63,4 @@ def test_peers_train_in_both_modes(name, tmp_path):
 
 
 def test_an_unknown_kind_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="need 'feature_maps' or 'short_clip_features'"): features.cache_kind([], finediving('smoke'), None, 'w', tmp_path, 'flow')
+    with pytest.raises(ValueError, match="need 'feature_maps' or 'short_clip_features'"): features.cache_kind([], finediving('smoke'), None, 'w', tmp_path, 'flow', {})

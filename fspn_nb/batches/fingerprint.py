@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import io
 import json
+import zlib
 from dataclasses import dataclass,field,fields
 from functools import cache
 from pathlib import Path
@@ -121,10 +122,10 @@ def write_inputs(
 def _read_detail(run, total):
     "The table that `write_inputs` wrote; None where there is none, or a damaged one"
     try: text = gzip.decompress(_detail_path(run, total).read_bytes()).decode()
-    except (OSError, EOFError, ValueError): return None
-    types = {name: str for name in ('uid','split','action','annotation','frames','boxes')}
-    missing = dict(score=[''], difficulty=[''])
-    return pd.read_csv(io.StringIO(text), dtype=types, keep_default_na=False, na_values=missing, float_precision='round_trip')
+    except (OSError, EOFError, ValueError, zlib.error): return None
+    table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
+    numbers = {name: [float(cell or 'nan') for cell in table[name]] for name in ('score','difficulty')}
+    return table.assign(**numbers)
 
 # %% ../../nbs/batches/04_fingerprint.ipynb #d0af255f
 def _names(uids):

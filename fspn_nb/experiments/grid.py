@@ -26,7 +26,8 @@ from ..config import RunCfg,validate
 from ..core import progress,reports_dir,write_atomic
 from ..data.records import samples_frame
 from ..evaluate import evaluate,load_model,predictions
-from .parameters import notebook_parameters,parse_seeds
+from .parameters import notebook_parameters,parse_changes,parse_seeds
+from .session import input_files
 from .variants import config_of,grid_base,plan_grid
 from ..methods import METHODS
 from ..metrics import score_baselines
@@ -34,7 +35,8 @@ from ..processes import LockHeld,run_lock,stop_in_bare_script,worker_pool
 from ..protocols import PROTOCOLS
 from ..train import fit,run_folder
 from ..training.predict import predict
-from ..training.prepare import RunData,feature_extractor,input_fields,pick_backbone,pick_device,prepare,read_inputs
+from ..models.backbone import feature_extractor
+from ..training.prepare import RunData,input_fields,pick_backbone,pick_device,prepare,read_inputs
 
 # %% ../../nbs/experiments/04_grid.ipynb #c389d091
 def log_predictions(
@@ -218,15 +220,17 @@ def write_baselines(
     return write_atomic(file, baselines.to_csv(index=False, float_format='%.10g', lineterminator='\n'))
 
 # %% ../../nbs/experiments/04_grid.ipynb #f71528ce
-GRID_PARAMETERS = ('tables','seeds','data_root','preset','n_train','n_test','epochs','backbone','weights','device','workers',
-                   'allow_missing','keep_weights','out')
+GRID_PARAMETERS = dict(tables=list, seeds=list, data_root=str, preset=str, n_train=int, n_test=int, epochs=int, backbone=str, weights=str,
+                       device=str, workers=int, allow_missing=bool, keep_weights=bool, changes=str, out=str)
 
 def _given_base(p):
     "The base run that the parameters `p` describe"
-    mode = pick_backbone(p['backbone'], pick_device(p['device']), p['preset'])
+    mode,files = pick_backbone(p['backbone'], pick_device(p['device']), p['preset']),input_files(p|dict(actor='', actor_file=''))
     sizes = dict(synthetic__n_train=p['n_train'], synthetic__n_test=p['n_test'], train__epochs=p['epochs'])
-    return validate(grid_base(p['preset'], data_root=str(p['data_root']), allow_missing=p['allow_missing'], weights=p['weights'],
-                              train__backbone=mode, model__adapter=mode == 'frozen', **{k: v for k,v in sizes.items() if v}))
+    given = dict(data_root=files['data_root'], allow_missing=p['allow_missing'], weights=files['weights'], train__backbone=mode,
+                 model__adapter=mode == 'frozen', **{name: value for name,value in sizes.items() if value})
+    changes = parse_changes(p['changes'], GRID_PARAMETERS, fixed=('protocol','model.name'))
+    return validate(grid_base(p['preset'], **given|changes))
 
 # %% ../../nbs/experiments/04_grid.ipynb #3e2d79d9
 def grid_parameters(

@@ -20,7 +20,7 @@ from .actor_study import LABELS,Study,method_of
 from .gradcam import HeadOnMaps,exemplars_of,feature_maps,grad_cam,shuffled,two_parts
 from .heat import box_shares,cell_centres,crop_window,heat_in_box,on_frames,paste
 from ..models.i3d import I3D,fuse_conv_bn
-from ..training.prepare import load_backbone
+from ..models.backbone import load_backbone
 
 # %% ../../nbs/inspect/04_attention.ipynb #dfa1188d
 @dataclass(frozen=True)

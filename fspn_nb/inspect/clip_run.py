@@ -13,11 +13,12 @@ from ..batches.dataset import load_samples,read_labels,split_indices
 from ..batches.exemplars import CandidateSets
 from ..config import finediving,load_cfg
 from ..core import repo_root,reports_dir
-from ..experiments.parameters import notebook_parameters
+from ..experiments.parameters import input_path,notebook_parameters
 from .clip import Clip,read_clip,synthetic_clip
 from ..protocols import protocol_variant
 from ..train import fit
-from ..training.prepare import RunData,load_backbone,pick_device,read_inputs
+from ..models.backbone import load_backbone
+from ..training.prepare import RunData,pick_device,read_inputs
 
 # %% ../../nbs/inspect/07_clip_run.ipynb #b9547a35
 def _suits(cfg, action, difficulty):
@@ -71,24 +72,18 @@ def open_run(
     return RunData(cfg, release, parts, read_labels(release.samples, cfg), CandidateSets((), ()), None, backbone, device, kept, inputs)
 
 # %% ../../nbs/inspect/07_clip_run.ipynb #6c239188
-CLIP_PARAMETERS = ('clip','run','action','difficulty','actor','actor_file','device','out')
-
-def _given(names):
-    "The parameters among the `globals()` of a notebook"
-    values = notebook_parameters(names, CLIP_PARAMETERS)
-    try: return values|dict(difficulty=float(values['difficulty'] or 0))
-    except (TypeError, ValueError) as e:
-        raise ValueError(f"difficulty must be a positive number, or 0 for not known, got {values['difficulty']!r}") from e
+CLIP_PARAMETERS = dict(clip=str, run=str, action=str, difficulty=float, actor=str, actor_file=str, device=str, out=str)
 
 # %% ../../nbs/inspect/07_clip_run.ipynb #a1fb519c
 def parse_parameters(
     names:dict, # The notebook's `globals()`, after its parameters cell
 )->tuple[Clip,Path,Path]: # Clip, the run's folder, the reports folder
     "The clip and the run that `score_clip` was asked for"
-    p = _given(names)
-    reports,action,dd = reports_dir(str(p['out'])),str(p['action'] or '').strip(),p['difficulty']
-    clip = read_clip(str(p['clip']), action, dd) if p['clip'] not in ('',None) else None
-    if p['run']: run = Path(str(p['run'])).expanduser()
+    p = notebook_parameters(names, CLIP_PARAMETERS)
+    input_path(p['actor_file'], 'actor_file')
+    reports,action,dd = reports_dir(p['out']),p['action'].strip(),p['difficulty']
+    clip = read_clip(p['clip'], action, dd) if p['clip'] else None
+    if p['run']: run = Path(p['run']).expanduser()
     elif os.environ.get('IN_TEST'): run = fit(finediving('smoke'), reports, 'cpu')
     else: run = find_run(reports, repo_root()/'reports'/'runs', action=action if clip else 'known', difficulty=dd if clip else 1.)
     if clip is None:

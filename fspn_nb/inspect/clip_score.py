@@ -28,7 +28,8 @@ from .heat import box_shares,video_heat
 from ..models.i3d import fuse_conv_bn
 from ..protocols import SPORTS
 from ..training.predict import predict
-from ..training.prepare import RunData,feature_extractor,load_backbone
+from ..models.backbone import feature_extractor,load_backbone
+from ..training.prepare import RunData
 
 # %% ../../nbs/inspect/08_clip_score.ipynb #e3b66680
 def pick_clip_exemplars(
