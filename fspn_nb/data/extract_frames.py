@@ -159,8 +159,7 @@ def _plan(pieces, films, height, rate, log):
             jobs.setdefault(paths[0], []).append(piece)
             continue
         if row is None and paths:
-            names = ' and '.join(path.name for path in paths[:2])
-            row = _row(piece, 'failed', 0, f'two videos of one name, {names}; keep one')
+            row = _row(piece, 'failed', 0, f"two videos of one name, {' and '.join(path.name for path in paths[:2])}; keep one")
         rows[piece.name] = row or _row(piece, 'missing', 0, f'no video {piece.video}')
     return jobs,rows
 
