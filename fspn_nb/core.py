@@ -51,7 +51,7 @@ def repo_root(
 
 # %% ../nbs/base/01_core.ipynb #fde985ef
 @cache
-def _say_once(line): print(line)
+def _say_once(line): print(escape(line))
 
 def data_cache()->Path: # Made if it is not there
     "Where made-up releases and features lie: `FSPN_CACHE`, `.cache` in the checkout, or the user's cache folder; a `PermissionError`"

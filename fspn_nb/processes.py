@@ -89,7 +89,7 @@ def hold_lock(
     except Timeout:
         message = _message(lock, purpose, advice)
         if not wait: raise LockHeld(message) from None
-        print(f'{message} (waiting)')
+        print(escape(f'{message} (waiting)'))
         system_lock.acquire()
     try:
         if not nested: write_json(_owner_file(lock), asdict(this_process()))

@@ -16,7 +16,7 @@ from torch import nn
 
 from .batches.fingerprint import check_inputs,write_inputs
 from .config import RunCfg,load_cfg,run_id,save_cfg,validate
-from .core import progress,repo_root,reports_dir,write_atomic,write_json
+from .core import escape,progress,repo_root,reports_dir,write_atomic,write_json
 from .metrics import spearman
 from .processes import LockHeld,tune_malloc
 from .training.checkpoint import (CheckpointTimer,Preempted,backup_path,check_disk_space,missing_files,newest_ckpt,
@@ -214,7 +214,7 @@ def train_cli(
     except Preempted as e:
         print(e, file=sys.stderr)
         raise
-    if dist.is_main_process: print(run)
+    if dist.is_main_process: print(escape(run))
 
 # %% ../nbs/base/09_train.ipynb #bb8085bb
 def launch(
