@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fspn_nb.actor.crop import read_boxes
+from fspn_nb.actor.box_table import read_boxes
 from fspn_nb.data.aqa7 import read_aqa7
 from fspn_nb.data.finediving import read_finediving
 from fspn_nb.data.grammar import final_score,parse_code,step_ids

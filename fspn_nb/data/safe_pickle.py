@@ -93,12 +93,12 @@ def array_globals()->list[tuple]: # (stand-in, full name), for `torch.serializat
 
 # %% ../../nbs/data/03_safe_pickle.ipynb #5e26b11e
 _CODE_MODULES = set('''_io _pickle asyncio builtins __builtin__ code commands ctypes dill cloudpickle functools importlib io joblib marshal
-    multiprocessing nt operator os pickle platform posix pty runpy shutil signal socket subprocess sys tempfile timeit types webbrowser'''.split())
+    multiprocessing nt operator os pickle posix pty runpy shutil signal socket subprocess sys tempfile timeit types webbrowser'''.split())
 
 def _refusal(module, name):
     "Why the global `module.name` of a file is not read"
     text = f'the file asks for {module}.{name}'[:120]
-    if module.split('.')[0] in _CODE_MODULES or '.' in name: return f'{text}, which may run code' # with a dot: a method
+    if module.split('.')[0] in _CODE_MODULES or '.' in name: return f'{text}, which may run code' # dot: a method
     return f'{text}, which is not on the list of types that are read: save dicts, lists, strings, numbers and arrays of numbers'
 
 # %% ../../nbs/data/03_safe_pickle.ipynb #8b1a6ee4
