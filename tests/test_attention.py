@@ -30,7 +30,7 @@ from fspn_nb.inspect.gradcam import HeadOnMaps,exemplars_of,grad_cam  # noqa: E4
 from fspn_nb.inspect.heat import box_shares,heat_in_box,video_heat  # noqa: E402
 
 NOTEBOOK = Path(__file__).resolve().parents[1]/'nbs'/'actor_and_heat.ipynb'
-CELL = dict(data_root='', preset='smoke', seeds='0', protocol='w_dn', weights='random', device='cpu', epochs=0, allow_missing=False, actor='auto', actor_file='', dives=0)
+CELL = dict(data_root='', preset='smoke', seeds='0', protocol='w_dn', weights='random', device='cpu', epochs=0, allow_missing=False, actor='auto', actor_file='', changes='', dives=0)
 SMALL = dict(synthetic__n_train=6, synthetic__n_test=4)
 CLIP = ClipCfg(frames=20, starts=(0, 4), size=64)
 
@@ -65,7 +65,7 @@ def results(study): return attention.collect_heat(study, attention.heat_sources(
 
 
 @pytest.mark.parametrize('wrong, why', [(dict(epohcs=1), 'unknown parameter epohcs'), (dict(protocol='both'), 'protocol must be one of'), (dict(protocol='w_dn,w_dd'), 'protocol must be one of'),
-                                        (dict(dives=-1), 'dives must be'), (dict(dives=1.5), 'dives must be'), (dict(dives='2'), 'dives must be'), (dict(actor='none'), 'need boxes'),
+                                        (dict(dives=-1), 'dives: need 0 or more'), (dict(dives=1.5), 'dives: need a whole number'), (dict(dives='two'), 'dives: need a whole number'), (dict(actor='none'), 'need boxes'),
                                         (dict(seeds='x'), 'seeds must be whole numbers'), (dict(actor='boxes'), 'needs a CSV'), (dict(preset='paper'), 'needs a real release')])
 def test_wrong_parameters(wrong, why, tmp_path, monkeypatch):
     monkeypatch.delenv('IN_TEST', raising=False)

@@ -54,7 +54,7 @@ def test_seeds_come_outermost():
 def test_unknown_tables_and_parameters_are_named():
     with pytest.raises(ValueError, match="got 'XX'"): cells_of('XX')
     with pytest.raises(ValueError, match="''"): cells_of('')
-    given = dict(tables='I', seeds='0', data_root='', preset='demo', n_train=0, n_test=0, epochs=0, backbone='auto', weights='', device='cpu', workers=0, allow_missing=False, keep_weights=False, out='')
+    given = dict(tables='I', seeds='0', data_root='', preset='demo', n_train=0, n_test=0, epochs=0, backbone='auto', weights='', device='cpu', workers=0, allow_missing=False, keep_weights=False, changes='', out='')
     assert set(given) == set(GRID_PARAMETERS)
     assert grid_parameters(given)['base'] == grid_base()
     assert grid_parameters(given | dict(epochs=3))['scale_epochs'] is False

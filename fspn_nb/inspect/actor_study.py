@@ -17,7 +17,7 @@ from ..analysis.runs import average_seeds,collect,read_predictions
 from ..config import override,run_id
 from ..core import write_atomic
 from ..evaluate import load_model
-from ..experiments.parameters import notebook_parameters
+from ..experiments.parameters import notebook_parameters,parse_changes
 from ..experiments.session import RunContext,start
 from .gradcam import _captum,two_parts
 from ..metrics import bootstrap_ci,relative_l2,spearman
@@ -25,8 +25,8 @@ from ..protocols import protocol_variant
 from ..report.tables import caption,to_md
 
 # %% ../../nbs/inspect/03_actor_study.ipynb #64af5ff6
-STUDY_PARAMETERS = ('data_root','preset','seeds','protocol','weights','device','epochs','allow_missing','actor','actor_file',
-              'dives','out')
+STUDY_PARAMETERS = dict(data_root=str, preset=str, seeds=list, protocol=str, weights=str, device=str, epochs=int, allow_missing=bool,
+                        actor=str, actor_file=str, changes=str, dives=int, out=str)
 
 @dataclass
 class Study(RunContext):
@@ -37,8 +37,7 @@ class Study(RunContext):
 def _given(names):
     "The parameters among `names`, all of `STUDY_PARAMETERS` and nothing else"
     given = notebook_parameters(names, STUDY_PARAMETERS)
-    if type(given['dives']) is not int or given['dives'] < 0:
-        raise ValueError(f"dives must be a whole number, 0 for all test dives, got {given['dives']!r}")
+    parse_changes(given['changes'], STUDY_PARAMETERS, fixed=('model.name','model.use_actor','train.backbone'))
     if given['actor'] == 'none':
         raise ValueError("need boxes to measure heat in, got actor='none'; take 'motion', which needs no weights, or "
                          "another source")
