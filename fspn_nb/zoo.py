@@ -83,12 +83,15 @@ def create_model(
     return BUILDERS[name](cfg or ModelCfg(name=name), labels, groups)
 
 # %% ../nbs/base/08_zoo.ipynb #3208bb26
+_LIBRARY_METHODS = frozenset(BUILDERS)
+
 def register_method(
-    method:Method, # Its row; the name must be new
+    method:Method, # Its row; its name must not be one of the library's methods
     build, # Function of (cfg, labels (n,), groups) that returns a module
 )->None:
     "Make a method known to the configuration, the trainer and the tables, for this process"
-    if method.name in METHODS: raise ValueError(f'the name {method.name!r} is taken; there are {", ".join(list_models())}')
+    if method.name in _LIBRARY_METHODS:
+        raise ValueError(f'need a new name, got {method.name!r}, which the library has; taken are {", ".join(sorted(_LIBRARY_METHODS))}')
     METHODS[method.name],BUILDERS[method.name] = method,build
 
 # %% ../nbs/base/08_zoo.ipynb #60c6d5fa
