@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fspn_nb.analysis.compare import Scorer,ablation_table,main_runs,stack_predictions
+from fspn_nb.analysis.compare import Scorer,ablation_table,stack_predictions
 from fspn_nb.analysis.method_tables import average_cell
 from fspn_nb.analysis.published import pack_runs,unpack_runs
+from fspn_nb.analysis.run_groups import main_runs
 from fspn_nb.analysis.runs import collect,mean_rho,read_predictions
 from fspn_nb.analysis.significance import seed_mean_ci
 from fspn_nb.config import override,make_config

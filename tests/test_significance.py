@@ -78,7 +78,9 @@ RUNS = sorted(unpack_runs(ROOT/'reports'/'published').glob('*/*/metrics.json'))
 def test_stored_intervals_come_out_again(file):
     kept, table = json.loads(file.read_text()), pd.read_csv(file.parent/'predictions.csv', dtype={'uid': str}).query("split == 'test'")
     result = summarise(table.pred.to_numpy(), table.true.to_numpy(), seed=kept['seed'])
-    assert result == {k: pytest.approx(kept[k], abs=1e-12, rel=0, nan_ok=True) for k in result}
+    same = [k for k in result if k in kept] # runs from before `reason` lack it
+    assert {'spearman_lo', 'relative_l2_hi', 'n'} <= set(same)
+    assert {k: result[k] for k in same} == {k: pytest.approx(kept[k], abs=1e-12, rel=0, nan_ok=True) for k in same}
 
 
 def test_memory_does_not_grow_with_the_resamples():

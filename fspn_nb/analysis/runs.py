@@ -172,7 +172,7 @@ def average_seeds(
 )->pd.DataFrame: # Keys of a configuration; rho, r_l2_x100, each with _lo, _hi, _sd; seeds; used, annotated: samples; reason
     "One row per configuration; scores are means over seeds, intervals those of the lowest seed"
     rows = []
-    for key,g in runs[runs.problem == ''].groupby(SAME_RUN, sort=True):
+    for key,g in runs[runs.problem == ''].groupby(SAME_RUN, sort=True, dropna=False):
         g = g.sort_values('seed')
         if g.seed.duplicated().any():
             raise ValueError(f"need one run per seed, got the same configuration and seed twice: {', '.join(g.run)}; remove one")
@@ -217,7 +217,8 @@ def _average(g, root, n):
     for name,mean,metric in (('spearman', mean_rho, spearman), ('relative_l2', np.mean, relative_l2)):
         lo,hi = average_ci(predictions, mean, metric, n, int(g.seed.iloc[0]))
         row |= {name: float(mean(g[name].to_numpy(float))), f'{name}_lo': lo, f'{name}_hi': hi}
-    undefined = [f'{SPORTS[name].title}: {reason}' for name,reason in g.reason.items() if reason]
+    perfect = g.reason.where(g.spearman.abs() < 1, 'perfect order, whose Fisher z is infinite').where(g.reason == '', g.reason)
+    undefined = [f'{SPORTS[name].title}: {reason}' for name,reason in perfect.items() if reason]
     return row|dict(inputs=' '.join(dict.fromkeys(g.inputs[g.inputs != ''])), test_set='', used=g.used.sum(),
                     annotated=g.annotated.sum(), reason='; '.join(undefined))
 

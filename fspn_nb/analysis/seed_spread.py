@@ -55,11 +55,11 @@ def spread_alike(
     runs:pd.DataFrame, # The runs with one seed, from `collect`
     others:pd.DataFrame, # All runs of their folder, from `collect`
     published:str|Path='', # As in `published_scores`
-)->dict: # As `seed_spread`, with `source`: 'runs of this folder' | 'published runs' | ''
+)->dict: # As `seed_spread`, with `source`: 'runs at hand' | 'published runs' | ''
     "How far seeds lie apart in configurations like those of `runs`"
     kinds = runs[_ALIKE].drop_duplicates()
     sound = others[others.problem == ''] if 'problem' in others else others
-    for source,known in (('runs of this folder', lambda: sound), ('published runs', lambda: published_scores(published))):
+    for source,known in (('runs at hand', lambda: sound), ('published runs', lambda: published_scores(published))):
         alike = known().merge(kinds, on=_ALIKE)
         for own in (alike[alike.protocol.isin(set(runs.protocol))], alike):
             if (spread := seed_spread(own[own.protocol != 'average']))['configurations']: return spread|dict(source=source)

@@ -81,7 +81,9 @@ def _counts(index):
 # %% ../../nbs/report/10_build.ipynb #0b3becb1
 def _bases(index):
     "What the tables of each dataset rest on, one line each"
-    for dataset,runs in index.main.groupby('dataset'):
+    for dataset in PROTOCOLS:
+        runs = index.main[index.main.dataset == dataset]
+        if not len(runs): continue
         seeds,first = runs.seed.nunique(),runs.iloc[0]
         yield (f"- {PROTOCOLS[dataset].title}: {first.data} data, preset {first.preset}, {seeds} seed{'s'*(seeds > 1)}, "
                f"{samples_words(runs)}.\n")

@@ -12,11 +12,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from ..analysis.compare import SCORES
 from ..analysis.method_tables import vote_points
 from ..analysis.parse_quality import parse_table,seed_means
 from ..analysis.runs import read_predictions
-from ..analysis.significance import epoch_selection,seed_mean_ci
-from ..metrics import bca,cs_area
+from ..analysis.significance import epoch_selection,seed_mean_ci,table_interval
+from ..metrics import cs_area
 from ..paper import paper_table
 from .figures import plot_cs,plot_scatter,save_figure
 from .run_index import RunIndex,figure_note,provenance_line
@@ -35,7 +36,7 @@ def draw_section(
 )->ReportSection: # The same, with its figure if it has any run
     "Add the figure of a section's table"
     used = index.select(' '.join(section.table.runs).split())
-    if not len(used): return section
+    if not len(used) or section.table[list(SCORES)].isna().all(axis=None): return section # the notes below the table say why
     fig = draw(section.table, *figure_note(used))
     save_figure(fig, Path(out)/'figures'/section.key, pdf=True)
     plt.close(fig)
@@ -83,7 +84,7 @@ def _lowest_seeds(cells):
     return {label: first[label] for label in dict.fromkeys(cells.label) if label in first.index}
 
 # %% ../../nbs/report/09_figure_sections.ipynb #305ca127
-_SINGLE = 'One training each; in brackets the 95 % bootstrap interval (BCa, test videos drawn).'
+_SINGLE = 'One training each; in brackets the 95 % bootstrap interval (BCa, or percentiles where BCa is undefined; test videos drawn).'
 
 # %% ../../nbs/report/09_figure_sections.ipynb #1790a468
 def scatter_section(
@@ -125,6 +126,7 @@ def _with_file(cells, root, file):
 # %% ../../nbs/report/09_figure_sections.ipynb #c57490da
 def _votes_line(table):
     "Which M is best, and which cannot be told from it"
+    if table.rho.isna().all(): return 'No number of exemplars has a rho, so none is best.'
     best = table.loc[table.rho.idxmax()]
     alike = ', '.join(map(str, table[table.rho >= best.rho_lo].exemplars))
     return f'The highest rho is that of M = {int(best.exemplars)}, but M = {alike} lie inside its interval; the paper finds its best at 15.'
@@ -193,7 +195,7 @@ def _overlap_interval(index, runs):
     tables = [pd.read_csv(index.root/run/'parsing.csv', dtype=dict(uid=str)) for run in runs]
     overlaps = [table[table.split == 'test'].set_index('uid').tiou for table in tables]
     mean = np.mean([overlap.reindex(overlaps[0].index) for overlap in overlaps], 0)
-    return bca(lambda i, axis=-1: mean[i].mean(-1), len(mean), index.scorer.n, 0, .95)
+    return table_interval(lambda i, axis=-1: mean[i].mean(-1), len(mean), index.scorer.n)
 
 # %% ../../nbs/report/09_figure_sections.ipynb #9deb7cc8
 def _parse_means(index, cells, each):
@@ -231,7 +233,7 @@ def parsing_section(
     means,used = _parse_means(index, cells, each),index.select(cells.run)
     best,baseline = (means[own].tiou.max() for own in (means.runs != '', means.runs == ''))
     line = f'The best variant reaches a temporal IoU of {best:.3f}, the best rule that sees no frame {baseline:.3f}.'
-    fig = plot_tiou(each, used.data.iloc[0])
+    fig = plot_tiou(each, *figure_note(used))
     save_figure(fig, Path(out)/'figures'/'tiou', pdf=True)
     plt.close(fig)
     figures = [('tiou', 'Each variant, seed by seed, between the rules that see no frame.')]

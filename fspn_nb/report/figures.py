@@ -177,8 +177,8 @@ def plot_table(
     ax.set_xlabel(f'{name}, 95 % interval')
     fig.legend(loc='outside upper right', ncols=3, frameon=False, fontsize='small')
     kinds = ' and '.join(sorted(set(df.data.dropna())))
-    fig.suptitle(f"Table {table.attrs['name']}, {f'{kinds} data' if kinds else 'no finished run'}", fontsize='medium',
-                 x=.02, ha='left')
+    words = f"{kinds} data, {table.attrs['samples']}" if kinds else 'no finished run'
+    fig.suptitle(f"Table {table.attrs['name']}, {words}", fontsize='medium', x=.02, ha='left')
     return fig
 
 # %% ../../nbs/report/02_figures.ipynb #70e6ddba
@@ -208,7 +208,7 @@ def plot_classes(
     ax.set(ylabel=f'{name}, 95 % interval', xlim=(-.5, len(blocks)-.5))
     ax.grid(axis='y', alpha=.25)
     kinds = ' and '.join(sorted(set(table.data.dropna())))
-    words = f'{kinds} data' if kinds else 'no finished run'
+    words = f"{kinds} data, {table.attrs['samples']}" if kinds else 'no finished run'
     ax.set_title(f"Table {table.attrs['name']}, {words} (rings: the paper)", fontsize='medium', loc='left')
     fig.legend(loc='outside lower center', ncols=4, frameon=False, fontsize='small')
     return fig

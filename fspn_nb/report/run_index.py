@@ -73,8 +73,8 @@ def open_index(
 # %% ../../nbs/report/05_run_index.ipynb #d8404999
 _KINDS = {'real': 'Real data', 'synthetic': '**Synthetic data, not comparable with the paper**', '': 'No finished run'}
 _MIXED = '**Real and synthetic data mixed; the synthetic rows are not comparable with the paper**'
-HOW = ('Ours: mean over seeds; in brackets the 95 % bootstrap interval of that mean (BCa, test videos drawn, the same '
-       'ones for all seeds); '
+HOW = ('Ours: mean over seeds; in brackets the 95 % bootstrap interval of that mean (BCa, or percentiles where BCa is undefined; '
+       'test videos drawn, the same ones for all seeds); '
        'sd: standard deviation over seeds.')
 
 # %% ../../nbs/report/05_run_index.ipynb #699b7c06

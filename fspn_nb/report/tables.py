@@ -104,7 +104,9 @@ def ours_vs_paper(
     scores = [f'{score}{end}' for score,_,_ in SCORE_PAIRS for end in ('','_lo','_hi','_sd','_paper','_diff')]
     first = ['protocol','block','method','label',*scores,'seeds']
     df = df[[*first,*(column for column in df if column not in first and column != 'note'),'note']]
-    df.attrs |= dict(name=name, caption=caption(name, runs, others))
+    sound = runs[runs.problem == '']
+    samples = '; '.join(samples_words(own) for _,own in sound.groupby('data'))
+    df.attrs |= dict(name=name, caption=caption(name, runs, others), samples=samples)
     return df
 
 # %% ../../nbs/report/01_tables.ipynb #fad1e2fc
