@@ -130,10 +130,11 @@ CHOICES = {
     'dataset': tuple(PROTOCOLS), 'preset': ('smoke','demo','paper'), 'score_ranges': ('literature','train'),
     'clip.orientation': ('correct','peer'), 'actor.source': ('auto','truth','boxes','motion','ssd300','onnx','none'),
     'model.name': METHODS, 'model.pairing': ('exemplar','absolute'), 'model.token_mode': ('bands','frames'),
-    'model.residual': ('scene','actor'), 'model.decoding': ('argmax','expected'),
+    'model.residual': ('scene','actor'), 'model.decoding': ('argmax','expected'), 'eval.checkpoint_selection': ('last','best_val'),
     'train.optimiser': ('adam','adamw'), 'train.schedule': ('constant','one_cycle'), 'train.backbone': ('frozen','finetune'),
-    'train.precision': ('fp32','bf16'), 'train.feature_precision': ('fp32','bf16'),
-    'eval.checkpoint_selection': ('last','best_val')}
+    'train.precision': ('fp32','bf16'), 'train.feature_precision': ('fp32','bf16')}
+_COUNTS = ('train.epochs','train.batch_size','eval.num_exemplars','clip.frames','clip.length','clip.size','model.sub_actions',
+           'model.stages','model.blocks','model.heads','model.num_bins','model.fusion_dim','model.tokens_per_step') # at least 1
 
 # %% ../nbs/base/05_config.ipynb #77a23aa8
 def _check_pairs(cfg):
@@ -144,12 +145,10 @@ def _check_pairs(cfg):
                          'ask for backbone finetune, or for a method that reads clip features')
     if cfg.model.clips != len(cfg.clip.starts):
         raise ValueError(f'model.clips must be the number of clip.starts, got {cfg.model.clips} and {len(cfg.clip.starts)}')
-    if selection == 'best_val' and cfg.train.val_fraction == 0:
-        raise ValueError('eval.checkpoint_selection=best_val needs train.val_fraction above 0')
+    if selection == 'best_val' and not cfg.train.val_fraction: raise ValueError(f'{selection} needs train.val_fraction above 0')
     if source == 'boxes' and not cfg.actor.boxes: raise ValueError('actor.source=boxes needs a CSV file in actor.boxes')
     if source == 'onnx' and not cfg.actor.weights: raise ValueError("actor.source=onnx needs the detector's file in actor.weights")
-    if cfg.preset == 'paper' and not cfg.data_root:
-        raise ValueError('the paper preset needs a real release: pass its folder as data_root, or use preset demo')
+    if cfg.preset == 'paper' and not cfg.data_root: raise ValueError('the paper preset needs a real release: give data_root, or use demo')
 
 def validate(
     cfg:RunCfg, # Any run
@@ -159,9 +158,10 @@ def validate(
     for name,allowed in CHOICES.items():
         if flat[name] not in allowed: raise ValueError(f'{name} must be one of {", ".join(allowed)}, got {flat[name]!r}')
     protocol_variant(cfg.dataset, cfg.protocol)
-    for name in ('train.epochs','train.batch_size','eval.num_exemplars','model.sub_actions','clip.frames'):
-        if flat[name] < 1: raise ValueError(f'{name} must be at least 1, got {flat[name]}')
-    if not 0 <= cfg.train.val_fraction < 1: raise ValueError(f'train.val_fraction must be in [0, 1), got {cfg.train.val_fraction}')
+    for name,value in flat.items(): # no number of a run is negative
+        low,high = int(name in _COUNTS),1 if name in ('train.val_fraction','model.dropout') else float('inf')
+        if isinstance(value, (int, float)) and not low <= value < high:
+            raise ValueError(f'{name} must be at least {low} and below {high}, got {value}')
     _check_pairs(cfg)
     return cfg
 

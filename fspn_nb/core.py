@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass,field,fields,is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args,get_origin,get_type_hints
 
 import numpy as np
 import torch
@@ -119,7 +119,6 @@ def write_json(
     "Write `value` as indented JSON, keys sorted so that a second run gives no diff"
     return write_atomic(path, json.dumps(value, indent=1, sort_keys=True, default=str)+'\n')
 
-# %% ../nbs/base/01_core.ipynb #1c1c7df4
 def file_hash(
     path:Path, # A file
     digits:int=12, # How much of the hexadecimal digest is kept
@@ -138,7 +137,6 @@ def flatten(
         flat.update({f'{f.name}.{k}': v for k,v in flatten(value).items()} if is_dataclass(value) else {f.name: value})
     return flat
 
-# %% ../nbs/base/01_core.ipynb #46da94ce
 def diff(
     cfg, # A configuration
     base, # The one that it is compared with
@@ -147,17 +145,24 @@ def diff(
     before,after = flatten(base),flatten(cfg)
     return {k: (before[k], after[k]) for k in before if before[k] != after[k]}
 
-# %% ../nbs/base/01_core.ipynb #bfc12ec4
+def _fits(value, hint):
+    "Is `value` what JSON holds for a field of the type `hint`?"
+    if get_origin(hint) is tuple: return isinstance(value, (list, tuple)) and all(_fits(v, get_args(hint)[0]) for v in value)
+    return isinstance(value, (int, float) if hint is float else hint) and isinstance(value, bool) == (hint is bool)
+
 def from_dict(
     cls, # A dataclass
     values:dict, # Its fields; a dict for a field that is a dataclass, a list for a tuple
     where, # Names `values` in errors
 ):
-    "A `cls` from the dict `values`"
+    "A `cls` from the dict `values`; a `ValueError` for an unknown field, or a value of another type"
+    if not isinstance(values, dict): raise ValueError(f'{where}: need a dictionary of settings, got {values!r}')
     hints,known = get_type_hints(cls),{f.name for f in fields(cls)}
     if unknown := set(values)-known:
         raise ValueError(f'{where}: unknown setting {", ".join(sorted(unknown))}; this version knows {", ".join(sorted(known))}')
-    cast = lambda k,v: from_dict(hints[k], v, where) if is_dataclass(hints[k]) else tuple(v) if isinstance(v, list) else v
+    for k,v in values.items():
+        if not is_dataclass(hints[k]) and not _fits(v, hints[k]): raise ValueError(f'{where}: {k}: need {hints[k]}, got {v!r}')
+    cast = lambda k,v: from_dict(hints[k], v, f'{where}: {k}') if is_dataclass(hints[k]) else tuple(v) if isinstance(v, list) else v
     return cls(**{k: cast(k, v) for k,v in values.items()})
 
 # %% ../nbs/base/01_core.ipynb #2265458d
