@@ -1,5 +1,6 @@
 "Actor boxes: candidates, the path through them, the cache, and what real frames say"
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -264,6 +265,43 @@ class FakeSession:
 def test_foreign_outputs_are_refused(out, why):
     from fspn_nb.actor.yolox import _raw
     with pytest.raises(ValueError, match=why): _raw(FakeSession([1,3,32,32], out), torch.zeros(1, 3, 32, 32), 'w.onnx')
+
+
+@pytest.mark.parametrize('classes,reads', [(80,True),(1,True),(20,False),(91,False),(2,False)], ids=['COCO','people alone','VOC','SSD','two'])
+def test_a_network_whose_person_is_unknown_is_refused(classes, reads):
+    "The first class of Pascal VOC is an aeroplane"
+    from fspn_nb.actor.yolox import _raw
+    out = np.zeros((1,21,5+classes), np.float32)
+    if reads: assert _raw(FakeSession([1,3,32,32], out), torch.zeros(1, 3, 32, 32), 'w.onnx').shape == (21,5+classes)
+    else:
+        with pytest.raises(ValueError, match=f'w.onnx: need the 80 classes of COCO.*got {classes};'): _raw(FakeSession([1,3,32,32], out), torch.zeros(1, 3, 32, 32), 'w.onnx')
+
+
+def test_a_network_that_never_finds_anybody_stops_the_run(dives, monkeypatch):
+    "As with a file that expects other input: the crops would be whole frames"
+    from fspn_nb.actor import boxes
+    samples,load,folder = dives
+    samples = [*samples, replace(samples[0], uid='01/3')]
+    monkeypatch.setattr(boxes, 'detect_boxes', lambda group, detector, actors: detect_boxes(group, detector, folder, actors, load=load))
+    class Blind(Counting):
+        def __call__(self, frames): return [NONE]*len(frames)
+    with pytest.raises(ValueError, match='need people in 3 dives, and counting found nobody in 31 frames; take other weights'): boxes._detected(samples, Blind('blind-2'))
+    assert '100.0% whole frame' in boxes._detected(samples[:2], Blind('blind-2'))[1][0] # two hard dives are possible
+    assert len(boxes._detected(samples, Counting())[0]) == 3
+
+
+def test_ssd_weights_of_a_training_run(tmp_path):
+    "From several GPUs, beside the optimiser, parsed arguments and a score of numpy, as torchvision's script saves it"
+    from argparse import Namespace
+    from fspn_nb.actor.detectors import _state_dict
+    state = {'module.backbone.bias': torch.arange(3.)}
+    for i,wrapped in enumerate((state, {'model': state, 'args': Namespace(lr=.1), 'epoch': 3, 'map': np.float64(.5)}, {'state_dict': state})):
+        torch.save(wrapped, tmp_path/f'{i}.pth')
+        assert _state_dict(tmp_path/f'{i}.pth')['backbone.bias'].tolist() == [0,1,2]
+    torch.save({'backbone.bias': torch.tensor([1., np.nan])}, tmp_path/'nan.pth')
+    with pytest.raises(ValueError, match='nan.pth: need finite numbers, got others in 1 tensors .backbone.bias'): _state_dict(tmp_path/'nan.pth')
+    torch.save(torch.nn.Linear(1, 1), tmp_path/'whole.pth')
+    with pytest.raises(ValueError, match=r'whole.pth.*it asks for torch.nn.modules.linear.Linear\).*save model.state_dict'): _state_dict(tmp_path/'whole.pth')
 
 
 def test_unknown_names_and_missing_files():

@@ -31,6 +31,9 @@ def _detected(samples, detector):
         group = [sample for sample in samples if athletes_of(sample) == num_athletes]
         if not group: continue
         raw,report = detect_boxes(group, detector, actors=num_athletes)
+        if detector.name != 'motion' and report['whole'] == 1 and len(group) > 2:
+            raise ValueError(f"need people in {len(group)} dives, and {detector.name} found nobody in {report['frames']} frames; "
+                             "take other weights (are the input's range and colours right?), or actor source 'motion' or 'none'")
         boxes |= {uid: smooth_boxes(box) for uid,box in raw.items()}
         messages.append(fallback_line(report))
     return boxes,messages

@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'Motion', 'SSD300', 'get_detector']
 
 # %% ../../nbs/actor/04_detectors.ipynb #89ea7ccc
-import hashlib
+import hashlib,re
 from pathlib import Path
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from . import best_path,motion_boxes
 from .best_path import nms
 from .yolox import Onnx,_checked,_key
+from ..data.safe_pickle import checkpoint_globals
 
 # %% ../../nbs/actor/04_detectors.ipynb #da8ba010
 class Motion:
@@ -30,9 +31,12 @@ class Motion:
 # %% ../../nbs/actor/04_detectors.ipynb #3b6fd0a8
 def _open_checkpoint(path):
     "The content of a checkpoint of plain tensors; a `ValueError` if it cannot be opened"
-    try: return torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        with torch.serialization.safe_globals(checkpoint_globals()): return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: # a damaged archive can raise anything
-        raise ValueError(f"{path}: need a checkpoint of tensors, got one that cannot be opened ({type(e).__name__}); "
+        asked = re.search(r'GLOBAL (\S+) was not', str(e))
+        reason = f'it asks for {asked[1]}' if asked else type(e).__name__
+        raise ValueError(f"{path}: need a checkpoint of tensors, got one that cannot be opened ({reason}); "
                          "save model.state_dict() of torchvision's ssd300_vgg16") from e
 
 # %% ../../nbs/actor/04_detectors.ipynb #0be2cd95
@@ -43,10 +47,13 @@ def _state_dict(path):
         raise FileNotFoundError(f"need SSD300 weights, and there is no file {path}; give another path, "
                                 "or choose actor source 'motion', which needs none")
     state = _open_checkpoint(path)
-    if isinstance(state, dict) and isinstance(state.get('model'), dict): state = state['model']
+    for key in ('model','state_dict'): # of a training run
+        if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f'{path}: need a dict of tensors, got {type(state).__name__}; save model.state_dict()')
-    return state
+    broken = [name for name,v in state.items() if not v.isfinite().all()]
+    if broken: raise ValueError(f'{path}: need finite numbers, got others in {len(broken)} tensors ({broken[0]}); get the weights anew')
+    return {name.removeprefix('module.'):v for name,v in state.items()} # DataParallel puts `module.` before every name
 
 # %% ../../nbs/actor/04_detectors.ipynb #b6cdd49d
 def _coco_weights():

