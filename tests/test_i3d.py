@@ -134,7 +134,7 @@ RUNS = {'DataParallel': ('hassony2', 'module.', {}), 'plain wrapper': ('hassony2
 
 @pytest.mark.parametrize('legacy', [False, True])
 @pytest.mark.parametrize('who', RUNS)
-def test_the_backbone_of_a_training_run(random_i3d, tmp_path, who, legacy):
+def test_the_backbone_of_a_training_run(random_i3d, tmp_path, capsys, who, legacy):
     "Wrappers, heads, scores of numpy and the optimiser's state around the backbone; as PyTorch saves it now and as it did before 1.6"
     layout, path, rest = RUNS[who]
     file = tmp_path/('last.ckpt' if who == 'Lightning' and not legacy else 'last.pth')
@@ -142,8 +142,15 @@ def test_the_backbone_of_a_training_run(random_i3d, tmp_path, who, legacy):
     model = I3D()
     prov = load_kinetics(model, file)
     part = path.replace('/', '.').rstrip('.')
+    assert capsys.readouterr().out == (f'weights: the backbone {part} of {file.name}\n' if part != 'module' else '')
     assert (prov['layout'], prov['part'], prov['dtype']) == (layout, part, 'float32') and (part in prov['name']) == (part != 'module')
     assert all(torch.equal(v, random_i3d.state_dict()[k]) for k, v in model.state_dict().items() if not k.endswith('num_batches_tracked'))
+
+
+def test_a_path_below_the_users_home(random_i3d, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    save(as_hassony2(random_i3d), tmp_path/'model_rgb.pth')
+    assert load_kinetics(I3D(), '~/model_rgb.pth')['file'] == 'model_rgb.pth'
 
 
 def test_numpy_1_names_in_a_checkpoint(random_i3d, tmp_path):

@@ -206,11 +206,13 @@ def load_kinetics(
     path=None, # A checkpoint of any layout in `LAYOUTS`; None: `kinetics_weights()`
 )->dict: # For provenance.json: name, layout, sha256 (first 12), file, part of the file ('' for all of it), number format in it
     "Fill `model` from a checkpoint and say which one it was"
-    path = Path(path or kinetics_weights())
+    path = Path(path or kinetics_weights()).expanduser()
     part,state = backbone_part(read_weights(path))
     expected = {k:v for k,v in model.state_dict().items() if not k.endswith('num_batches_tracked')}
     layout,matched = match_weights(expected, state, path.name)
     model.load_state_dict(matched, strict=False)
     part,dtype = part.rstrip('.'),str(next(iter(state.values())).dtype).removeprefix('torch.')
-    name = LAYOUTS[layout][0]+(f', part {part}' if part not in ('','module') else '')+(f', {dtype}' if dtype != 'float32' else '')
+    inner = part not in ('','module') # of a training run, not of a backbone saved from several GPUs
+    if inner: print(f'weights: the backbone {part} of {path.name}')
+    name = LAYOUTS[layout][0]+(f', part {part}' if inner else '')+(f', {dtype}' if dtype != 'float32' else '')
     return dict(name=name, layout=layout, sha256=file_hash(path), file=path.name, part=part, dtype=dtype)

@@ -62,7 +62,7 @@ def read_weights(
     path, # .ckpt or .pkl (flax), .safetensors, anything else is PyTorch's
 )->dict[str,Tensor]: # Flat, under the names that the file uses; nested dictionaries are joined by dots
     "The tensors of a checkpoint, without running anything that is in it"
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file(): raise FileNotFoundError(f'need an I3D checkpoint, and there is no file {path}; see kinetics_weights')
     try: state = _open(path)
     except Exception as e: raise ValueError(f'{path.name} cannot be read as I3D weights ({_reason(e)}') from e # damage can raise anything

@@ -115,9 +115,9 @@ def _feature_source(cfg, release, boxes, device, frames):
     encode,key = feature_extractor(cfg, device)
     source = cache_features(release.samples, cfg, boxes, encode, key, frames, kinds=METHODS[cfg.model.name].extra_inputs,
                             workers=videos_at_once(cfg.clip) if device.type == 'cpu' else 0)
-    name = cfg.weights if cfg.weights == 'random' else 'file' if cfg.weights else 'rgb_scratch'
+    file = Path(cfg.weights).name if cfg.weights != 'random' else ''
     sha256,precision = key.split('-')
-    return source, dict(name=name, sha256=sha256, precision=precision, file=Path(cfg.weights).name if name == 'file' else '')
+    return source, dict(name=file or cfg.weights or 'rgb_scratch', sha256=sha256, precision=precision, file=file)
 
 # %% ../../nbs/training/04_prepare.ipynb #af632ab6
 def _source(cfg, release, boxes, device, dist, frames, reuse=None):
