@@ -7,15 +7,14 @@ __all__ = ['RELEASED_FILES', 'changed_files', 'check_image', 'frame_number_rows'
 
 # %% ../../nbs/data/11_check_files.ipynb #265bc89a
 import hashlib
-import os
+import io
 import re
-import stat
-import torch
+from PIL import Image
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from torchvision.io import ImageReadMode,decode_jpeg
 from ..core import file_hash,progress
-from .records import Sample
+from .clips import decode_picture,open_picture
+from .records import Sample,describe_folder
 
 # %% ../../nbs/data/11_check_files.ipynb #6e6e8948
 RELEASED_FILES = { # name: first sixteen hexadecimal digits of the SHA-256
@@ -27,6 +26,7 @@ RELEASED_FILES = { # name: first sixteen hexadecimal digits of the SHA-256
     'test_split.pkl': 'bcb1f407ad190a68',
     'final_annotations_dict_with_dive_number.pkl': '2e1e06b33ce35700',
     'augmented_final_annotations_dict.pkl': '1400c5a250af764e',
+    'final_annotations_dict.pkl': '8fda2f55be4f7e80',
     'train_split_0.pkl': '87d5dd2fe704af5a',
     'test_split_0.pkl': 'c25d6619e0044182',
     'consolidated_train_list.mat': '8ce46439f389e1a6',
@@ -42,52 +42,56 @@ def changed_files(
     if not set(same)-{'Sub_action_Types_Table.pkl'}: return []
     return [name for name in there if name not in same]
 
-# %% ../../nbs/data/11_check_files.ipynb #f2a72df4
-def _size(data):
-    "(width, height) in pixels, from the frame header of a JPEG that starts with `data`; None when it is not reached"
-    at = 2
-    while at+9 <= len(data) and data[at] == 0xff:
-        mark = data[at+1]
-        if mark == 0xff: at += 1; continue # padding
-        if 0xc0 <= mark <= 0xcf and mark not in (0xc4,0xc8,0xcc): # a frame header
-            return int.from_bytes(data[at+7:at+9]),int.from_bytes(data[at+5:at+7])
-        at += 2+int.from_bytes(data[at+2:at+4])
-    return None
+# %% ../../nbs/data/11_check_files.ipynb #61518b6d
+_TAIL,_LARGE = 4096,2**24 # Bytes looked at behind; pixels of a picture that is always decoded
 
-# %% ../../nbs/data/11_check_files.ipynb #a7698386
-_EDGE,_LIMIT,_PIXELS = 1024,2**25,2**26 # Bytes read at either end; largest file; largest picture
-_FLAGS = os.O_RDONLY|getattr(os, 'O_NONBLOCK', 0)|getattr(os, 'O_BINARY', 0) # do not wait for a pipe that is called 00070.jpg
+def _whole_jpeg(path):
+    "(width, height) of a JPEG with a readable header and an end mark at its end; None for any other file, which has to be decoded"
+    with open_picture(path) as file:
+        if file.read(2) != b'\xff\xd8': return None
+        file.seek(max(0, file.seek(0, 2)-_TAIL))
+        if not file.read().rstrip(b'\0').endswith(b'\xff\xd9'): return None
+        file.seek(0)
+        try:
+            with Image.open(file, formats=('JPEG',)) as image: size,pixels,exif = image.size,image.tile,'exif' in image.info
+        except Exception: return None # a damaged header can raise anything
+    return size if pixels and not exif and size[0]*size[1] <= _LARGE else None
 
-def _read_ends(path, whole):
-    "(length, first bytes, last bytes) of a file; all bytes first where `whole`"
-    fd = os.open(path, _FLAGS)
-    try:
-        info = os.fstat(fd)
-        n = info.st_size
-        if not stat.S_ISREG(info.st_mode) or n > _LIMIT: raise OSError(0, f'no file of at most {_LIMIT} bytes')
-        head = os.read(fd, n if whole else _EDGE)
-        if n <= len(head): return n,head,head[-_EDGE:]
-        os.lseek(fd, n-_EDGE, 0)
-        return n,head,os.read(fd, _EDGE)
-    finally: os.close(fd)
+# %% ../../nbs/data/11_check_files.ipynb #2bbcd910
+_ENDS = {b'\xff\xd8':b'\xff\xd9', b'\x89PNG':b'IEND\xaeB`\x82', b'RIFF':b''} # First bytes of JPEG, PNG, WebP: last bytes, where fixed
+
+def _damage(data, error):
+    "(kind, detail) of a file with content `data` that `decode_picture` refused with `error`"
+    start = next((start for start in _ENDS if data.startswith(start)), None)
+    if not data: return 'empty file','0 bytes'
+    if start is None: return 'no picture',f'starts with {data[:12]!r}'
+    if not data.rstrip(b'\0').endswith(_ENDS[start]): return 'cut off',f'no end mark in {len(data)} bytes'
+    return 'unreadable',str(error)
+
+def _oddity(data):
+    "(kind, detail) of a picture that other loaders may read otherwise; empty for most"
+    if data.startswith(b'\xff\xd8') and b'Exif' not in data: return '','' # nearly all
+    with Image.open(io.BytesIO(data)) as image: orientation = image.getexif().get(0x0112, 1)
+    if 2 <= orientation <= 8: return 'EXIF orientation',f'{orientation}, read upright'
+    if data.startswith(b'\x89PNG') and data[24] == 16: return '16 bits','the upper eight are read'
+    return '',''
 
 # %% ../../nbs/data/11_check_files.ipynb #bf493a37
 def check_image(
     path, # A file
-    decode:bool=False, # Decode it, instead of reading both ends only
-)->tuple[str,str,tuple[int,int]|None]: # Kind of finding or '', detail, (width, height) as far as known
-    "What is wrong with one frame file"
-    try: n,head,tail = _read_ends(path, decode)
+    decode:bool=False, # Decode it in any case, instead of only where a quick look leaves a doubt
+)->tuple[str,str,tuple[int,int]|None]: # Kind of finding or '', detail, (width, height); without a size the file cannot be read
+    "What is wrong with one frame file, or odd about it"
+    try:
+        size = None if decode else _whole_jpeg(path)
+        if size: return '','',size
+        with open_picture(path) as file: data = file.read()
     except OSError as e: return 'unreadable',e.strerror or type(e).__name__,None
-    if not n: return 'empty file','0 bytes',None
-    if not head.startswith(b'\xff\xd8'): return 'no JPEG',f'starts with {head[:12]!r}',None
-    if b'\xff\xd9' not in tail: return 'cut off',f'no end mark in {n} bytes',None
-    size = _size(head)
-    if not decode: return '','',size
-    if not size or size[0]*size[1] > _PIXELS: return 'unreadable',f'picture of {size} pixels',None
-    try: picture = decode_jpeg(torch.frombuffer(bytearray(head), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    except (RuntimeError,ValueError) as e: return 'unreadable',str(e).splitlines()[0][:80],None
-    return '','',tuple(picture.shape[:0:-1])
+    try: picture = decode_picture(data)
+    except ValueError as e: return *_damage(data, e),None
+    try: kind,detail = _oddity(data)
+    except Exception: kind,detail = '','' # odd EXIF data, which the decoder ignores too
+    return kind,detail,tuple(picture.shape[1::-1])
 
 # %% ../../nbs/data/11_check_files.ipynb #a25ac3a6
 def _first_few(numbers): return ', '.join(map(str, numbers[:3]))+(', ...' if len(numbers) > 3 else '')
@@ -115,7 +119,7 @@ def frame_number_rows(
     s:Sample, # Only names are looked at
 )->list[tuple]: # Rows (uid, kind, detail, file)
     "What is wrong with the frame numbers of a sample"
-    if not s.files: return [(s.uid,'no frames',f'none of {s.n_frames}',s.folder)]
+    if not s.files: return [(s.uid,'no frames',f'none of {s.n_frames}; {describe_folder(s.folder)}',s.folder)]
     names,rows = {},[]
     for name in s.files: names.setdefault(_number(name), []).append(name)
     twice = [group for group in names.values() if len(group) > 1]
@@ -130,27 +134,28 @@ def _film_hash(s):
     "Hash of the first, middle and last frame of `s`; None when one cannot be read"
     h = hashlib.sha256()
     try:
-        for i in (0,len(s.files)//2,len(s.files)-1): h.update(_read_ends(s.folder/s.files[i], True)[1])
+        for i in (0,len(s.files)//2,len(s.files)-1):
+            with open_picture(s.folder/s.files[i]) as file: h.update(file.read())
     except OSError: return None
     return h.digest()
 
 # %% ../../nbs/data/11_check_files.ipynb #8478897d
 def _sample_rows(s, decode):
     "(rows, film hash) for the frame files of sample `s`, neighbours for jitter included"
-    names,errors,sizes = (*s.before,*s.files,*s.after),{},{}
+    names,by_kind,sizes = (*s.before,*s.files,*s.after),{},{}
     for name in names:
         kind,detail,size = check_image(s.folder/name, decode)
-        if kind: errors.setdefault(kind, []).append((name,detail))
-        elif size: sizes.setdefault(size, []).append(name)
-    rows = []
-    for kind,files in errors.items():
+        if kind: by_kind.setdefault(kind, []).append((name,detail))
+        sizes.setdefault(size, []).append(name)
+    rows,unreadable = [],sizes.pop(None, ())
+    for kind,files in by_kind.items():
         name,detail = files[0]
         rows.append((s.uid,kind,f'{len(files)} of {len(names)} frames, first {name}: {detail}',s.folder/name))
     if len(sizes) > 1:
         ((w,h),most),*_,((w2,h2),least) = sorted(sizes.items(), key=lambda item: -len(item[1]))
         detail = f'{len(sizes)} sizes: {len(most)} frames of {w}x{h}, {len(least)} of {w2}x{h2}'
         rows.append((s.uid,'frame sizes',detail,s.folder/least[0]))
-    return rows,None if errors else _film_hash(s)
+    return rows,None if unreadable else _film_hash(s)
 
 # %% ../../nbs/data/11_check_files.ipynb #eef73865
 def frame_file_rows(
