@@ -114,7 +114,7 @@ def _finished(root, key):
     if not (root/MARKER).is_file():
         raise ValueError(f"need an empty folder for a synthetic release, got {root}, which holds something else; "
                          "choose another folder")
-    existing = json.loads((root/MARKER).read_text())['key']
+    existing = json.loads((root/MARKER).read_text(encoding='utf-8'))['key']
     if existing != key:
         raise ValueError(f"need the synthetic release {key}, got {existing} in {root}; choose another folder, "
                          "or delete this one to have it drawn anew")
