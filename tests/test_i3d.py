@@ -128,7 +128,7 @@ def below(path, state):
 RUNS = {'DataParallel': ('hassony2', 'module.', {}), 'plain wrapper': ('hassony2', 'state_dict/', {}),
         'CoRe, H-GCN': ('hassony2', 'base_model/module.backbone.', {'regressor': {'module.first_layer.0.weight': torch.ones(2)}, 'epoch': 7, 'rho_best': np.float64(.95)}),
         'TSA': ('hassony2', 'base_model/backbone.', {'psnet_model': {'w': torch.ones(2)}, 'L2_min': np.float32(8.5), 'optimizer': {'state': {0: {'step': 3, 'exp_avg': torch.ones(1)}}}}),
-        'TPT': ('hassony2', 'backbone/backbone.', {'model': {'cls.0.weight': torch.ones(2)}}), 'MUSDL': ('piergiaj', 'i3d/module.', {'evaluator': [{'w': torch.ones(2)}]}),
+        'TPT': ('hassony2', 'backbone/backbone.', {'model': {'cls.0.weight': torch.ones(2)}}), 'lists beside it': ('piergiaj', 'i3d/module.', {'evaluator': [{'w': torch.ones(2)}]}),
         'Lightning': ('fspn_nb', 'state_dict/net.', {'global_step': 12, 'hyper_parameters': {'lr': .1}})}
 
 
