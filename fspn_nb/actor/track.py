@@ -8,6 +8,7 @@ __all__ = ['video_boxes', 'box_file', 'detect_boxes', 'fallback_line', 'box_qual
 
 # %% ../../nbs/actor/06_track.ipynb #94310ff6
 import ast,hashlib,inspect,io,json,os,platform,time,zipfile
+from functools import cache
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -46,6 +47,12 @@ def _frames_hash(sample):
         raise FileNotFoundError(f'dive {sample.uid}: need the frame {e.filename}, and it is not there; '
                                 'restore it, or read the release again') from e
 
+# %% ../../nbs/actor/06_track.ipynb #9339d357
+@cache
+def _box_code():
+    "The code that boxes depend on; parsed once, for thousands of names"
+    return [ast.dump(ast.parse(inspect.getsource(thing))) for thing in (best_path, video_boxes)]
+
 # %% ../../nbs/actor/06_track.ipynb #f2e1f336
 def box_file(
     sample, # With its frames on disk
@@ -55,8 +62,7 @@ def box_file(
     frames:str='', # Hash of its frames, from `frame_hashes`; '': read here
 )->str: # A file name
     "The name under which the boxes of `sample` are kept"
-    code = [ast.dump(ast.parse(inspect.getsource(thing))) for thing in (best_path, video_boxes)]
-    text = json.dumps([detector.key, code, actors, every, frames or _frames_hash(sample)])
+    text = json.dumps([detector.key, _box_code(), actors, every, frames or _frames_hash(sample)])
     return f"{sample.uid.replace('/', '_')}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.npz"
 
 # %% ../../nbs/actor/06_track.ipynb #4c73f890

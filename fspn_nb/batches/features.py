@@ -111,6 +111,18 @@ def _write_all(todo, features, desc, workers):
             pool.shutdown(cancel_futures=True)
             raise
 
+# %% ../../nbs/batches/05_features.ipynb #0df78734
+def _read_features(paths):
+    "The tensors in the files `paths`, stacked by name"
+    stacked = {}
+    for i,path in enumerate(paths):
+        for name,row in load_file(path).items():
+            rows = stacked.setdefault(name, row.new_empty((len(paths), *row.shape)) if i == 0 else None)
+            if rows is None or rows.shape[1:] != row.shape:
+                raise ValueError(f'{path}: need the same features as in {paths[0].name}, got {name} {tuple(row.shape)}; delete the file')
+            rows[i] = row
+    return stacked
+
 # %% ../../nbs/batches/05_features.ipynb #9c7588dc
 def cache_kind(
     samples, # Sequence of n `Sample`
@@ -134,7 +146,7 @@ def cache_kind(
         features = encode(scene, maps=True) if kind == 'feature_maps' else encode(recut(scene, cfg.clip.starts))
         return {kind: features.float().cpu().contiguous()}
     _write_features(jobs, _features, kind, workers)
-    return torch.stack([load_file(path)[kind] for path in paths])
+    return _read_features(paths)[kind]
 
 # %% ../../nbs/batches/05_features.ipynb #25078ca7
 def cache_features(
@@ -153,6 +165,6 @@ def cache_features(
     paths = [folder/feature_key(sample, cfg, boxes[sample.uid], weights, frames[sample.uid]) for sample in samples]
     _write_features(list(zip(samples, paths)), lambda sample: dive_features(sample, cfg, boxes[sample.uid], encode),
                     'I3D features', workers)
-    rows = [load_file(path) for path in paths]
+    streams = _read_features(paths)
     extra = {kind: cache_kind(samples, cfg, encode, weights, folder, kind, frames, workers) for kind in kinds}
-    return FeatureDataset(*(torch.stack([row[stream] for row in rows]) for stream in ('scene','actor')), **extra)
+    return FeatureDataset(streams['scene'], streams['actor'], **extra)
