@@ -23,7 +23,7 @@ from .training.checkpoint import (CheckpointTimer,Preempted,backup_path,check_di
     rng_state,save_ckpt,sigterm_flag)
 from .training.distributed import DistributedContext,any_rank,init_distributed,main_process_lock
 from .training.loop import build_model,make_optimiser,make_schedule,steps_per_epoch,train_epoch
-from .training.predict import predict
+from .training.predict import head_threads,predict
 from .training.prepare import RunData,prepare
 
 # %% ../nbs/base/09_train.ipynb #8a0fdd96
@@ -173,10 +173,11 @@ def fit(
         state = _resume_state(run, data)
         if state and state['epoch'] >= cfg.train.epochs: return run
         tune_malloc()
-        model = build_model(data)
-        check_disk_space(run, model)
-        if data.dist.is_main_process: _start_folder(run, data, model)
-        _train_epochs(_Trainer(model, data, run, state, max_checkpoint_overhead), on_epoch_end)
+        with head_threads(data):
+            model = build_model(data)
+            check_disk_space(run, model)
+            if data.dist.is_main_process: _start_folder(run, data, model)
+            _train_epochs(_Trainer(model, data, run, state, max_checkpoint_overhead), on_epoch_end)
     return run
 
 # %% ../nbs/base/09_train.ipynb #ca5a518d

@@ -319,6 +319,21 @@ def test_features_have_the_same_bits_for_any_number_of_threads(made, tmp_path):
     assert torch.equal(one.scene, three.scene) and torch.equal(one.extra['feature_maps'], three.extra['feature_maps'])
 
 
+def test_training_has_the_same_bits_for_any_number_of_threads(made, tmp_path):
+    cfg = finediving('smoke', **SMALL, **QUICK|dict(model__name='fspn_s', train__epochs=3))
+    data,threads = prepare(cfg, 'cpu'),torch.get_num_threads()
+    for n in (1, 3):
+        torch.set_num_threads(n)
+        try:
+            run = fit(cfg, tmp_path/str(n), 'cpu', data)
+            evaluate(run, data)
+            assert torch.get_num_threads() == n
+        finally: torch.set_num_threads(threads)
+    a,b = (torch.load(tmp_path/n/'finediving'/data.run_id/'last.pt', weights_only=True)['model'] for n in ('1','3'))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert len({(tmp_path/n/'finediving'/data.run_id/'predictions.csv').read_bytes() for n in ('1','3')}) == 1
+
+
 # --- the whole story ---
 
 @pytest.fixture
