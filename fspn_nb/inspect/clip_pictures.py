@@ -47,9 +47,10 @@ def example_result(
     (y,x),centre = np.mgrid[:144,:256],(boxes[:,:2]+boxes[:,2:])/2
     heat = torch.tensor(np.exp(-((x-centre[:,0,None,None])**2+(y-centre[:,1,None,None])**2)/900)).float()
     shares = dict(scene=.31, scene_floor=.09, scene_best=.5, actor=.6, actor_floor=.41, actor_best=.9)
-    return ClipResult(clip, finediving('smoke'), 'fspn-w_dn-toy', dict(data='synthetic'), ids, boxes, 66.2, 'points',
+    facts = dict(preset='demo', epochs=30, seed=0, seeds=[0,1,2], train=130, test=50, annotated=180, rho=.7, rho_lo=.43, rho_hi=.86, spread=.6)
+    return ClipResult(clip, finediving('demo'), 'fspn-w_dn-toy', dict(data='synthetic'), ids, boxes, 66.2, 'points',
                       np.array([70.1,60.4,68.1]), _example_exemplars(folder, clip), step_probs, (30,63),
-                      dict(heat=dict(scene=heat, actor=heat)), shares, ['frames: 96, evenly spaced'])
+                      dict(heat=dict(scene=heat, actor=heat)), shares, ['frames: 96, evenly spaced'], facts, .6)
 
 # %% ../../nbs/inspect/09_clip_pictures.ipynb #c108d266
 def even_frames(
@@ -113,7 +114,7 @@ def _saved(fig, path):
 
 # %% ../../nbs/inspect/09_clip_pictures.ipynb #e4b2fde9
 COLOURS = (BLUE,ORANGE,GREEN,RED,'#CC79A7','#56B4E9') # Of the sub-actions, as in `plot_parse`
-_BAR = 46 # Height of the strip below the picture, pixels
+_BAR,_LINE = 26,20 # Height of the timeline below the picture and of a line of text, pixels
 
 def _total_heat(result):
     "(T,H,W) heat of all streams, 0..1; None without heat"
@@ -145,23 +146,26 @@ def _timeline(draw, result, i, y, w):
 # %% ../../nbs/inspect/09_clip_pictures.ipynb #b3fd5542
 def overlay_frames(
     result:ClipResult, # From `score_clip`
-    least:int=288, # Smallest height of the picture, pixels; small frames are doubled
+    least:int=288, # Smallest side of the picture, pixels; small frames are doubled
 ): # Yields (H',W',3) uint8, both sides even
     "The kept frames with heat, box, sub-action and score"
     heat,(h,w) = _total_heat(result),result.frames.shape[1:3]
-    k = -(-least//h) if h < least*.8 else 1
+    k = -(-least//min(h, w)) if min(h, w) < least*.8 else 1
     width,high = w*k//2*2,h*k//2*2
     font = ImageFont.load_default(15 if width > 400 else 11)
+    score = f'{result.score:.1f} {"points" if result.unit == "points" else "p./DD"}'
+    lines = 1 if font.getlength(f'frame 1000   sub-action 1 (100%)   {score}') < width-12 else 3
+    below = _BAR+lines*_LINE
     for i,frame in enumerate(result.frames):
-        img = Image.new('RGB', (width,high+_BAR), '#202020')
+        img = Image.new('RGB', (width,high+below), '#202020')
         img.paste(Image.fromarray(_blend(frame, None if heat is None else heat[i])).resize((width,high), Image.Resampling.BICUBIC))
         draw = ImageDraw.Draw(img)
         if result.boxes is not None: draw.rectangle([float(box) for box in result.boxes[i]*k], outline=ORANGE, width=2)
-        draw.rectangle((0, high, width, high+_BAR), fill='#202020') # a box may reach below the picture
+        draw.rectangle((0, high, width, high+below), fill='#202020') # a box may reach below the picture
         words = _timeline(draw, result, i, high+4, width)
-        draw.text((6, high+20), f'frame {result.ids[i]}   {words}', 'white', font)
-        draw.text((width-6, high+20), f'{result.score:.1f} {"points" if result.unit == "points" else "p./DD"}', 'white',
-                  font, anchor='ra')
+        texts = [f'frame {result.ids[i]}   {words}',score] if lines == 1 else [f'frame {result.ids[i]}',words,score]
+        for row,text in enumerate(texts[:lines]): draw.text((6, high+20+row*_LINE), text, 'white', font)
+        if lines == 1: draw.text((width-6, high+20), score, 'white', font, anchor='ra')
         yield np.asarray(img)
 
 # %% ../../nbs/inspect/09_clip_pictures.ipynb #d87717b6

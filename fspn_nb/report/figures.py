@@ -148,7 +148,7 @@ def plot_parse(
             (np.ravel(pred_steps), dict(color='black', lw=1.6, ls=(0, (2, 2))))]
     for ax,p,color,name in zip(bands, probs.T, [BLUE,ORANGE,GREEN,RED]*S, names): _band(ax, p, color, name, cuts)
     for ax in bands[:-1]: ax.tick_params(labelbottom=False)
-    bands[-1].set_xlabel('frame (solid: true cut, dashed: predicted)')
+    bands[-1].set_xlabel('frame (solid: true cut, dashed: predicted)' if len(cuts[0][0]) else 'frame (dashed: predicted cut)')
     fig.suptitle(f'Steps of one dive, {words}', fontsize='medium')
     return fig
 
