@@ -49,15 +49,16 @@ def _variables(data, limit):
 
 # %% ../../nbs/data/04_matlab.ipynb #d6e7da35
 _CLASSES = {1:'a cell array', 2:'a structure', 3:'an object', 4:'text', 5:'a sparse matrix', 6:'doubles',
-            7:'singles'} # above: integers
+            7:'singles'} # 8 to 15: whole numbers
 _STORED = {1:'i1', 2:'u1', 3:'i2', 4:'u2', 5:'i4', 6:'u4', 7:'f4', 9:'f8', 12:'i8', 13:'u8'} # How doubles may be stored
 
 def _check_flags(word):
     "Raises unless the flags of a variable mean plain doubles"
     kind,complex_or_logical = word & 255,word & 0xa00
-    if kind == 6 and not complex_or_logical: return
-    name = 'complex or logical values' if kind == 6 else _CLASSES.get(kind, 'whole numbers or code')
-    raise ValueError(f'the variable holds {name}, not plain doubles')
+    number = kind == 6 or 8 <= kind <= 15
+    if number and not complex_or_logical: return
+    name = 'complex or logical values' if number else _CLASSES.get(kind, 'something else')
+    raise ValueError(f'the variable holds {name}, not plain doubles or whole numbers; save it as doubles')
 
 # %% ../../nbs/data/04_matlab.ipynb #9fb09227
 def _matrix(body, order):
