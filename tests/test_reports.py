@@ -1,6 +1,7 @@
-"Reports from run folders: sound ones, damaged ones, and the same bytes every time"
+"Reports from run folders: sound ones, damaged ones, groups that are shown or not, and the same bytes every time"
 import json
 import shutil
+import warnings
 from functools import cache
 
 import matplotlib
@@ -11,12 +12,26 @@ import pandas as pd
 import pytest
 
 from fspn_nb.analysis import runs
+from fspn_nb.analysis.published import pack_runs,unpack_runs
+from fspn_nb.analysis.run_groups import RANKING,left_out,left_out_line,main_runs,rank_group,why_lower
 from fspn_nb.analysis.runs import average_seeds,collect,read_predictions,read_run
+from fspn_nb.analysis.seed_spread import published_scores,seed_spread
+from fspn_nb.config import make_config,method_epochs,override
 from fspn_nb.core import write_json
+from fspn_nb.experiments.variants import config_of,grid_base
 from fspn_nb.metrics import score_baselines,summarise
+from fspn_nb.protocols import SPORTS
 from fspn_nb.report import figures,tables
+from fspn_nb.report.build import intro
+from fspn_nb.report.fake_runs import fake_run
 from fspn_nb.report.figures import plot_cs,plot_parse,plot_scatter,plot_table,save_figure
+from fspn_nb.report.figure_sections import draw_section,votes_section
+from fspn_nb.report.run_index import figure_note,open_index,provenance_line
+from fspn_nb.report.study_figures import plot_ablation
+from fspn_nb.report.table_sections import ablation_section,methods_section
 from fspn_nb.report.tables import caption,ours_vs_paper,predictions_by_method,readable,save_table,to_md
+
+from fspn_nb.report.writers import section_md
 
 
 def sheet(n=40):
@@ -251,6 +266,195 @@ def test_figures_survive_degenerate_predictions(preds, tmp_path):
     with pytest.raises(ValueError, match='at least one method'): plot_scatter({}, 'real')
     with pytest.raises(ValueError, match='at least one method'): plot_cs({}, 'real')
     with pytest.raises(ValueError, match="need data='real' or 'synthetic'"): plot_cs(preds, '')
+
+
+# Which group of runs is shown, and what is said of those that are not
+
+GROUP = dict(preset='demo', data='synthetic', share=1., trained=1., seeds=3, tests=150, methods=2, name='a')
+ORDERINGS = { # better first, each a change of GROUP
+    'a full real paper run before the synthetic demo': (dict(preset='paper', data='real', seeds=1, tests=749), {}),
+    'nine smoke dives after the demo': ({}, dict(preset='smoke', data='real', share=9/3000, tests=3)),
+    'a smoke run of all real dives after the demo': ({}, dict(preset='smoke', data='real', tests=749)),
+    'twelve real dives of the demo after the whole synthetic one': ({}, dict(data='real', share=12/3000)),
+    'twelve real dives of the paper preset after the synthetic demo': ({}, dict(preset='paper', data='real', share=12/3000)),
+    'most real dives before synthetic ones': (dict(data='real', share=.6, seeds=1), {}),
+    'one real seed before three synthetic ones': (dict(data='real', seeds=1), {}),
+    'the paper preset before the demo, both real': (dict(preset='paper', data='real', seeds=1), dict(data='real')),
+    'a paper run of two epochs after the demo': ({}, dict(preset='paper', data='real', trained=.01)),
+    'real smoke before synthetic smoke on whole releases': (dict(preset='smoke', data='real'), dict(preset='smoke')),
+    'all dives before 60 %': (dict(data='real', seeds=1), dict(data='real', share=.6)),
+    'three seeds before one, a few videos missing': (dict(data='real', share=.98), dict(data='real', seeds=1)),
+    'more test videos': ({}, dict(tests=50)),
+    'more methods': ({}, dict(methods=1)),
+    'an unknown share after a known one': ({}, dict(share=0.)),
+    'the name at last': ({}, dict(name='b'))}
+
+
+@pytest.mark.parametrize('kind', ORDERINGS)
+def test_the_order_of_groups(kind):
+    better, worse = (GROUP|changes for changes in ORDERINGS[kind])
+    assert rank_group(better) < rank_group(worse)
+    assert why_lower(worse, better) in {words for words, _ in RANKING}
+
+
+@pytest.fixture(scope='module')
+def beside_published(tmp_path_factory):
+    "The published runs, linked, and a folder for more"
+    root = tmp_path_factory.mktemp('beside')
+    for run in unpack_runs().glob('*/*'):
+        if run.is_dir():
+            (root/run.parent.name).mkdir(exist_ok=True)
+            (root/run.parent.name/run.name).symlink_to(run)
+    return root
+
+
+def add_nine_dives(root, preset='smoke', **changes):
+    return [fake_run(root, make_config('finediving', preset, data_root='/data/FineDiving', model__name=method, protocol=protocol, **changes), 8., n=3,
+                     counts=dict(train=6, test=3)) for method in ('i3d_mlp','fspn') for protocol in ('wo_dn','w_dn')]
+
+
+@pytest.mark.parametrize('preset', ['smoke','demo'])
+def test_nine_real_dives_replace_nothing(beside_published, preset):
+    folders = add_nine_dives(beside_published, preset)
+    try: index = open_index(beside_published, n=20, tests=20, sizes=False)
+    finally:
+        for folder in folders: shutil.rmtree(folder)
+    filled = index.cells.groupby(['table','row','protocol']).run.apply(lambda runs: (runs != '').any())
+    own = index.main[index.main.dataset == 'finediving']
+    assert filled.all() and len(filled) == 82 and set(own.data) == {'synthetic'} and set(own.seed) == {0, 1, 2}
+    line = left_out_line(index.hidden, 'finediving')
+    reason = 'only tried out' if preset == 'smoke' else 'less than half of the dataset'
+    assert f'4 runs (real data, preset {preset}, 9 of 3,000 dives, 3 of them for testing, seed 0): {reason}' in line
+
+
+def test_a_full_real_run_takes_the_page(tmp_path):
+    counts = dict(train=2251, test=749)
+    for seed in (0, 1, 2): fake_run(tmp_path, config_of(grid_base('demo'), 'fspn', seed), 5.)
+    fake_run(tmp_path, method_epochs(make_config('finediving', 'paper', data_root='/data/FineDiving')), 5., counts=counts)
+    index = open_index(tmp_path, n=20, tests=20, sizes=False)
+    assert '- FineDiving: real data, preset paper, 1 seed, all 3,000 dives' in intro(index) and '3 of the runs are not shown' in intro(index)
+    nine, one = methods_section(index, 'finediving'), ablation_section(index, 'I')
+    line = left_out_line(index.hidden, 'finediving')
+    assert line.startswith('Not shown: 3 runs (synthetic data, preset demo,') and 'a smaller preset' in line
+    assert 'single training' in nine.caption and 'not known' in nine.caption
+    assert any('One seed only: FSPN (Ours)' in line for line in one.lines)
+
+
+def test_partial_data_is_said_in_captions_and_titles(tmp_path):
+    add_nine_dives(tmp_path, 'demo')
+    index = open_index(tmp_path, n=20, tests=20, sizes=False)
+    words = '9 of 3,000 dives, 3 of them for testing'
+    assert words in provenance_line(index.main) and words in figure_note(index.main)[1] and words in caption('IX', index.runs)
+    assert words in plot_table(ours_vs_paper('IX', index.runs)).get_suptitle()
+    plt.close('all')
+
+
+def test_a_synthetic_release_given_as_folder_is_called_synthetic(tmp_path):
+    folder = fake_run(tmp_path, make_config('finediving', 'demo', data_root='/data/made_up'), 5.)
+    for name in ('metrics', 'provenance'): edit(f'{name}.json', data='synthetic')(folder)
+    index = open_index(tmp_path, n=20, tests=20, sizes=False)
+    assert 'Synthetic data, not comparable' in provenance_line(index.main) and 'all 142 dives' in provenance_line(index.main)
+
+
+# A run is what it was made of
+
+def test_seeds_on_other_inputs_are_never_averaged(tmp_path):
+    for seed, inputs in ((0, ''), (1, ''), (2, 'a1'), (3, 'a1'), (4, 'b2')):
+        fake_run(tmp_path, make_config('finediving', 'demo', seed=seed), 5., inputs=inputs)
+    runs = collect(tmp_path, strict=True)
+    assert sorted(average_seeds(runs).seeds) == ['0,1', '2,3', '4']
+    table = ours_vs_paper('IX', runs)
+    assert readable(table).columns[-1] == 'inputs' and 'column inputs' in table.attrs['caption']
+    main = main_runs(runs, tmp_path)
+    assert main.seed.tolist() in ([0, 1], [2, 3]) and main.inputs.nunique() == 1
+    hidden = left_out(runs, tmp_path, main)
+    assert hidden.runs.sum() == 3 and len(set(hidden.reason)) == 2
+    # the grid takes runs of one set of inputs too, where it raised an error before
+    index = open_index(tmp_path, (0, 1, 2, 3, 4), n=20, tests=20, sizes=False)
+    assert set(index.cells.run)-{''} == set(main.run)
+
+
+def test_runs_on_other_videos_do_not_stop_the_report(tmp_path):
+    for seed, n in ((0, 24), (1, 24), (2, 12)): fake_run(tmp_path, config_of(grid_base('demo'), 'fspn', seed), 5., n=n)
+    index = open_index(tmp_path, n=20, tests=20, sizes=False)
+    assert set(index.main.seed) == {0, 1} and index.hidden.runs.tolist() == [1]
+    assert methods_section(index, 'finediving').table.n.dropna().tolist() == [24]
+
+
+@pytest.mark.parametrize('name', ['inputs', '.fspn-w_dn.lock', 'fspn.lock', 'claims', 'abc.part'])
+def test_what_lies_beside_runs_is_no_run(good, name):
+    (good/'finediving'/name).mkdir()
+    try: assert len(collect(good, strict=True)) == 8
+    finally: (good/'finediving'/name).rmdir()
+
+
+# What one seed is worth
+
+def test_the_spread_of_seeds_is_computed_from_the_runs_at_hand(tmp_path):
+    cfg = make_config('finediving', 'demo', protocol='wo_dn')
+    alone = collect(fake_run(tmp_path/'alone', cfg, 5.).parent.parent)
+    published = published_scores()
+    line = caption('IX', alone)
+    expected = seed_spread(published[(published.dataset == 'finediving') & (published.protocol == 'wo_dn')])
+    assert f"{expected['rho']:.3f} in rho" in line and 'published runs' in line and 'nothing follows' in line
+    for seed in range(3): fake_run(tmp_path/'own', override(cfg, seed=seed, model__name='i3d_mlp'), 9.)
+    own = collect(tmp_path/'own')
+    line = caption('IX', alone, pd.concat([alone, own]))
+    assert f'{own.spearman.std():.3f} in rho' in line and 'runs at hand' in line
+    assert 'single training' not in caption('IX', own)
+    assert 'not known' in caption('IX', alone.assign(preset='smoke'))
+
+
+# Few test videos
+
+def test_a_perfect_class_has_no_average(tmp_path):
+    for sport in SPORTS: fake_run(tmp_path, make_config('aqa7', 'demo', protocol=sport), 0. if sport == 'diving' else 9., n=5)
+    ten = methods_section(open_index(tmp_path, (0,), n=20, sizes=False), 'aqa7')
+    body = section_md(ten)
+    assert ten.table[(ten.table.protocol == 'average') & (ten.table.method == 'fspn')].rho.isna().all()
+    assert 'FSPN (Ours), Avg.: no rho (Diving: perfect order, whose Fisher z is infinite' in body
+
+
+def test_sections_of_single_test_videos(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # of writing the fake runs
+        for exp in ('fspn','i3d_mlp','blocks_1'): fake_run(tmp_path, config_of(grid_base('smoke'), exp), 5., n=1, votes=exp == 'fspn')
+        for sport in SPORTS: fake_run(tmp_path, make_config('aqa7', 'smoke', protocol=sport), 5., n=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        index = open_index(tmp_path, (0,), n=20, tests=20, sizes=False)
+        one = draw_section(index, ablation_section(index, 'I'), tmp_path/'page', plot_ablation, '')
+        ten, eight = methods_section(index, 'aqa7'), votes_section(index, tmp_path/'page')
+    assert 'FSPN (Ours): no rho and no R (1 dive: no rank correlation and no score range).' in section_md(one)
+    assert eight.lines == ['No number of exemplars has a rho, so none is best.'] and not eight.figures
+    assert one.shown.set_index('row').loc['FSPN (Ours)', 'rho ours'] == '-' and not one.figures
+    assert ten.table[(ten.table.protocol == 'average') & (ten.table.method == 'fspn')].rho.isna().all()
+    assert 'FSPN (Ours), Avg.: no rho and no R (Diving: 1 dive' in section_md(ten)
+
+
+def test_a_reason_is_read_from_metrics(tmp_path):
+    folder = make_run(tmp_path)
+    df = pd.read_csv(folder/'predictions.csv').assign(pred=60.)
+    df.to_csv(folder/'predictions.csv', index=False)
+    test = df[df.split == 'test']
+    edit('metrics.json', **(summarise(test.pred, test.true, n=60)|dict(spearman=None)))(folder)
+    runs = collect(tmp_path, strict=True)
+    assert 'all 40 predictions are 60' in runs.reason.item()
+    text = save_table(ours_vs_paper('IX', runs), tmp_path/'t')[1].read_text()
+    assert 'FSPN (Ours), w/ DN: no rho (all 40 predictions are 60' in text
+
+
+# Publishing
+
+def test_published_files_name_no_folder_of_the_machine(tmp_path):
+    folder = fake_run(tmp_path/'runs', make_config('finediving', 'demo', data_root='/data/me/My Films/FineDiving', actor__boxes=r'C:\aqa\boxes.csv'), 5.,
+                      inputs='a1b2')
+    edit('provenance.json', actor_boxes=['read from /home/me/boxes.csv, 3 dives without'])(folder)
+    files = pack_runs([tmp_path/'runs'], tmp_path/'published')
+    text = files[0].read_text()
+    assert '/data' not in text and 'home' not in text and 'aqa\\' not in text and 'read from boxes.csv, 3 dives without' in text
+    back = collect(unpack_runs(tmp_path/'published', tmp_path/'cache'), strict=True)
+    assert back.inputs.tolist() == ['a1b2'] and back.data.tolist() == ['real'] and 'FineDiving' in text
 
 
 def test_nothing_public_is_left_out_of_all():
