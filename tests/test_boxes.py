@@ -159,7 +159,7 @@ def test_decimal_commas_between_commas_shift_nothing(tmp_path):
 @pytest.mark.parametrize('change,why', [
     (lambda t: t.assign(frame=t.frame+1), 'got 1 where 0 should be; .*from 0: subtract 1'), (lambda t: t.assign(frame=t.frame+885), 'subtract 885'),
     (lambda t: pd.concat([t, t[t.frame == 7]]), r'one box per frame, around both athletes of a synchronised dive \(frame 7 has several\)'),
-    (lambda t: t[t.frame%5 == 0], 'got 5 where 1 should be; fill the gaps'), (lambda t: t[t.frame < 20], 'need .* boxes, one per frame file, got 20'),
+    (lambda t: t[t.frame%5 == 0], 'got 5 where 1 should be; fill the gaps'), (lambda t: t[t.frame < 20], 'need .* boxes, one per frame file, got 20; its files are .*jpg to .*jpg, counted from 0'),
     (lambda t: t.assign(x1=t.x1.where(t.frame != 3)), 'five finite numbers per row, got .*x1=nan.* in line 5 .6 such rows'),
     (lambda t: t.assign(frame=t.frame.map('{:05d}.jpg'.format)), 'five finite numbers per row, got .*frame=00000.jpg')])
 def test_frames_that_do_not_fit(load, truth, change, why):

@@ -116,5 +116,5 @@ def actor_boxes(
                          'add it, or leave the dive out')
     if len(boxes) != len(sample.files):
         raise ValueError(f'dive {sample.uid}: need {len(sample.files)} boxes, one per frame file, got {len(boxes)}; '
-                         'count frames from 0')
+                         f'its files are {sample.files[0]} to {sample.files[-1]}, counted from 0')
     return smooth_boxes(boxes, sigma)
