@@ -6,6 +6,7 @@
 __all__ = ['CandidateSets', 'group_of', 'find_candidates', 'pick_exemplars', 'sample_pairs', 'sample_pairs_in_batch']
 
 # %% ../../nbs/batches/01_exemplars.ipynb #f5402894
+from collections.abc import Sequence
 from dataclasses import dataclass
 import numpy as np
 from ..core import rng_for
@@ -15,7 +16,7 @@ from ..protocols import ProtocolVariant
 @dataclass(frozen=True)
 class CandidateSets:
     "For each sample, the training samples that may be its exemplars"
-    candidates:tuple[np.ndarray,...] # Per sample: positions of its candidates
+    candidates:Sequence[np.ndarray] # Per sample: positions of its candidates
     no_candidate:tuple[str,...] # Samples without one of their own group
 
 # %% ../../nbs/batches/01_exemplars.ipynb #73760759
@@ -26,6 +27,17 @@ def group_of(
     "The group whose training samples may be exemplars of `sample`"
     return 'all' if variant.exemplar_group == 'any' else getattr(sample, variant.exemplar_group)
 
+# %% ../../nbs/batches/01_exemplars.ipynb #b3be1cde
+class _OfGroups(Sequence):
+    "The candidates of each sample, from the group that it belongs to"
+    def __init__(self, groups): self.groups = groups # per sample: the positions of its group's training samples
+
+    def __len__(self): return len(self.groups)
+
+    def __getitem__(self, i):
+        ids = self.groups[i]
+        return ids[ids != range(len(self))[i]] if len(ids) > 1 else ids
+
 # %% ../../nbs/batches/01_exemplars.ipynb #b2fe8db7
 def find_candidates(
     samples, # Sequence of `Sample`
@@ -35,13 +47,10 @@ def find_candidates(
     "Candidates for each of `samples`; a sample is its own exemplar only where it is alone"
     groups = {}
     for j in train: groups.setdefault(group_of(samples[j], variant), []).append(j)
-    candidates,no_candidate = [],[]
-    for i,sample in enumerate(samples):
-        group = group_of(sample, variant)
-        if group not in groups: no_candidate.append(sample.uid)
-        ids = np.array(groups.get(group, train), dtype=int)
-        candidates.append(ids[ids != i] if len(ids) > 1 else ids)
-    return CandidateSets(tuple(candidates), tuple(no_candidate))
+    members,everybody = {name: np.array(ids, dtype=int) for name,ids in groups.items()},np.array(train, dtype=int)
+    own = [group_of(sample, variant) for sample in samples]
+    no_candidate = tuple(sample.uid for sample,group in zip(samples, own) if group not in members)
+    return CandidateSets(_OfGroups([members.get(group, everybody) for group in own]), no_candidate)
 
 # %% ../../nbs/batches/01_exemplars.ipynb #be274764
 def pick_exemplars(
@@ -97,6 +106,8 @@ def sample_pairs_in_batch(
     packs,steps,step = list(_packs(train, candidate_sets, seed, epoch)),[],[]
     for k in rng_for(seed, epoch, 8).permutation(len(packs)):
         step.append(packs[k])
-        if sum(map(len, step)) >= batch_size: steps,step = [*steps, step],[]
+        if sum(map(len, step)) < batch_size: continue
+        steps.append(step)
+        step = []
     if step: steps.append(step)
     return [_join_packs(step) for step in steps]
