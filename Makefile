@@ -69,9 +69,16 @@ hooks: $(ENV)  ## once per clone: merge notebooks cell by cell instead of line b
 	@git config --local include.path ../.gitconfig
 	@git config --local merge.nbdev-merge.driver "$(BIN)/nbdev_merge %O %A %B %P"
 
-clean:  ## remove what runs left: run folders with their weights, executed notebooks that are not in git, unfinished files
+# A run that a process is training, and a file that a process is writing (its number is in the name), are nobody's rest
+clean:  ## remove what runs left: run folders with their weights and locks, executed notebooks that are not in git, unfinished files
+	@for owner in $$(find reports/runs -name '.*.lock.json' 2>/dev/null); do \
+	  pid=$$(sed -n 's/.*"pid": \([0-9]*\).*/\1/p' "$$owner"); \
+	  if test -n "$$pid" && kill -0 "$$pid" 2>/dev/null; then \
+	    echo "process $$pid works on a run in reports/runs ($$owner): wait until it has ended, then make clean again"; exit 1; fi; done
 	rm -rf reports/runs out.ipynb nbs/out.ipynb nbs/out _docs
-	@find . -name '*.part' -not -path './.venv/*' -not -path './.git/*' -prune -exec rm -rf {} +
+	@find . -name '*.part' -not -path './.venv/*' -not -path './.git/*' -prune -print | while read -r part; do \
+	  pid=$${part%.part}; pid=$${pid##*.}; pid=$${pid%%-*}; \
+	  case "$$pid" in *[!0-9]*|'') ;; *) kill -0 "$$pid" 2>/dev/null && continue;; esac; rm -rf "$$part"; done
 
 clean-env:  ## remove .venv and the caches
 	rm -rf .venv .cache .pytest_cache fspn_nb.egg-info

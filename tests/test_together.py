@@ -23,7 +23,7 @@ from fspn_nb.config import RunCfg,finediving,load_cfg,override,run_id,save_cfg
 from fspn_nb.core import data_cache,escape,reports_dir,write_atomic
 from fspn_nb.evaluate import evaluate
 from fspn_nb.experiments.grid import run_grid
-from fspn_nb.experiments.variants import grid_base,plan_grid
+from fspn_nb.experiments.variants import grid_base
 from fspn_nb.file_hashes import frame_hashes
 from fspn_nb.processes import LockHeld,hold_lock,lock_owner,peak_memory,run_lock
 from fspn_nb.synthetic.release import synth_release
@@ -217,6 +217,21 @@ def test_two_writers_of_one_file_do_not_share_an_unfinished_one(tmp_path):
         return write_atomic(tmp_path/'table.csv', content)
     with ThreadPoolExecutor(2) as pool: list(pool.map(write, 'ab'))
     assert (tmp_path/'table.csv').read_text() in ('a'*1000, 'b'*1000) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_make_clean_leaves_what_others_are_at(tmp_path):
+    (tmp_path/'Makefile').write_bytes((Path(__file__).parents[1]/'Makefile').read_bytes())
+    runs,cache = tmp_path/'reports'/'runs'/'finediving',tmp_path/'.cache'
+    for folder in (runs/'fspn-1', cache/f'.few.{os.getpid()}.part', cache/'.few.4194305.part', cache/'k_x.part'): folder.mkdir(parents=True)
+    for name in (f'.a b.csv.{os.getpid()}-0a1b.part', '.a b.csv.4194305-0a1b.part'): (tmp_path/name).write_text('half')
+    def clean(): return subprocess.run(['make', 'clean'], cwd=tmp_path, capture_output=True, text=True)
+    with run_lock(runs/'fspn-1'):
+        refused = clean()
+        assert refused.returncode and f'process {os.getpid()} works on a run' in refused.stdout and (runs/'fspn-1').is_dir()
+    (runs/'.fspn-1.lock.json').write_text('{"pid": 4194305}') # left by a kill
+    assert clean().returncode == 0 and not runs.exists()
+    left = {path.name for path in tmp_path.rglob('*.part')}
+    assert left == {f'.few.{os.getpid()}.part', f'.a b.csv.{os.getpid()}-0a1b.part'}
 
 
 # Scripts without a main guard -------------------------------------------------------------------------------------------------------------------
