@@ -1,6 +1,8 @@
 "Metrics against other people's numbers: released predictions, SciPy, the averages that the paper prints, real score sheets"
+import json
 import pickle
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -204,3 +206,70 @@ def test_baselines_name_what_is_missing():
     for train, test, word in ((ok[:0], ok, 'train, got 0 rows'), (ok, ok.drop(columns='action'), 'test, got 2 rows that lack: action')):
         with pytest.raises(ValueError, match=word): baseline_predictions(train, test)
     assert len(baseline_predictions(ok.assign(difficulty=[0., 1.]), ok)) == 2
+
+
+# ---- runs whose metrics are undefined
+
+def small_session(tmp_path, change, monkeypatch, **changes):
+    "A session on MTL-AQA with one tiny run, whose data go through `change` wherever they are prepared"
+    from fspn_nb.experiments import session as s
+    monkeypatch.delenv('IN_TEST', raising=False)
+    prepare = s.prepare
+    monkeypatch.setattr(s, 'prepare', lambda cfg, device, reuse=None: reuse or change(prepare(cfg, device)))
+    cell = dict(data_root='', preset='smoke', methods='i3d_mlp', seeds='0', protocol='w_dd', backbone='auto', weights='random', device='cpu', processes=1, epochs=1,
+                allow_missing=False, actor='auto', actor_file='', changes='', out=str(tmp_path))
+    return s, s.start('mtl_aqa', cell, clip__size=32, synthetic__n_train=5, synthetic__n_test=4, **changes)
+
+
+def with_splits(data, **sizes):
+    "`data` with only the first samples of some splits"
+    return replace(data, splits=data.splits|{name: data.splits[name][:n] for name, n in sizes.items()})
+
+
+def with_scores(data, score):
+    "`data` whose test dives all have one score"
+    samples = tuple(replace(sample, score=score) if sample.split == 'test' else sample for sample in data.release.samples)
+    return replace(data, release=replace(data.release, samples=samples))
+
+
+@pytest.mark.parametrize('change, reason, lines', [(lambda data: with_splits(data, test=1), '1 dive: no rank correlation and no score range', 2),
+                                                   (lambda data: with_scores(data, 70.5), 'all 4 dives have the score 70.5: no rank correlation and no score range', 5)])
+def test_a_test_split_without_order_is_said_before_training_and_measured_as_nan(change, reason, lines, tmp_path, monkeypatch, capsys):
+    from fspn_nb.analysis.runs import read_run
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        s, session = small_session(tmp_path, change, monkeypatch)
+        datas = s.read_data(session)
+        assert f'test: {reason}' in capsys.readouterr().out
+        run = s.train_all(session, datas).done[0].run
+    assert f'{run.name}: {reason}' in capsys.readouterr().out
+    metrics = json.loads((run/'metrics.json').read_text(), parse_constant=lambda name: pytest.fail(f'{name} is no JSON'))
+    assert metrics['spearman'] is metrics['relative_l2'] is metrics['relative_l2_hi'] is None and metrics['reason'] == reason
+    assert len((run/'predictions.csv').read_text().splitlines()) == lines
+    row = read_run(run)
+    assert row['reason'] == reason and np.isnan(row['spearman'])
+
+
+def test_predictions_are_written_before_they_are_measured(tmp_path, monkeypatch):
+    "Whatever fails after a training, its predictions stay; here they are equal, as those of a network that has collapsed"
+    import fspn_nb.evaluate as e
+    s, session = small_session(tmp_path, lambda data: data, monkeypatch)
+    datas = s.read_data(session)
+    with monkeypatch.context() as m:
+        m.setattr(e, 'summarise', lambda *args, **options: 1/0)
+        with pytest.raises(ZeroDivisionError): s.train_all(session, datas)
+    run = next(tmp_path.glob('mtl_aqa/*/predictions.csv')).parent
+    assert len((run/'predictions.csv').read_text().splitlines()) == 5 and not (run/'metrics.json').exists()
+    plain = e.predictions
+    monkeypatch.setattr(e, 'predictions', lambda *args: (plain(*args)[0].assign(pred=60.), {}))
+    metrics = s.train_all(session, datas).done[0].metrics
+    assert np.isnan(metrics['spearman']) and metrics['relative_l2'] > 0 and metrics['reason'] == 'all 4 predictions are 60: no rank correlation'
+
+
+def test_small_validation_and_training_splits_are_named(tmp_path, monkeypatch, capsys):
+    s, session = small_session(tmp_path, lambda data: with_splits(data, train=1), monkeypatch, train__val_fraction=.4)
+    s.read_data(session)
+    printed = capsys.readouterr().out
+    assert 'val: need 3 dives or more for a rank correlation, got 2' in printed and 'train: 1 dive, which is its own exemplar' in printed
+    s, session = small_session(tmp_path, lambda data: data, monkeypatch, train__val_fraction=.4, eval__checkpoint_selection='best_val')
+    with pytest.raises(ValueError, match='best_val: need 3 validation samples or more, with different scores, got 2'): s.read_data(session)
