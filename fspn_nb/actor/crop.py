@@ -115,6 +115,6 @@ def actor_boxes(
         raise ValueError(f'need actor boxes for dive {sample.uid}, got a table of {len(table or {})} other dives; '
                          'add it, or leave the dive out')
     if len(boxes) != len(sample.files):
-        raise ValueError(f'dive {sample.uid}: need {len(sample.files)} boxes, one per frame file, got {len(boxes)}; '
-                         f'its files are {sample.files[0]} to {sample.files[-1]}, counted from 0')
+        names = f'{sample.files[0]} to {sample.files[-1]}, counted from 0' if sample.files else 'missing'
+        raise ValueError(f'dive {sample.uid}: need {len(sample.files)} boxes, one per frame file, got {len(boxes)}; its files are {names}')
     return smooth_boxes(boxes, sigma)
