@@ -3,6 +3,7 @@ import ast
 import io
 import json
 import random
+import re
 import struct
 import time
 import warnings
@@ -13,9 +14,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.io import loadmat, savemat
 
 from fspn_nb.data.aqa7 import ranges_of,read_aqa7,write_act_frames,write_aqa7
+from fspn_nb.data.check import check_release
+from fspn_nb.data.clips import load_frames
 from fspn_nb.data.matlab import load_mat,mat_bytes
 from fspn_nb.data.records import check_samples,frame_problem
 from fspn_nb.data.stats import aqa7_stats
@@ -288,7 +292,7 @@ HOSTILE = {
     'empty': b'', 'short': b'MATLAB', 'text': b'1 54 29.7\n'*50, 'pickle': b'\x80\x03}q\x00.'*40, 'zeros': bytes(400), 'ones': b'\xff'*400,
     'header only': mat5(), 'hdf5': b'\x89HDF\r\n\x1a\n'+bytes(600), 'v7.3': b'MATLAB 7.3 MAT-file'.ljust(124)+b'\0\2IM'+bytes(400),
     'v4': saved(TABLE, format='4'), 'text value': saved('text'), 'cell': saved(np.array([TABLE, 'a'], dtype=object)), 'struct': saved({'a': TABLE}),
-    'complex': saved(TABLE*1j), 'logical': saved(TABLE > 3), 'integers': saved(TABLE.astype('i4')), 'singles': saved(TABLE.astype('f4')),
+    'complex': saved(TABLE*1j), 'logical': saved(TABLE > 3), 'singles': saved(TABLE.astype('f4')),
     '3-d': saved(TABLE[None]), 'vector': saved(TABLE[:, 0]), 'two columns': saved(TABLE[:, :2]), 'transposed': saved(TABLE.T), 'no rows': saved(np.zeros((0, 3))),
     'other name': saved(TABLE, 'scores'), 'name twice': mat5(variable(), variable()), 'sparse': mat5(variable(flags=5)), 'object': mat5(variable(flags=3)),
     'terabyte': mat5(variable(claim=2**32-1)), 'huge sizes': mat5(variable(sizes=(2**31-1, 2**31-1))), 'negative sizes': mat5(variable(sizes=(-4, -3))),
@@ -313,6 +317,23 @@ def test_hostile_list(what, tmp_path):
 def test_what_the_hostile_ones_are_built_from_is_read(tmp_path):
     (tmp_path/'a.mat').write_bytes(mat5(variable(name=b'other'), variable()))
     assert np.array_equal(load_mat(tmp_path/'a.mat', 'consolidated_train_list'), TABLE)
+
+
+@pytest.mark.parametrize('kind', ['i1', 'u1', 'i2', 'u2', 'i4', 'u4', 'i8', 'u8'])
+@pytest.mark.parametrize('packed', [False, True])
+def test_lists_saved_again_as_whole_numbers(tmp_path, kind, packed):
+    "SciPy's `loadmat` hands whole doubles on as short whole numbers; `savemat` then writes those"
+    whole = np.array([[1, 54, 30], [2, 9, 16]])
+    savemat(tmp_path/'a.mat', {'list': whole.astype(kind)}, do_compression=packed)
+    assert np.array_equal(load_mat(tmp_path/'a.mat', 'list'), whole) and load_mat(tmp_path/'a.mat', 'list').dtype == float
+
+
+def test_the_real_lists_saved_again(shared, tmp_path):
+    for split in ('train', 'test'):
+        name = f'consolidated_{split}_list'
+        real = shared('data', 'aqa7', f'{name}.mat')
+        savemat(tmp_path/'again.mat', {name: loadmat(real)[name]})
+        assert np.array_equal(load_mat(tmp_path/'again.mat', name), load_mat(real, name))
 
 
 def test_large_file_and_folder_in_the_place_of_a_list(tmp_path):
@@ -369,7 +390,7 @@ def test_equal_acts_give_equal_bytes(tmp_path, monkeypatch):
     assert tree(tmp_path/'a') == tree(tmp_path/'b') and len(tree(tmp_path/'a')) == 2+6*103
 
 
-def test_frames_missing_and_mixed(tmp_path):
+def test_frames_missing_and_mixed(tmp_path, capsys):
     acts, train, test = made()
     write_aqa7(tmp_path, acts, train, test)
     first, second, third, fourth = (s.folder for s in read_aqa7(tmp_path)[:4])
@@ -377,12 +398,80 @@ def test_frames_missing_and_mixed(tmp_path):
     for path in second.iterdir(): path.unlink()
     (third/'img_00104.jpg').write_bytes(b'')
     (third/'Thumbs.db').write_bytes(b'')
+    capsys.readouterr()
     samples = read_aqa7(tmp_path)
+    assert capsys.readouterr().out == f'videos with more than 103 frames: 1, the first is {third}; 1 to 103 are read\n'
     assert [frame_problem(s) for s in samples[:4]] == ['fewer frames than labels: 102 of 103', 'no frames', None, None]
     (fourth/'img_000007.jpg').write_bytes(b'')
-    with pytest.raises(ValueError, match='need one file for each frame, got img_000007.jpg and img_00007.jpg'): read_aqa7(tmp_path)
+    with pytest.raises(ValueError, match='need one file per frame number, got img_000007.jpg and img_00007.jpg'): read_aqa7(tmp_path)
     problems = []
     assert len(read_aqa7(tmp_path, problems=problems)) == 5 and problems[0][0] == samples[3].uid
+
+
+def rename(folder, name):
+    "Give each frame of `folder` the name that `name(number)` makes"
+    files = sorted(folder.iterdir())
+    for path in files: path.rename(path.with_name(f'x{path.name}'))
+    for path in files: path.with_name(f'x{path.name}').rename(path.with_name(name(int(path.stem[-5:]))))
+
+
+def harm(root):
+    "What `fspn_check` calls missing or wrong, but for the equal grey films"
+    return list(check_release('aqa7', root, decode=True).query('severity != "note" and kind != "same frames"').itertuples())
+
+
+@pytest.mark.parametrize('n', (103, 104))
+def test_frames_counted_from_zero_are_refused(tmp_path, n):
+    "Whether or not number 103 is there too: every video would be one frame late"
+    acts, train, test = made()
+    write_aqa7(tmp_path, acts, train, test)
+    folder = read_aqa7(tmp_path)[1].folder
+    rename(folder, lambda i: f'img_{i-1:05d}.jpg')
+    if n == 104: (folder/'img_00103.jpg').write_bytes((folder/'img_00102.jpg').read_bytes())
+    with pytest.raises(ValueError, match=f'{folder}: need frames numbered from 1, got img_00000.jpg; .*one frame late'): read_aqa7(tmp_path)
+    row, = harm(tmp_path)
+    assert row.kind == 'wrong entry' and 'numbered from 1, got img_00000.jpg' in row.detail
+
+
+@pytest.mark.parametrize('ending', ('png', 'webp', 'JPEG'))
+def test_other_formats_under_the_right_number(tmp_path, ending):
+    acts, train, test = made()
+    write_aqa7(tmp_path, acts, train, test)
+    folder = read_aqa7(tmp_path)[1].folder
+    for path in list(folder.iterdir()):
+        with Image.open(path) as image: image.save(path.with_suffix(f'.{ending}'), lossless=True)
+        if ending != 'JPEG': path.unlink()
+    if ending == 'JPEG':
+        with pytest.raises(ValueError, match='need one file per frame number, got img_00001.JPEG and img_00001.jpg'): read_aqa7(tmp_path)
+        return
+    samples = check_samples(read_aqa7(tmp_path))
+    assert samples[1].files[0] == f'img_00001.{ending}' and (load_frames(samples[1], [0, 102]).float()-90).abs().max() <= 2
+    assert harm(tmp_path) == []
+
+
+OTHER_NAMES = { # what was done to the first video: what the message says of it
+    'frame_': (lambda f: rename(f, lambda i: f'frame_{i:05d}.jpg'), 'this folder holds 103 other names .frame_00001.jpg, frame_00002.jpg, ....'),
+    'no prefix': (lambda f: rename(f, lambda i: f'{i:05d}.png'), 'this folder holds 103 other names .00001.png'),
+    'bmp': (lambda f: rename(f, lambda i: f'img_{i:05d}.bmp'), 'img_00001.bmp'),
+    'folder of two digits': (lambda f: f.rename(f.with_name(f.name[1:])), "there is no 001 in .*diving-out, which holds 1 other name .01.; did you mean .*diving-out.01[?]"),
+    'capitals': (lambda f: f.parent.rename(f.parent.with_name('Diving-Out')), 'there is no diving-out in .*; did you mean .*Diving-Out[?]'),
+    'underscore': (lambda f: f.parent.rename(f.parent.with_name('diving_out')), 'did you mean .*diving_out[?]'),
+    'one folder deeper': (lambda f: [(f/'frames').mkdir(), *[path.rename(f/'frames'/path.name) for path in list(f.glob('*.jpg'))]], 'this folder holds 1 other name .frames.'),
+    'nothing there': (lambda f: [path.unlink() for path in f.iterdir()], 'this folder holds nothing'),
+    'hidden files of an archive': (lambda f: rename(f, lambda i: f'._img_{i:05d}.jpg'), 'this folder holds nothing'),
+}
+
+
+@pytest.mark.parametrize('what', OTHER_NAMES)
+def test_what_lies_there_instead_is_said(tmp_path, what):
+    "By the run and by the checker"
+    change, words = OTHER_NAMES[what]
+    acts, train, test = made()
+    write_aqa7(tmp_path, acts, train, test)
+    change(tmp_path/'diving-out'/'001')
+    with pytest.raises(FileNotFoundError, match=f'1 with no frames: diving/001. .*{words}'): check_samples(read_aqa7(tmp_path))
+    row, = harm(tmp_path)
+    assert row.kind == 'no frames' and re.search(f'^none of 103; .*{words}', row.detail) and row.file == str(tmp_path/'diving-out'/'001')
 
 
 def test_writer_refuses(tmp_path):

@@ -10,13 +10,16 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from test_clips import encoded, exif, no_pictures, pictures
 from test_formats import EDITS, edit
 
 from fspn_nb.data.aqa7 import write_aqa7
 from fspn_nb.data.check import FINDING_COLUMNS,FINDING_KINDS,check_cli,check_release,summarize_findings
 from fspn_nb.data.check_files import check_image
+from fspn_nb.data.clips import load_frames
 from fspn_nb.data.finediving import FINEDIVING_FRAMES,read_finediving,write_finediving
 from fspn_nb.data.mtl_aqa import read_mtl_aqa,write_mtl_aqa,write_video_frames
+from fspn_nb.data.records import Sample
 from fspn_nb.data.stats import shared_dives
 from fspn_nb.protocols import SPORTS
 from fspn_nb.synthetic.dive_motion import make_dive
@@ -161,10 +164,13 @@ def pipe(root):
     path.unlink(); os.mkfifo(path)
 
 
-def hollow(root):
+def broken(root):
+    "A frame with a broken Huffman table, between a good header and a good end"
     path = frames(root, 2)[3]
-    data = path.read_bytes()
-    path.write_bytes(data[:200]+data[-2:])
+    data = bytearray(path.read_bytes())
+    at = data.index(b'\xff\xc4')+5
+    data[at:at+16] = bytes([255]*16)
+    path.write_bytes(data)
 
 
 def same_span(root):
@@ -187,7 +193,7 @@ DAMAGE = {
     'too many frames': (lambda r: (frames(r, 2)[0].parent/'01399.jpg').write_bytes(picture(32, 24)), '1 beyond'),
     'number twice': (lambda r: (frames(r, 2)[0].parent/'001400.jpg').write_bytes(picture(32, 24)), '001400.jpg and 01400.jpg'),
     'empty file': (lambda r: frames(r, 2)[3].write_bytes(b''), '01403.jpg: 0 bytes'),
-    'no JPEG': (lambda r: [path.write_bytes(b'<html>please sign in</html>') for path in frames(r, 2)], '<html>'),
+    'no picture': (lambda r: [path.write_bytes(b'<html>please sign in</html>') for path in frames(r, 2)], '<html>'),
     'cut off': (lambda r: [path.write_bytes(path.read_bytes()[:400]) for path in frames(r, 2)[5:9]], '4 of '),
     'unreadable': (pipe, '01403.jpg'),
     'frame sizes': (lambda r: frames(r, 2)[3].write_bytes(picture(24, 32)), '1 of 24x32'),
@@ -211,10 +217,12 @@ def test_frames_one_earlier(small):
     assert 'one earlier' in check_release('finediving', small).detail[0]
 
 
-def test_only_decoding_sees_a_hollow_frame(small):
-    hollow(small)
-    assert harm(check_release('finediving', small)) == []
-    assert harm(check_release('finediving', small, decode=True)) == [('26/2', 'unreadable')]
+def test_only_decoding_sees_a_broken_table(small):
+    "The quick look does not see it, and its summary says that it looked at both ends only"
+    broken(small)
+    quick, whole = (check_release('finediving', small, decode=decode) for decode in (False, True))
+    assert harm(quick) == [] and harm(whole) == [('26/2', 'unreadable')]
+    assert 'both ends of each frame looked at (--decode reads them whole)' in summarize_findings(quick) and 'all frames decoded' in summarize_findings(whole)
 
 
 def test_decoding_refuses_a_giant(small):
@@ -363,16 +371,76 @@ def test_a_missing_other_release_is_said(small, tmp_path, capsys):
     assert 'mtl_aqa: ' in capsys.readouterr().out
 
 
+# ---- the checker and the loader agree
+
+def loader(path):
+    "(height, width) that a run reads from the file, None where it stops"
+    try: return tuple(load_frames(Sample('v/1', 'train', '', 0., folder=path.parent, files=(path.name,)), [0]).shape[1:3])
+    except ValueError: return None
+
+
+def agree(path, exact=True):
+    "The verdict of the loader; the checker must have the same, and without decoding it may at most not see a fault (`exact`: it sees all)"
+    truth = loader(path)
+    for decode in (False, True):
+        kind, detail, size = check_image(path, decode)
+        assert kind in ('', *FINDING_KINDS) and (size is None) == (kind != '' and FINDING_KINDS[kind][0] == 'wrong')
+        if truth or decode or exact: assert (size and size[::-1]) == truth, (path.name, decode, kind, detail, size, truth)
+    return truth
+
+
+NOTES = {'16 bits': '16 bits', '16 bits, colour': '16 bits'}
+KINDS = {'empty': 'empty file', 'web page': 'no picture', 'zeros only': 'no picture', 'gif': 'no picture', 'bmp': 'no picture', 'tiff': 'no picture', 'pickle': 'no picture', 'giant': 'unreadable',
+         'header and end': 'unreadable', 'broken table': 'unreadable', 'animation': 'unreadable', 'up to the preview': 'unreadable', 'half a webp': 'unreadable'} # all others: 'cut off'
+
+
+@pytest.mark.parametrize('name', pictures())
+def test_what_can_be_read_is_not_called_damaged(tmp_path, name):
+    path = tmp_path/'00070.jpg'
+    path.write_bytes(pictures()[name][0])
+    assert agree(path) == (48, 64)
+    note = 'EXIF orientation' if 'exif' in name else NOTES.get(name, '')
+    assert [check_image(path, decode)[0] for decode in (False, True)] == [note, note]
+
+
+@pytest.mark.parametrize('name', no_pictures())
+def test_what_cannot_be_read_is_named(tmp_path, name):
+    path = tmp_path/'00070.jpg'
+    path.write_bytes(no_pictures()[name])
+    assert agree(path, exact=name != 'broken table') is None
+    assert check_image(path, True)[0] == KINDS.get(name, 'cut off')
+
+
+def test_a_colour_profile_does_not_hide_mixed_sizes(small):
+    "Found without decoding, as it stops a run"
+    for i, path in enumerate(frames(small, 2)): path.write_bytes(encoded(Image.new('RGB', (32, 24 if i % 2 else 26)), icc_profile=bytes(3000)))
+    assert harm(check_release('finediving', small)) == [('26/2', 'frame sizes')]
+    with pytest.raises(ValueError, match='need frames of one size'): load_frames(read_finediving(small)[1], [0, 1])
+
+
+@pytest.mark.parametrize('decode', [False, True])
+def test_turned_frames_are_a_note(small, decode):
+    "All frames turned: read upright, and said. Half of them turned by 90 degrees: two sizes, as a run sees them"
+    files = frames(small, 2)
+    for path in files: path.write_bytes(encoded(Image.new('RGB', (24, 32), (9, len(path.name), 9)), exif=exif(6)))
+    df = check_release('finediving', small, decode=decode)
+    row, = df[df.kind == 'EXIF orientation'].itertuples()
+    assert harm(df) == [] and row.uid == '26/2' and row.severity == 'note' and row.detail.startswith(f'{len(files)} of {len(files)} frames, first {files[0].name}: 6') and row.file == str(files[0])
+    for path in files[::2]: path.write_bytes(encoded(Image.new('RGB', (24, 32)))) # as they are stored
+    assert harm(check_release('finediving', small, decode=decode)) == [('26/2', 'frame sizes')]
+
+
 # ---- hostile frames, and many of them
 
 def test_no_file_breaks_the_look(tmp_path):
-    "Random damage to a JPEG, with and without decoding: always an answer of a known kind"
-    rng, good, path = random.Random(0), picture(32, 24), tmp_path/'1.jpg'
-    for i in range(400):
-        data = bytearray(good)
+    "Random damage to pictures, with and without decoding: an answer of a known kind, and never one that the loader contradicts"
+    rng, path = random.Random(0), tmp_path/'1.jpg'
+    good = [picture(32, 24), encoded(Image.new('RGB', (32, 24)), exif=exif(6)), encoded(Image.new('RGB', (32, 24)), 'PNG'), encoded(Image.new('RGB', (32, 24)), 'WEBP')]
+    for i in range(600):
+        data = bytearray(good[i % 4])
         for _ in range(rng.randrange(1, 6)): data[rng.randrange(len(data))] = rng.randrange(256)
         path.write_bytes(data[:rng.choice([len(data), rng.randrange(len(data))])])
-        for decode in (False, True): assert check_image(path, decode)[0] in ('', *FINDING_KINDS)
+        agree(path, exact=False)
     for other in (tmp_path, tmp_path/'none', tmp_path/'1.jpg'/'x'): assert check_image(other)[0] == 'unreadable'
     (tmp_path/'loop').symlink_to('loop')
     assert check_image(tmp_path/'loop')[0] == 'unreadable'

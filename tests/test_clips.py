@@ -1,12 +1,19 @@
 "Frames, clips, crops and actor boxes: edge cases, and real frames where they are at hand"
+import io
+import os
+import struct
+import time
+import zlib
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
-from fspn_nb.actor.crop import actor_boxes,crop_actor,read_boxes,smooth_boxes,square_box
-from fspn_nb.data.clips import clip_starts,frame_ids,load_frames,resize_crop,to_clips
+from fspn_nb.actor.box_table import read_boxes
+from fspn_nb.actor.crop import actor_boxes,crop_actor,smooth_boxes,square_box
+from fspn_nb.data.clips import clip_starts,decode_picture,frame_ids,load_frames,read_picture,resize_crop,to_clips
 from fspn_nb.data.records import Sample
 
 
@@ -51,8 +58,8 @@ def test_load_frames_values_order_and_layout(dive):
 
 def test_each_file_is_read_once(dive, monkeypatch):
     from fspn_nb.data import clips
-    seen,real = [],clips._decode
-    monkeypatch.setattr(clips, '_decode', lambda path, uid: (seen.append(path.name), real(path, uid))[1])
+    seen,real = [],clips.read_picture
+    monkeypatch.setattr(clips, 'read_picture', lambda path: (seen.append(path.name), real(path))[1])
     load_frames(dive, frame_ids(6))
     assert sorted(seen) == list(dive.files)
 
@@ -74,6 +81,112 @@ def test_cut_jpeg(dive):
     path = dive.folder/dive.files[2]
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(ValueError, match=dive.files[2]): load_frames(dive, [2])
+
+
+# ---- one rule for pictures
+
+def encoded(image, kind='JPEG', **options):
+    "A picture file as bytes"
+    image.save(out := io.BytesIO(), kind, **options)
+    return out.getvalue()
+
+
+def exif(orientation, thumbnail=b''):
+    "EXIF data with an orientation and, if given, a small preview picture in front of the real one"
+    data = Image.Exif()
+    data[0x0112] = orientation
+    return data.tobytes()+thumbnail
+
+
+def wide_png(array):
+    "A PNG with 16 bits for each of three colours, which Pillow cannot write"
+    h,w = array.shape[:2]
+    chunk = lambda kind, body: struct.pack('>I', len(body))+kind+body+struct.pack('>I', zlib.crc32(kind+body))
+    rows = b''.join(b'\0'+row.astype('>u2').tobytes() for row in array.reshape(h, -1).astype(np.uint16)*257)
+    return b'\x89PNG\r\n\x1a\n'+chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 16, 2, 0, 0, 0))+chunk(b'IDAT', zlib.compress(rows))+chunk(b'IEND', b'')
+
+
+_y,_x = np.mgrid[:48, :64]
+PLAIN = np.stack([(_x*3+40).astype(np.uint8), (_y*4+20).astype(np.uint8), ((_x+_y)*2).astype(np.uint8)], -1) # no symmetry
+IMAGE,GREY = Image.fromarray(PLAIN),Image.fromarray(PLAIN[..., 0])
+TURN = {2:'FLIP_LEFT_RIGHT', 3:'ROTATE_180', 4:'FLIP_TOP_BOTTOM', 5:'TRANSPOSE', 6:'ROTATE_90', 7:'TRANSVERSE', 8:'ROTATE_270'} # how to store it
+
+
+def pictures():
+    "{name: (file content, the picture that has to come out, largest difference)}: all can be read"
+    grey,jpeg = PLAIN[..., :1].repeat(3, 2),encoded(IMAGE, quality=95)
+    alpha = IMAGE.convert('RGBA')
+    alpha.putalpha(GREY)
+    deep = encoded(Image.fromarray(PLAIN[..., 0].astype(np.uint16)*257), 'PNG')
+    files = {'jpeg':(jpeg, PLAIN, 16), 'progressive':(encoded(IMAGE, progressive=True, quality=95), PLAIN, 16), 'grey jpeg':(encoded(GREY, quality=95), grey, 8),
+             'cmyk':(encoded(IMAGE.convert('CMYK'), quality=95), PLAIN, 16), 'icc 3 kB':(encoded(IMAGE, quality=95, icc_profile=bytes(3000)), PLAIN, 16),
+             'icc 200 kB':(encoded(IMAGE, quality=95, icc_profile=bytes(200_000)), PLAIN, 16), 'thumbnail':(encoded(IMAGE, quality=95, exif=exif(1, jpeg[:900]+jpeg[-2:])), PLAIN, 16),
+             'zeros behind':(jpeg+bytes(2000), PLAIN, 16), 'many zeros behind':(jpeg+bytes(9000), PLAIN, 16), 'text behind':(jpeg+b'made by a phone'*300, PLAIN, 16),
+             'second picture behind':(jpeg+encoded(GREY), PLAIN, 16), 'comment':(encoded(IMAGE, quality=95, comment=b'\xff\xd9'*3), PLAIN, 16),
+             'png':(encoded(IMAGE, 'PNG'), PLAIN, 0), 'grey png':(encoded(GREY, 'PNG'), grey, 0), '16 bits':(deep, grey, 0), '16 bits, colour':(wide_png(PLAIN), PLAIN, 0),
+             'palette':(encoded(GREY.convert('P'), 'PNG'), grey, 0), 'rgba':(encoded(alpha, 'PNG'), PLAIN, 0), 'grey with alpha':(encoded(GREY.convert('LA'), 'PNG'), grey, 0),
+             'webp':(encoded(IMAGE, 'WEBP', lossless=True), PLAIN, 0)}
+    for n,turn in TURN.items():
+        stored = IMAGE.transpose(Image.Transpose[turn])
+        files[f'exif {n}'] = encoded(stored, quality=95, exif=exif(n)),PLAIN,16
+        files[f'png exif {n}'] = encoded(stored, 'PNG', exif=exif(n)),PLAIN,0
+        files[f'webp exif {n}'] = encoded(stored, 'WEBP', lossless=True, exif=exif(n)),PLAIN,0
+    return files
+
+
+def no_pictures():
+    "{name: file content}: none can be read"
+    jpeg,png,webp = (encoded(IMAGE, kind) for kind in ('JPEG','PNG','WEBP'))
+    preview = encoded(IMAGE, exif=exif(1, jpeg))
+    giant,broken = bytearray(jpeg),bytearray(jpeg)
+    at = giant.index(b'\xff\xc0')
+    giant[at+5:at+9] = b'\xff'*4
+    at = broken.index(b'\xff\xc4')+5
+    broken[at:at+16] = bytes([255]*16)
+    return {'empty':b'', 'web page':b'<html>please log in</html>', 'half':jpeg[:len(jpeg)//2], 'two bytes short':jpeg[:-2], 'one byte short':jpeg[:-1], 'half and zeros':jpeg[:len(jpeg)//2]+bytes(2000),
+            'header only':jpeg[:jpeg.index(b'\xff\xda')], 'header and end':jpeg[:jpeg.index(b'\xff\xda')]+jpeg[-2:], 'up to the preview':preview[:preview.index(b'\xff\xd9')+2],
+            'zeros only':bytes(5000), 'giant':bytes(giant), 'broken table':bytes(broken), 'half a png':png[:len(png)//2], 'half a webp':webp[:len(webp)//2], 'png header':png[:40],
+            'gif':encoded(IMAGE, 'GIF'), 'bmp':encoded(IMAGE, 'BMP'), 'tiff':encoded(IMAGE, 'TIFF'), 'pickle':b'\x80\x04]\x94.',
+            'animation':encoded(IMAGE, 'WEBP', save_all=True, append_images=[GREY.convert('RGB')]*3)}
+
+
+@pytest.mark.parametrize('name', pictures())
+def test_one_rule_for_pictures(tmp_path, name):
+    "Whatever the file is called, a run and `score_clip` see the same upright RGB"
+    from fspn_nb.inspect.clip import read_clip
+    data,picture,tolerance = pictures()[name]
+    for i in range(16): (tmp_path/f'{i}.jpg').write_bytes(data)
+    frames = load_frames(Sample('v/1', 'train', '', 0., folder=tmp_path, files=('0.jpg',)), [0])[0]
+    assert frames.dtype == torch.uint8 and frames.shape == (48, 64, 3)
+    assert np.abs(frames.numpy().astype(int)-picture).max() <= tolerance
+    assert (read_clip(tmp_path).frames[0] == frames.numpy()).all()
+    assert torch.equal(decode_picture(data), frames)
+
+
+@pytest.mark.parametrize('name', no_pictures())
+def test_what_is_no_picture_is_refused_by_name(tmp_path, name):
+    data = no_pictures()[name]
+    (tmp_path/'00070.jpg').write_bytes(data)
+    with pytest.raises(ValueError, match=rf'00070.jpg: need a picture .JPEG, PNG or WebP., got {len(data)} bytes.*; get the file again$') as e: read_picture(tmp_path/'00070.jpg')
+    assert ' at 0x' not in str(e.value) and '\n' not in str(e.value)
+
+
+def test_a_pipe_and_a_vast_file_do_not_block_a_run(tmp_path):
+    os.mkfifo(tmp_path/'0.jpg')
+    with open(tmp_path/'1.jpg', 'wb') as file: file.truncate(2**26)
+    start = time.perf_counter()
+    for name in ('0.jpg','1.jpg','.','2.jpg'):
+        with pytest.raises(ValueError, match='need the frame'): read_picture(tmp_path/name)
+    assert time.perf_counter()-start < 5
+
+
+def test_real_frames_are_what_pillow_reads(shared):
+    "No released frame carries an orientation, so the rule changes no published number"
+    files = sorted(shared('data', 'finediving').glob('**/*.jpg'))[::50]
+    assert len(files) > 20
+    for path in files:
+        with Image.open(path) as image:
+            assert image.getexif().get(0x0112, 1) == 1 and (np.asarray(image.convert('RGB')) == read_picture(path).numpy()).all()
 
 
 def test_vanished_and_odd_sizes(dive):

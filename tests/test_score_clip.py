@@ -21,9 +21,10 @@ from fspn_nb.data.video_io import encode_video
 from fspn_nb.evaluate import evaluate
 from fspn_nb.inspect import clip_pictures
 from fspn_nb.inspect.clip import MOST,clip_boxes,kept_frames,read_clip,synthetic_clip
-from fspn_nb.inspect.clip_report import clip_page,headline,write_report
-from fspn_nb.inspect.clip_run import find_run,open_run,parse_parameters
-from fspn_nb.inspect.clip_score import pick_clip_exemplars,score_clip,clip_summary
+from fspn_nb.inspect.clip_pictures import example_result,overlay_frames,plot_strip,save_pictures
+from fspn_nb.inspect.clip_report import clip_page,headline,score_warnings,write_report
+from fspn_nb.inspect.clip_run import find_run,open_run,parse_parameters,run_facts
+from fspn_nb.inspect.clip_score import LITTLE,clip_dependence,pick_clip_exemplars,score_clip,clip_summary
 from fspn_nb.train import fit
 from fspn_nb.training.prepare import prepare
 
@@ -79,7 +80,7 @@ def runs(tmp_path_factory):
     (lambda d: (d/'empty.mp4').write_bytes(b'') or d/'empty.mp4', ValueError, 'empty.mp4: need a video that can be decoded'),
     (lambda d: (d/'text.mp4').write_text('not a film '*99) and d/'text.mp4', ValueError, 'text.mp4: need a video that can be decoded'),
     (lambda d: (d/'text.gif').write_text('not a film '*99) and d/'text.gif', ValueError, 'text.gif: need a picture that can be decoded'),
-    (lambda d: (d/'a.jpg').write_bytes(b'') or d, ValueError, 'a.jpg: need a picture that can be decoded, got 0 bytes'),
+    (lambda d: (d/'a.jpg').write_bytes(b'') or d, ValueError, 'a.jpg: need a picture .JPEG, PNG or WebP., got 0 bytes'),
     (lambda d: d, FileNotFoundError, 'need a folder of pictures'),
     (lambda d: d/'nowhere.mp4', FileNotFoundError, 'there is none at'),
     (lambda d: pictures(pictures(d/'mixed', film(20)), film(1, 40, 64), ['99.png']), ValueError, r'mixed: need frames of one size, got \(64, 48\) and, as number 21, \(64, 40\)'),
@@ -152,13 +153,13 @@ def test_kept_frames(dataset, frames, n):
 def fake(root, name, age, weights=True, **changes):
     "A folder that looks like a finished run"
     from fspn_nb.config import save_cfg
-    cfg = make_config(changes.pop('dataset', 'finediving'), 'smoke', **changes)
+    cfg = make_config(changes.pop('dataset', 'finediving'), changes.pop('preset', 'smoke'), **changes)
     run = root/cfg.dataset/name
     save_cfg(cfg, run/'config.json')
     (run/'metrics.json').write_text('{}')
-    if weights:
-        (run/'last.pt').write_bytes(b'x')
-        os.utime(run/'last.pt', (1e9-age, 1e9-age))
+    for file in (run/'last.pt', run/'best_val.pt') if weights else ():
+        file.write_bytes(b'x')
+        os.utime(file, (1e9-age, 1e9-age))
     return run
 
 
@@ -174,6 +175,19 @@ def test_newest_run_that_suits_the_clip(tmp_path):
     unfinished = fake(tmp_path, 'fspn-new', 0, protocol='wo_dn')
     (unfinished/'metrics.json').unlink()
     assert find_run(tmp_path) == a
+
+
+def test_a_run_in_earnest_comes_before_one_that_was_tried_out(tmp_path):
+    "The newest smoke run, which even suits the clip, is the last resort; paper before demo; a named run is taken as it is"
+    smoke = fake(tmp_path, 'fspn-smoke', 0, protocol='w_dn')
+    assert find_run(tmp_path, action='407c') == smoke
+    demo = fake(tmp_path, 'fspn-demo', 99, preset='demo', protocol='wo_dn')
+    assert find_run(tmp_path, action='407c') == find_run(tmp_path) == demo
+    paper = fake(tmp_path, 'fspn-paper', 999, preset='paper', data_root='/release', protocol='wo_dn')
+    assert find_run(tmp_path) == paper
+    assert find_run(tmp_path, action='407c') == paper
+    fussy = fake(tmp_path, 'fspn-fussy', 0, preset='paper', data_root='/release', protocol='w_dd') # needs the difficulty
+    assert find_run(tmp_path, action='407c') == paper and find_run(tmp_path, action='407c', difficulty=3.2) == fussy
 
 
 def test_no_run_names_the_command(tmp_path):
@@ -291,6 +305,118 @@ def test_boxes_of_the_clip(tmp_path, runs):
     with pytest.raises(ValueError, match="'onnx' needs the path"): clip_boxes(clip, data.cfg, 'onnx')
     synchro = replace(clip, action='sync_diving_10m')
     assert '2 athletes' in clip_boxes(synchro, data.cfg)[1] and '1 athlete,' in clip_boxes(clip, data.cfg)[1]
+
+
+# ---- what the number is worth
+
+def test_headline_says_what_the_run_was_trained_on(runs, tmp_path):
+    run, _ = runs(protocol='wo_dn')
+    result = score_clip(synthetic_clip(), run, 'cpu')
+    first = headline(result)[0]
+    assert 'synthetic (drawn)' in first and 'Preset smoke, 1 epochs, 6 of 10 dives for training, seed 0' in first and 'on 4 test dives is' in first
+    assert 'tried out (preset smoke)' in headline(result)[1] and 'tried out (preset smoke)' in clip_page(result, {})
+    demo = replace(result, cfg=make_config('finediving', 'demo'), facts=dict(result.facts, preset='demo', seeds=[0, 1, 2], rho=.7, rho_lo=.43, rho_hi=.86), dependence=.5)
+    assert 'seed 0 (trained with 0, 1, 2)' in headline(demo)[0] and 'is 0.70 (95 % interval 0.43 to 0.86)' in headline(demo)[0]
+    assert score_warnings(demo) == [] and 'WARNING' not in clip_page(demo, {})
+    chance = replace(demo, facts=dict(demo.facts, rho_lo=-.1))
+    assert ['better than chance' in line for line in score_warnings(chance)] == [True]
+    undefined = replace(demo, facts=dict(demo.facts, rho=None, rho_lo=None, rho_hi=None))
+    assert 'is not defined' in headline(undefined)[0]
+    (tmp_path/'finediving'/'empty').mkdir(parents=True)
+    (tmp_path/'finediving'/'empty'/'config.json').write_text((run/'config.json').read_text())
+    facts = run_facts(tmp_path/'finediving'/'empty')
+    assert facts['rho'] is None and facts['annotated'] is None and facts['spread'] is None
+    json.dumps(facts, allow_nan=False)
+
+
+def test_votes_that_hardly_depend_on_the_clip(runs, monkeypatch):
+    "A head that gives every difference the same value is found out; so is one that only repeats its exemplars' scores"
+    from fspn_nb.inspect import clip_score
+    run, data = runs(protocol='wo_dn')
+    load = clip_score.load_model
+
+    def blind(*args):
+        model = load(*args)
+        score = model.score
+        model.score = lambda query, *rest: score(query.mean(0, keepdim=True).expand_as(query), *rest) # every clip looks like the mean clip
+        return model
+    looks = score_clip(synthetic_clip(), run, 'cpu')
+    monkeypatch.setattr(clip_score, 'load_model', blind)
+    result = score_clip(synthetic_clip(), run, 'cpu')
+    assert result.dependence < 1e-4 and any('hardly depends on the clip' in line for line in score_warnings(result)) and np.ptp(result.votes) >= 0
+    assert looks.dependence > result.dependence and clip_summary(result)['dependence'] < LITTLE
+
+
+@pytest.mark.parametrize('slope, warned', [(0., False), (.02, True), (.5, False), (1., False)])
+def test_dependence_is_the_spread_of_votes_between_videos(runs, monkeypatch, slope, warned):
+    "Votes that are `slope` times the true score of the video, plus anything of the voter"
+    from types import SimpleNamespace
+    from fspn_nb.batches.exemplars import pick_exemplars
+    from fspn_nb.inspect import clip_score
+    labels, n = np.array([50., 60, 70, 80]), 3
+    subset = SimpleNamespace(splits=dict(train=np.arange(n)), cfg=SimpleNamespace(seed=7))
+    videos, voters = np.array([50., 60, 70, 80]), np.array([5., -9, 30])
+    votes = lambda model, data, ids, m: (None, np.stack([slope*videos[i]+voters[pick_exemplars(np.arange(n), n, 7, 5, int(i))] for i in ids]), None)
+    monkeypatch.setattr(clip_score, 'predict', votes)
+    got = clip_dependence(SimpleNamespace(uses_exemplar=True), subset, labels)
+    expected = slope*np.sqrt(np.mean([np.var(np.delete(videos, j)) for j in range(n)]))/np.std(labels)
+    assert np.isclose(got, expected) and (0 < got < LITTLE) == warned
+    assert clip_dependence(SimpleNamespace(uses_exemplar=False), subset, labels) is None
+
+
+@pytest.mark.parametrize('h, w', [(256, 144), (256, 120), (250, 231), (64, 30)])
+def test_portrait_clips(tmp_path, h, w):
+    "Words do not run into one another, the film fits the screen, and a picture without known cuts does not explain them"
+    from PIL import ImageFont
+    result = example_result(tmp_path)
+    frames = np.zeros((len(result.clip.frames), h, w, 3), np.uint8)
+    tall = replace(result, clip=replace(result.clip, frames=frames, transitions=(), kind='real'), boxes=None, heat=None)
+    shot = next(overlay_frames(tall))
+    assert shot.shape[1] >= 230 and shot.shape[0] > shot.shape[1] and not any(side % 2 for side in shot.shape[:2])
+    font = ImageFont.load_default(15 if shot.shape[1] > 400 else 11)
+    start = shot.shape[1]-6-int(font.getlength('66.2 points'))
+    k = (shot.shape[1]+1)//w
+    words = shot[h*k//2*2+18:h*k//2*2+36] # the line below the bar
+    assert (words.max(-1) > 150).any() and not (words[:, start-8:start-2].max(-1) > 150).any()
+    assert 'max-height:80vh' in clip_page(tall, {})
+    figures = {}
+    import fspn_nb.inspect.clip_pictures as module
+    original, module._saved = module._saved, lambda fig, path: figures.setdefault(path.name, fig)
+    try: save_pictures(tall, tmp_path); save_pictures(replace(result, heat=None), tmp_path/'known')
+    finally: module._saved = original
+    assert figures['parse'].axes[-1].get_xlabel() == 'frame (dashed: predicted cut)'
+    strip = plot_strip(tall, n=6)
+    strip.canvas.draw()
+    boxes = [axis.title.get_window_extent() for axis in strip.axes if axis.get_title()]
+    boxes.sort(key=lambda box: box.x0)
+    assert len(boxes) == 6 and all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:]))
+    matplotlib.pyplot.close('all')
+
+
+def test_true_cuts_are_explained_where_they_are_known():
+    from fspn_nb.report.figures import plot_parse
+    label = lambda cuts: plot_parse(None, np.full((20, 3), 1/3), cuts, (5, 12), ('a', 'b', 'c'), 'real').axes[-1].get_xlabel()
+    assert 'solid: true cut' in label([4, 11]) and 'true' not in label([])
+
+
+# ---- films with faults
+
+def test_film_is_read_by_time(shared):
+    clip = read_clip(shared('cases', 'fifty_per_second.mp4'))
+    assert len(clip.frames) == 60 and '50 pictures/s' in clip.about[0] and 'read at 25 frames/s' in clip.about[0]
+    lost = read_clip(shared('cases', 'damaged.ts'))
+    assert len(lost.frames) == 120 and '3 of 120 frames missing' in lost.about[1]
+    assert len(read_clip(shared('cases', 'cover_first.mkv')).frames) == 60
+    assert '5 of 60 frames missing' in read_clip(shared('cases', 'clock_with_hole.mkv')).about[1]
+
+
+def test_slow_film_keeps_its_pictures_and_faults_are_among_the_notes(runs, tmp_path):
+    run, _ = runs()
+    slow = read_clip(encode_video(film(20), tmp_path/'slow.mp4', 10))
+    assert len(slow.frames) == 20 and '10 pictures/s' in slow.about[0]
+    lost = encode_video(film(24, 96, 128), tmp_path/'lost.mkv', times=[i+5*(i > 11) for i in range(24)])
+    result = score_clip(read_clip(lost), run, 'cpu')
+    assert any('5 of 29 frames missing in the film' in note for note in result.notes)
 
 
 # ---- the notebook

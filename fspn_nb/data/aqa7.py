@@ -11,7 +11,7 @@ import numpy as np
 from ..core import write_atomic
 from .matlab import load_mat,mat_bytes
 from .records import Sample
-from .release_files import check_frame_array,frames_by_number,write_frame_folder
+from .release_files import check_frame_array,check_frame_numbers,frames_by_number,write_frame_folder
 from .safe_pickle import collect_errors,wrong_value
 from ..protocols import PROTOCOLS,SPORTS
 
@@ -115,13 +115,12 @@ def _lists(folders):
 # %% ../../nbs/data/09_aqa7.ipynb #255d1887
 _LENGTH = PROTOCOLS['aqa7'].frames # 103
 
-def _frame_files(folder):
-    "Names of the frames 1..103 in `folder`, in order of time; () when there is no such folder"
-    by_number = frames_by_number(folder, 'img_', range(1, _LENGTH+1))
-    for names in by_number.values():
-        if len(names) > 1:
-            raise ValueError(f"{folder}: need one file for each frame, got {names[0]} and {names[1]}; extract the frames anew")
-    return tuple(by_number[number][0] for number in sorted(by_number))
+def _frame_files(folder, longer):
+    "Names of the frames 1..103 in `folder`, in order of time, () when there is none; a folder with more is added to `longer`"
+    by_number,numbers = frames_by_number(folder, 'img_'),range(1, _LENGTH+1)
+    check_frame_numbers(by_number, numbers, folder)
+    if max(by_number, default=0) > _LENGTH: longer.append(folder)
+    return tuple(by_number[n][0] for n in numbers if n in by_number)
 
 # %% ../../nbs/data/09_aqa7.ipynb #419db525
 def _report(units, left_out, problems):
@@ -133,10 +132,11 @@ def _report(units, left_out, problems):
         problems.extend((uid, 'class 7 (trampoline) is left out, as in every published table') for uid in left_out)
 
 # %% ../../nbs/data/09_aqa7.ipynb #66e0ef51
-def _sample(root, uid, split, sport, score):
+def _sample(root, uid, split, sport, score, longer):
     "The record of one video"
     folder = root and root/f'{sport}-out'/uid.rpartition('/')[2]
-    return Sample(uid, split, sport, score, None, folder, _frame_files(folder) if folder else (), start_frame=1, end_frame=_LENGTH)
+    files = _frame_files(folder, longer) if folder else ()
+    return Sample(uid, split, sport, score, None, folder, files, start_frame=1, end_frame=_LENGTH)
 
 # %% ../../nbs/data/09_aqa7.ipynb #e5e6cd0a
 def read_aqa7(
@@ -149,14 +149,15 @@ def read_aqa7(
         raise ValueError('need the root of a release or the folder of its lists, got neither; pass one')
     root = None if root is None else Path(root).expanduser()
     paths = _lists([root/'Split_4',root] if annotations is None else [Path(annotations).expanduser()])
-    rows,units,left_out,samples = [],{},[],[]
+    rows,units,left_out,samples,longer = [],{},[],[],[]
     for split,path in paths.items():
         videos,units[path.name],trampolines = _split(path, split, problems)
         rows += [(uid,split,sport,score) for uid,sport,score in videos]
         left_out += trampolines
     _report(units, left_out, problems)
     for uid,*row in _unique(rows, problems):
-        with collect_errors(problems, uid): samples.append(_sample(root, uid, *row))
+        with collect_errors(problems, uid): samples.append(_sample(root, uid, *row, longer))
+    if longer: print(f'videos with more than {_LENGTH} frames: {len(longer)}, the first is {longer[0]}; 1 to {_LENGTH} are read')
     if not samples:
         raise ValueError(f"{paths['train']}: need at least one video without a fault, got none; "
                          "take the lists and frames anew from the release")

@@ -10,7 +10,7 @@ import argparse
 import os
 import pandas as pd
 from pathlib import Path
-from ..core import write_atomic
+from ..core import escape,write_atomic
 from .aqa7 import read_aqa7
 from .check_files import changed_files,frame_file_rows,frame_number_rows
 from .finediving import read_finediving
@@ -25,7 +25,7 @@ _ADD = 'or train without the sample (allow_missing)'
 _LEAK = 'never pre-train on the one and test on the other, or leave these samples out'
 _MISSING = { # kind: what to do
     'not there': 'do what the message says, then check again',
-    'no frames': f'put the frames into this folder, {_ADD}',
+    'no frames': f'put the frames into this folder, under the names of the release, {_ADD}',
     'frames missing': f'add the frames with these numbers, {_ADD}'}
 _WRONG = {
     'unreadable release': 'do what the message says, then check again',
@@ -34,7 +34,7 @@ _WRONG = {
     'off by one': 'rename the files so that the first has the number of the first annotated frame',
     'other numbers': 'export the sample anew with the numbers of the broadcast',
     'too many frames': _CLEAN, 'number twice': _CLEAN,
-    'empty file': _AGAIN, 'no JPEG': _AGAIN, 'cut off': _AGAIN, 'unreadable': _AGAIN,
+    'empty file': _AGAIN, 'no picture': _AGAIN, 'cut off': _AGAIN, 'unreadable': _AGAIN,
     'frame sizes': 'export all frames of the sample at one size',
     'same frames': 'one of the two is a copy: fetch both again',
     'same span': 'one recording under two names: take annotations and splits from one release'}
@@ -47,7 +47,9 @@ _NOTES = {
     'one exemplar': 'nothing: it is its own exemplar',
     'no exemplar': 'its exemplars come from the whole training set: choose another protocol, or add training samples',
     'train here, test there': _LEAK, 'test here, train there': _LEAK,
-    'test in both': 'do not count the two results as independent'}
+    'test in both': 'do not count the two results as independent',
+    'EXIF orientation': 'nothing, if they are upright in a viewer; loaders that use Pillow see them as they are stored',
+    '16 bits': 'nothing: the upper eight are read'}
 FINDING_KINDS = { # kind: (severity, what to do)
     kind:(severity,todo) for severity,kinds in dict(missing=_MISSING, wrong=_WRONG, note=_NOTES).items()
     for kind,todo in kinds.items()}
@@ -58,7 +60,7 @@ _SEVERITIES = ('missing','wrong','note')
 
 def _table(dataset, rows):
     "Rows (uid, kind, detail, file) as the table of findings, the worst first"
-    full = [(dataset,uid,kind,FINDING_KINDS[kind][0],detail,str(file),FINDING_KINDS[kind][1]) for uid,kind,detail,file in rows]
+    full = [(dataset,uid,kind,FINDING_KINDS[kind][0],escape(detail),escape(file),FINDING_KINDS[kind][1]) for uid,kind,detail,file in rows]
     df = pd.DataFrame(full, columns=list(FINDING_COLUMNS))
     return df.iloc[df.severity.map(_SEVERITIES.index).argsort(kind='stable')].reset_index(drop=True)
 
@@ -114,14 +116,15 @@ def _per_split(samples): return tuple(sum(s.split == split for s in samples) for
 def _readable(counts): return f'{counts[0]:,} train, {counts[1]:,} test'
 
 # %% ../../nbs/data/12_check.ipynb #1d97adf4
-def _count_row(dataset, samples, n_problems, bad):
+def _count_row(dataset, samples, n_problems, bad, decode):
     "The row that says how many samples there are, and how many of them are not `bad` (None: only annotations were read)"
     counts,released = _per_split(samples),_RELEASED[dataset]
     good = [s for s in samples if s.uid not in (bad or ())]
     if counts == released: comparison = 'as released'
     else: comparison = f'where the release has {sum(released):,} ({_readable(released)}): a part of it, or synthetic'
     left_out = f'; {n_problems} more left out' if n_problems else ''
-    rest = f'{len(good):,} without a fault ({_readable(_per_split(good))})' if bad is not None else 'frames not looked at'
+    looked = 'all frames decoded' if decode else 'both ends of each frame looked at (--decode reads them whole)'
+    rest = f'{len(good):,} without a fault ({_readable(_per_split(good))}); {looked}' if bad is not None else 'frames not looked at'
     return '','samples',f'{len(samples):,} samples ({_readable(counts)}), {comparison}{left_out}; {rest}',''
 
 # %% ../../nbs/data/12_check.ipynb #1ecb25c8
@@ -180,7 +183,7 @@ def check_release(
     rows += _changed_rows(dataset, root, annotations)+[row for s in samples for row in _mark_rows(s)]
     rows += _exemplar_rows(dataset, samples)+(_leak_rows(samples, *against) if against else [])
     n_problems = sum(kind == 'wrong entry' for _,kind,*_ in rows)
-    return _table(dataset, [_count_row(dataset, samples, n_problems, bad),*rows])
+    return _table(dataset, [_count_row(dataset, samples, n_problems, bad, decode),*rows])
 
 # %% ../../nbs/data/12_check.ipynb #2a3d7e84
 def _kind_lines(severity, kind, group, names):

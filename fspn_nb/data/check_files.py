@@ -53,7 +53,7 @@ def _whole_jpeg(path):
         if not file.read().rstrip(b'\0').endswith(b'\xff\xd9'): return None
         file.seek(0)
         try:
-            with Image.open(file, formats=('JPEG',)) as image: size,pixels,exif = image.size,image.tile,'exif' in image.info
+            with Image.open(file, formats=('JPEG',)) as image: size,pixels,exif = image.size,image.tile,'APP1' in image.app
         except Exception: return None # a damaged header can raise anything
     return size if pixels and not exif and size[0]*size[1] <= _LARGE else None
 

@@ -13,17 +13,18 @@ import numpy as np
 from ..core import write_atomic
 from .grammar import parse_code
 from .records import Sample
-from .release_files import add_frames,check_frame_array,find_release,frames_by_number,pickle_numpy1
+from .release_files import add_frames,check_frame_array,check_frame_numbers,find_release,frames_by_number,pickle_numpy1
 from .safe_pickle import checked,checked_record,load_annotation_file,try_or_collect,wrong_value
 from ..protocols import PROTOCOLS
 
 # %% ../../nbs/data/08_mtl_aqa.ipynb #f0dd0706
 MTL_AQA_FRAMES = 'new/new_total_frames_256s' # Folder of the broadcasts' frames, below the release's root
-_CORE,_MUSDL = 'final_annotations_dict_with_dive_number','augmented_final_annotations_dict'
+_AUTHOR,_MUSDL,_CORE = 'final_annotations_dict','augmented_final_annotations_dict','final_annotations_dict_with_dive_number'
 _SPLITS = ('train_split_0','test_split_0')
-_FIELDS = dict(primary_view='whole', start_frame='whole', end_frame='whole', position='whole', difficulty='number', armstand='whole',
-               rotation_type='whole', ss_no='whole', tw_no='whole', final_score='number', judge_scores='numbers')
-_KINDS = {_MUSDL:_FIELDS, _CORE:_FIELDS | dict(dive_number='text')}
+_DIVE = dict(primary_view='whole', start_frame='whole', end_frame='whole', position='whole', difficulty='number', armstand='whole',
+             rotation_type='whole', ss_no='whole', tw_no='whole', final_score='number')
+_FIELDS = _DIVE | dict(judge_scores='numbers')
+_KINDS = {_CORE:_FIELDS | dict(dive_number='text'), _MUSDL:_FIELDS, _AUTHOR:_DIVE} # the richest first
 _WINDOW,_SPARE = PROTOCOLS['mtl_aqa'].frames,PROTOCOLS['mtl_aqa'].jitter # 103, 3
 
 # %% ../../nbs/data/08_mtl_aqa.ipynb #b6446c3a
@@ -54,9 +55,9 @@ def _dive_number(fields, where):
 def _entry(value, name, where):
     "One dive of one file as {field: checked value}"
     fields = checked_record(value, _KINDS[name], where)
-    marks,start,end = fields['judge_scores'],fields['start_frame'],fields['end_frame']
+    marks,start,end = fields.setdefault('judge_scores', None),fields['start_frame'],fields['end_frame']
     score,difficulty = fields['final_score'],fields['difficulty']
-    if len(marks) != 7: raise wrong_value(f'{where}, judge_scores', 'seven marks', marks)
+    if marks is not None and len(marks) != 7: raise wrong_value(f'{where}, judge_scores', 'seven marks', marks)
     if not 1 <= start <= end:
         raise ValueError(f"{where}: need 1 <= start_frame <= end_frame, got {start} and {end}; compare with the released file")
     if score < 0 or difficulty <= 0:
@@ -64,24 +65,24 @@ def _entry(value, name, where):
     return fields
 
 # %% ../../nbs/data/08_mtl_aqa.ipynb #c92a8206
-def _require_agreement(key, core, musdl):
-    "Raises where two records of one dive differ, except for MUSDL's marks outside 0..10"
-    for name,b in musdl.items():
-        a = core[name]
-        if name == 'judge_scores' and all(x == y or 0 <= x <= 10 and not 0 <= y <= 10 for x,y in zip(a, b)): continue
+def _require_agreement(key, fields, other, names=(_CORE,_MUSDL)):
+    "Raises where the records of one dive in the files `names` differ, except for MUSDL's marks outside 0..10"
+    for name,b in other.items():
+        a = fields[name]
+        if name == 'judge_scores' and (b is None or all(x == y or 0 <= x <= 10 and not 0 <= y <= 10 for x,y in zip(a, b))): continue
         if a != b:
-            raise ValueError(f"{key}: {name} is {a} in {_CORE} and {b} in {_MUSDL}; need one value, so take both files from one release")
+            raise ValueError(f"{key}: {name} is {a} in {names[0]} and {b} in {names[1]}; need one value, so take both files from one release")
 
 # %% ../../nbs/data/08_mtl_aqa.ipynb #c3edd209
 def _dive(folder, files, key):
     "The fields of one dive from the annotation files there are ({name: content})"
     absent = [name for name in files if key not in files[name]]
     if absent:
-        raise ValueError(f"{key}: need every dive in both annotation files, got none in {absent[0]}; take both files from one release")
+        raise ValueError(f"{key}: need every dive in every annotation file, got none in {absent[0]}; take the files from one release")
     where = {name:f'{folder/name}.pkl, {key}' for name in files}
     records = {name:_entry(content[key], name, where[name]) for name,content in files.items()}
-    if len(records) == 2: _require_agreement(key, *records.values())
-    name,fields = next(iter(records.items()))
+    (name,fields),*others = records.items()
+    for other,other_fields in others: _require_agreement(key, fields, other_fields, (name, other))
     composed = _dive_number(fields, where[name])
     if fields.setdefault('dive_number', composed) != composed:
         raise ValueError(f"{key}: dive_number is {fields['dive_number']!r} and its fields make {composed}; need one dive, "
@@ -90,11 +91,11 @@ def _dive(folder, files, key):
 
 # %% ../../nbs/data/08_mtl_aqa.ipynb #81a589a9
 def _annotations(folder, problems=None):
-    "{key: fields} of a folder with one or both annotation files; None for a dive with a line in `problems`"
+    "{key: fields} of a folder with one to three annotation files; None for a dive with a line in `problems`"
     folder = Path(folder)
-    files = {name:load_annotation_file(folder, name, dict) for name in (_CORE,_MUSDL) if (folder/f'{name}.pkl').exists()}
+    files = {name:load_annotation_file(folder, name, dict) for name in _KINDS if (folder/f'{name}.pkl').exists()}
     if not files:
-        raise FileNotFoundError(f"need {_CORE}.pkl or {_MUSDL}.pkl in {folder}, found neither; "
+        raise FileNotFoundError(f"need {_CORE}.pkl, {_MUSDL}.pkl or {_AUTHOR}.pkl in {folder}, found none of them; "
                                 "download one with the release's annotations")
     dives,keys = {},dict.fromkeys(key for content in files.values() for key in content)
     for i,raw in enumerate(keys):
@@ -129,20 +130,10 @@ def _splits(folder, known, problems=None):
 # %% ../../nbs/data/08_mtl_aqa.ipynb #b4529f16
 def _needed(end): return range(end-_WINDOW+1-_SPARE, end+_SPARE+1) # numbers that a dive may need, jitter included
 
-def _check_numbers(end, by_number):
-    "Raises where frames are numbered from zero, or a number that the dive needs occurs twice"
-    if 0 in by_number:
-        raise ValueError(f"need frames numbered from 1, got {by_number[0][0]}; extract the broadcast anew or rename its frames, "
-                         "else every window is one frame late")
-    for n in _needed(end):
-        names = by_number.get(n, ())
-        if len(names) > 1:
-            raise ValueError(f"need one file per frame number, got {' and '.join(names[:2])}; remove one of the extractions")
-
 # %% ../../nbs/data/08_mtl_aqa.ipynb #e6f80fda
-def _window(end, by_number):
+def _window(end, by_number, where):
     "(files, before, after): the window that ends with `end`, and what adjoins it without a gap"
-    _check_numbers(end, by_number)
+    check_frame_numbers(by_number, _needed(end), where)
     start,is_there = end-_WINDOW+1,by_number.__contains__
     files = filter(is_there, range(start, end+1))
     before = takewhile(is_there, range(start-1, start-1-_SPARE, -1))
@@ -154,8 +145,7 @@ def _window(end, by_number):
 def _sample(folder, key, split, fields, by_number):
     "The record of one dive with merged `fields`"
     start,end = fields['start_frame'],fields['end_frame']
-    try: files,before,after = _window(end, by_number)
-    except ValueError as e: raise ValueError(f'{folder}: {e}') from None
+    files,before,after = _window(end, by_number, folder)
     return Sample(_uid(key), split, fields['dive_number'], fields['final_score'], fields['difficulty'], folder, files,
                   judges=fields['judge_scores'], start_frame=end-_WINDOW+1, end_frame=end, annotated_span=(start,end),
                   before=before, after=after)
