@@ -217,7 +217,8 @@ def _class_section(index, runs):
                             [], _NOTEBOOK['aqa7'].format('i3d_mlp,fspn'))
     means = table[(table.protocol == 'average') & table.rho.notna()]
     averages = [f"{row.label.removesuffix(' (Ours)')} {_cell(row, 'rho', 4)}" for _,row in means.iterrows()]
-    if averages: section.brief = f'Average over classes: {", ".join(averages)}.'
+    seeds = sorted({len(row.seeds.split(',')) for row in means.itertuples()})
+    if averages: section.brief = f"Average over classes: {', '.join(averages)}{' (one seed each)' if seeds == [1] else ''}."
     names = method_titles()
     for (method,protocol),g in runs.groupby(['method','protocol'], sort=False):
         seeds = ','.join(str(int(seed)) for seed in g.seed)
