@@ -17,10 +17,12 @@ from fspn_nb.data.mtl_aqa import MTL_AQA_FRAMES,read_mtl_aqa,write_mtl_aqa,write
 from fspn_nb.data.records import check_samples,frame_problem,samples_frame
 from fspn_nb.data.safe_pickle import load_pickle
 from fspn_nb.data.stats import judge_mismatches,mtl_aqa_stats
+from fspn_nb.data.video_pieces import where_to_get
 from fspn_nb.metrics import baseline_predictions,relative_l2,spearman
 from fspn_nb.synthetic.dive_motion import make_dive
 
 CORE, MUSDL, TRAIN, TEST = 'final_annotations_dict_with_dive_number', 'augmented_final_annotations_dict', 'train_split_0', 'test_split_0'
+AUTHOR = 'final_annotations_dict'
 FOUR = (CORE, MUSDL, TRAIN, TEST)
 REAL = dict(samples=1412, train=1059, test=353, action_types=58, difficulties=23, lone=1, zeros=2, judges_off=27, short=732, long=654)
 KEYS = [(5, 1), (5, 2), (26, 7), (26, 8)]
@@ -330,6 +332,67 @@ def test_each_broadcast_is_listed_once(real, shared, tmp_path, monkeypatch):
     assert len(inside) > 400 and all(frame_problem(s) is None for s in inside) and all(frame_problem(s) for s in samples if s.end_frame > 100000)
 
 
+# ---- the file of the dataset's author
+
+def as_author(folder, source=CORE):
+    "The annotations of `folder` as the author's repository has them: no marks, no dive number, protocol 3"
+    records = {key: {name: v for name, v in record.items() if name not in ('judge_scores', 'dive_number')} for key, record in load_pickle(folder/f'{source}.pkl').items()}
+    (folder/f'{AUTHOR}.pkl').write_bytes(pickle.dumps(records, protocol=3))
+    return records
+
+
+def test_the_authors_file_alone(small):
+    "Everything but the marks is there; the dive number is composed"
+    both = read_mtl_aqa(small)
+    as_author(small/'info')
+    assert read_mtl_aqa(small) == both
+    for name in (CORE, MUSDL): (small/'info'/f'{name}.pkl').unlink()
+    alone = read_mtl_aqa(small)
+    assert alone == [replace(s, judges=None) for s in both]
+    stats = mtl_aqa_stats(alone)
+    assert stats['judges_off'] is None and stats['samples'] == 4 and len(judge_mismatches(alone)) == 0
+
+
+def test_the_real_annotations_without_marks_are_the_same_dives(real, shared, tmp_path):
+    "The author's file equals CoRe's in every field that both have (compared with the released one); so it is rebuilt from CoRe's here"
+    for name in (TRAIN, TEST): (tmp_path/f'{name}.pkl').write_bytes(shared('data', 'mtl_aqa', 'info', f'{name}.pkl').read_bytes())
+    (tmp_path/f'{CORE}.pkl').write_bytes(shared('data', 'mtl_aqa', 'info', f'{CORE}.pkl').read_bytes())
+    as_author(tmp_path)
+    (tmp_path/f'{CORE}.pkl').unlink()
+    alone = read_mtl_aqa(None, annotations=tmp_path)
+    assert alone == [replace(s, judges=None) for s in real]
+    assert {k: v for k, v in mtl_aqa_stats(alone).items() if k in REAL} == REAL | dict(judges_off=None)
+
+
+def test_the_authors_file_beside_another_is_compared(small):
+    records = as_author(small/'info')
+    records[KEYS[1]]['final_score'] = 1.
+    (small/'info'/f'{AUTHOR}.pkl').write_bytes(pickle.dumps(records))
+    with pytest.raises(ValueError, match=f'final_score is .* in {CORE} and 1.0 in {AUTHOR}'): read_mtl_aqa(small)
+    (small/'info'/f'{CORE}.pkl').unlink()
+    with pytest.raises(ValueError, match=f'final_score is .* in {MUSDL} and 1.0 in {AUTHOR}'): read_mtl_aqa(small)
+
+
+def test_the_authors_smaller_training_set_is_no_release(small):
+    "140 training dives, annotations of these, and the test list of the whole: the splits name dives that nobody annotated"
+    as_author(small/'info')
+    for name in (CORE, MUSDL): (small/'info'/f'{name}.pkl').unlink()
+    edit(small, AUTHOR, lambda v: {key: v[key] for key in KEYS[:1]})
+    with pytest.raises(ValueError, match='which is in no annotation file .and 2 more.; take splits and annotations from one release'): read_mtl_aqa(small)
+
+
+def test_musdl_without_marks_says_so(small):
+    from fspn_nb.batches.dataset import read_judges
+    as_author(small/'info')
+    for name in (CORE, MUSDL): (small/'info'/f'{name}.pkl').unlink()
+    assert read_judges(read_mtl_aqa(small)) is None
+
+
+@pytest.mark.parametrize('name', [CORE, MUSDL, AUTHOR, TRAIN, TEST])
+def test_users_are_sent_to_every_file_that_is_read(name):
+    assert f'{name}.pkl' in where_to_get('mtl_aqa') or f'{name}, ' in where_to_get('mtl_aqa') or f'{name} ' in where_to_get('mtl_aqa')
+
+
 # ---- damaged trees
 
 def test_wrong_roots(small, tmp_path):
@@ -357,7 +420,7 @@ def test_each_file_missing_cut_or_of_another_shape(small, name, tolerant):
         with pytest.raises(FileNotFoundError, match=f'{name}.pkl, found none'): read_mtl_aqa(small, **args)
     else:
         (small/'info'/f'{MUSDL if name == CORE else CORE}.pkl').unlink()
-        with pytest.raises(FileNotFoundError, match='found neither; download'): read_mtl_aqa(small, **args)
+        with pytest.raises(FileNotFoundError, match='found none of them; download'): read_mtl_aqa(small, **args)
 
 
 K = (5, 2)
@@ -384,7 +447,7 @@ EDITS = {
     'other number': (CORE, lambda v: v[K].update(dive_number='101Z'), "dive_number is '101Z' and its fields make"),
     'empty number': (CORE, lambda v: v[K].update(dive_number=''), 'dive_number: need a short printable text'),
     'no such rotation': (CORE, lambda v: [fields.update(rotation_type=9) for fields in v.values()] and None, 'rotation_type'),
-    'in one file': (MUSDL, lambda v: v.pop(K) and None, r'\(5, 2\): need every dive in both annotation files, got none in augmented'),
+    'in one file': (MUSDL, lambda v: v.pop(K) and None, r'\(5, 2\): need every dive in every annotation file, got none in augmented'),
     'split twice': (TEST, lambda v: v+[K], r'got \(5, 2\) 2 times'),
     'not in a split': (TRAIN, lambda v: [key for key in v if key != K], r'got \(5, 2\) 0 times'),
 }

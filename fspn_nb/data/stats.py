@@ -40,12 +40,13 @@ def finediving_stats(
 
 # %% ../../nbs/data/10_stats.ipynb #63179b8f
 def judge_mismatches(
-    samples, # `Sample`s with seven marks each
+    samples, # `Sample`s with seven marks each, or none
     tolerance:float=.05, # Largest gap that rounding explains, points
 )->pd.DataFrame: # uid, split, stored, computed (points), gap (points), odd_marks (how many of the seven are not in 0..10)
     "Dives whose score is not the sum of the middle three marks times difficulty, or with a mark that no judge can give"
     rows = []
     for s in samples:
+        if not s.judges: continue
         computed = final_score(s.judges, s.difficulty)
         odd_marks = sum(not 0 <= mark <= 10 for mark in s.judges)
         gap = round(abs(computed-s.score), 6)
@@ -65,7 +66,7 @@ def mtl_aqa_stats(
         difficulties=len({s.difficulty for s in samples}),
         lone=sum(n == 1 for n in groups.values()),
         zeros=sum(s.score == 0 for s in samples),
-        judges_off=len(judge_mismatches(samples)),
+        judges_off=len(judge_mismatches(samples)) if any(s.judges for s in samples) else None, # nobody can tell without marks
         short=sum(span < window for span in spans),
         long=sum(span > window for span in spans)) | _frame_counts(samples)
 
