@@ -1,5 +1,6 @@
 "What the readers make of real annotations, of damaged trees and of hostile files"
 import datetime
+import os
 import pickle
 import random
 import shutil
@@ -12,10 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from conftest import edit_pickle
 
+from fspn_nb.data.clips import load_frames
 from fspn_nb.data.finediving import FINEDIVING_FRAMES,read_finediving,write_finediving,write_frames
-from fspn_nb.data.records import check_samples,frame_problem,samples_frame,steps_on_axis
+from fspn_nb.data.records import check_samples,describe_folder,frame_problem,samples_frame,steps_on_axis
 from fspn_nb.data.safe_pickle import load_pickle
 from fspn_nb.data.stats import finediving_stats
 from fspn_nb.synthetic.dive_motion import make_dive
@@ -192,6 +195,39 @@ def test_a_file_where_a_folder_should_be(small):
     shutil.rmtree(small/FINEDIVING_FRAMES/'26'/'1')
     (small/FINEDIVING_FRAMES/'26'/'1').write_text('')
     assert frame_problem(read_finediving(small)[0]) == 'no frames'
+
+
+def test_what_lies_there_instead_is_said(small):
+    "Frames under other names, in a folder of another name, and counted from 0 or 1 in each dive"
+    samples = read_finediving(small)
+    first, second, third, fourth = (s.folder for s in samples)
+    for path in sorted(first.iterdir()): path.rename(path.with_name(f'frame_{path.name}'))
+    second.rename(second.with_name('02'))
+    for i, path in enumerate(sorted(third.iterdir())): path.rename(path.with_name(f'x{i:05d}.jpg'))
+    for path in list(third.iterdir()): path.rename(path.with_name(path.name[1:]))
+    for path in list(fourth.iterdir()):
+        with Image.open(path) as image: image.save(path.with_suffix('.png'))
+        path.unlink()
+    samples = read_finediving(small)
+    assert [str(frame_problem(s)).split(':')[0] for s in samples] == ['no frames', 'no frames', 'other frame numbers than annotated', 'None']
+    names = sorted(os.listdir(first))
+    assert names[0].startswith('frame_') and describe_folder(first) == f'this folder holds {len(names)} other names ({names[0]}, {names[1]}, ...)'
+    assert describe_folder(second).endswith(f'did you mean {second.with_name("02")}?')
+    with pytest.raises(FileNotFoundError, match='looked first in .*26/1: this folder holds .* frame_'): check_samples(samples)
+    assert load_frames(samples[3], [0, -1+samples[3].n_frames]).shape[0] == 2 and samples[3].files[0].endswith('.png')
+
+
+def test_a_frames_folder_in_other_letters_is_named(small):
+    (small/FINEDIVING_FRAMES).rename(small/FINEDIVING_FRAMES.lower())
+    with pytest.raises(FileNotFoundError, match=f'did you mean .*/{FINEDIVING_FRAMES.lower()}[?]'): read_finediving(small)
+
+
+def test_what_a_system_leaves_in_a_folder_is_no_frame(small):
+    "Files of macOS, Windows and a network disk beside the frames"
+    folder = read_finediving(small)[0].folder
+    for name in ('._01000.jpg','Thumbs.db','.DS_Store','desktop.ini'): (folder/name).write_bytes(b'x')
+    for place in (folder, folder.parent, folder.parent.parent): (place/'@eaDir').mkdir()
+    assert len(check_samples(read_finediving(small))) == 4
 
 
 # ---- damaged trees

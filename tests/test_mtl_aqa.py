@@ -312,6 +312,15 @@ def test_a_broadcast_numbered_from_zero(small):
     assert [s.uid for s in read_mtl_aqa(small, problems=problems)] == ['05/1', '05/2'] and len(problems) == 2
 
 
+def test_what_lies_there_instead_is_said(small):
+    "A broadcast's folder without its zero, and frames with a prefix"
+    empty_frames(small, 5, range(1, 420)).rename(small/MTL_AQA_FRAMES/'5')
+    with pytest.raises(FileNotFoundError, match='there is no 05 in .*, which holds 1 other name .5.; did you mean .*256s/5[?]'): check_samples(read_mtl_aqa(small))
+    folder = (small/MTL_AQA_FRAMES/'5').rename(small/MTL_AQA_FRAMES/'05')
+    for path in list(folder.iterdir()): path.rename(path.with_name(f'frame_{path.name}'))
+    with pytest.raises(FileNotFoundError, match='this folder holds 419 other names .frame_00000001.jpg, '): check_samples(read_mtl_aqa(small))
+
+
 def test_strange_names_and_a_file_for_a_folder(small):
     folder = empty_frames(small, 5, range(1, 420))
     for name in ('notes.txt', '00000050.jpg.part', '.00000050.jpg.7.part', '-0000050.jpg', '٥٠.jpg', '9'*30+'.jpg'): (folder/name).touch()

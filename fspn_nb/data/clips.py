@@ -87,7 +87,8 @@ def _check_pixels(size):
 def _decode_jpeg(data):
     "A JPEG as (H,W,3) uint8, upright"
     _check_pixels(_jpeg_size(data))
-    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB, apply_exif_orientation=True).permute(1, 2, 0)
+    content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return decode_jpeg(content, mode=ImageReadMode.RGB, apply_exif_orientation=True).permute(1, 2, 0)
 
 def _decode_other(data):
     "A PNG or a WebP as (H,W,3) uint8, upright"

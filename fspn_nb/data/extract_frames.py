@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 from ..core import escape,progress,write_atomic
+from .clips import read_picture
 from .release_files import frames_by_number,jpeg_bytes
 from .video_io import ANNOTATION_RATE,describe_faults,find_videos,numbering_rate,video_frames,video_key
 from .video_pieces import Piece,import_av,pieces_of,read_film,where_to_get
@@ -29,7 +30,7 @@ def _row(piece, status, frames, why=''): return dict(name=piece.name, status=sta
 
 def _check_same(path, frame):
     "Raises unless the picture at `path` is about what `frame` becomes as JPEG"
-    with Image.open(path) as image: old = np.asarray(image.convert('RGB')).astype(int)
+    old = read_picture(path).numpy().astype(int)
     if old.shape != frame.shape or np.abs(old-frame).mean() > 10:
         raise ValueError(f'{path.name} is there already, from another film or at another height; remove its folder to begin anew')
 
