@@ -79,7 +79,8 @@ def _metrics(table, data):
     "What metrics.json holds: results on the test samples in `table`, and what the run was"
     cfg = data.cfg
     return dict(
-        summarise(table.pred.to_numpy(), table.true.to_numpy(), seed=cfg.seed, noun=data.dataset_protocol.noun), method=cfg.model.name, protocol=cfg.protocol, seed=cfg.seed,
+        summarise(table.pred.to_numpy(), table.true.to_numpy(), seed=cfg.seed, noun=data.dataset_protocol.noun),
+        method=cfg.model.name, protocol=cfg.protocol, seed=cfg.seed,
         mode=cfg.train.backbone, data=data.provenance['data'], checkpoint_selection=cfg.eval.checkpoint_selection,
         weights=data.provenance['weights']['name'], preset=cfg.preset, label=data.labels.label_transform.kind,
         epochs=cfg.train.epochs, exemplars=cfg.eval.num_exemplars)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fspn_nb.config import ModelCfg,finediving,load_cfg,make_config,run_id,save_cfg
+from fspn_nb.config import finediving,load_cfg,make_config,run_id,save_cfg
 from fspn_nb.core import data_cache
 from fspn_nb.experiments.grid import GRID_PARAMETERS,grid_parameters
 from fspn_nb.experiments.parameters import assigned_names,cast_value,changed_settings,notebook_parameters,parse_changes,setting_types
@@ -134,8 +134,8 @@ def test_wrong_changes_are_refused(text, message, cell):
 
 @pytest.mark.parametrize('name', ['run_finediving', 'run_mtl_aqa', 'run_aqa7', 'run_ablations', 'actor_and_heat', 'tutorial_new_method'])
 def test_the_examples_in_the_notebooks_work(name):
-    comment = next(line for c in notebook(name)['cells'] for line in c['source'] if line.startswith("changes = ''"))
-    assert parse_changes(re.search(r"config.py: '([^']+)'", comment)[1], KNOWN.get(name, ()))
+    text = ''.join(notebook(name)['cells'][0]['source'])
+    assert parse_changes(re.search(r'-p changes "([^"]+)"', text)[1], KNOWN.get(name, ()))
 
 
 @pytest.mark.parametrize('field, value, message', [

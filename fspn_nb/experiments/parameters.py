@@ -161,9 +161,9 @@ def _unknown_setting(name, types):
     "The error for a setting that does not exist: those with a like name, else those of its group, else all"
     group,_,last = name.rpartition('.')
     ends = {key: key.rpartition('.')[2] for key in types}
-    like = set(get_close_matches(last, ends.values(), 4)) | {end for end in ends.values() if len(last) > 2 and last in end}
-    near = [key for key,end in ends.items() if end in like] or [key for key in types if key.startswith(f'{group}.')]
-    return ValueError(f"changes: unknown setting {name}; the nearest are {', '.join(near or types)}")
+    near = set(get_close_matches(last, ends.values(), 4)) | {end for end in ends.values() if len(last) > 2 and last in end}
+    named = [key for key,end in ends.items() if end in near] or [key for key in types if key.startswith(f'{group}.')]
+    return ValueError(f"changes: unknown setting {name}; the nearest are {', '.join(named or types)}")
 
 # %% ../../nbs/experiments/01_parameters.ipynb #cffcf33d
 def parse_changes(

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..actor.crop import read_boxes
+from ..actor.box_table import read_boxes
 from ..actor.detectors import get_detector
 from ..data.stats import release_stats
 from ..config import RunCfg,make_config,run_id
@@ -25,7 +25,8 @@ from .parameters import changed_settings,input_path,notebook_parameters,parse_ch
 from ..metrics import undefined_reason
 from ..protocols import PROTOCOLS,ProtocolVariant
 from ..train import launch
-from ..training.prepare import RunData,load_backbone,pick_backbone,pick_device,prepare
+from ..models.backbone import load_backbone
+from ..training.prepare import RunData,pick_backbone,pick_device,prepare
 
 # %% ../../nbs/experiments/03_session.ipynb #dff64f83
 RUN_PARAMETERS = dict(data_root=str, preset=str, methods=list, seeds=list, backbone=str, weights=str, device=str, processes=int,
@@ -101,7 +102,8 @@ def _plan_lines(preset, runs):
     changed = {run_id(cfg): changed_settings(cfg) for cfg in runs}
     shared = [text for text in next(iter(changed.values())) if all(text in own for own in changed.values())]
     own = {name: ', '.join(text for text in texts if text not in shared) for name,texts in changed.items()}
-    return [f"preset {preset}, changed: {', '.join(shared) or 'nothing'}", *(f'{name}, {text}' if text else name for name,text in own.items())]
+    first = f"preset {preset}, changed: {', '.join(shared) or 'nothing'}"
+    return [first, *(f'{name}, {text}' if text else name for name,text in own.items())]
 
 # %% ../../nbs/experiments/03_session.ipynb #4dbd1be3
 def start(
