@@ -431,6 +431,9 @@ def test_frames_counted_from_zero_are_refused(tmp_path, n):
     with pytest.raises(ValueError, match=f'{folder}: need frames numbered from 1, got img_00000.jpg; .*one frame late'): read_aqa7(tmp_path)
     row, = harm(tmp_path)
     assert row.kind == 'wrong entry' and 'numbered from 1, got img_00000.jpg' in row.detail
+    for k, i in train[:1]+train[2:]+test: rename(tmp_path/f'{k}-out'/f'{i:03d}', lambda i: f'img_{i-1:05d}.jpg') # all of them
+    row, = harm(tmp_path)
+    assert row.kind == 'unreadable release' and 'numbered from 1, got img_00000.jpg' in row.detail
 
 
 @pytest.mark.parametrize('ending', ('png', 'webp', 'JPEG'))

@@ -159,8 +159,7 @@ def read_aqa7(
         with collect_errors(problems, uid): samples.append(_sample(root, uid, *row, longer))
     if longer: print(f'videos with more than {_LENGTH} frames: {len(longer)}, the first is {longer[0]}; 1 to {_LENGTH} are read')
     if not samples:
-        raise ValueError(f"{paths['train']}: need at least one video without a fault, got none; "
-                         "take the lists and frames anew from the release")
+        raise ValueError(f"{paths['train']}: need at least one video without a fault, got none; the last: {problems[-1][1][:300]}")
     return samples
 
 # %% ../../nbs/data/09_aqa7.ipynb #5a845e47
