@@ -34,7 +34,6 @@ def _check_same(path, frame):
     if old.shape != frame.shape or np.abs(old-frame).mean() > 10:
         raise ValueError(f'{path.name} is there already, from another film or at another height; remove its folder to begin anew')
 
-# %% ../../nbs/data/15_extract_frames.ipynb #07696e6d
 @dataclass
 class _FrameWriter:
     "Writes the frames of one piece while its film is decoded"
@@ -120,7 +119,7 @@ def _cut_video(path, pieces, out, stop, rate=None, height=256, quality=90):
 
 # %% ../../nbs/data/15_extract_frames.ipynb #9c052afe
 def _row_without_video(piece, height, rate, line):
-    "The row of a piece that needs no film: its frames are there, or something is in their place; None if it is to be cut; `line`: of the log"
+    "The row of a piece that needs no film: its frames are there, or something is in their place; None if it is to be cut"
     there = _frames_there(piece.folder)
     n = sum(i in there for i in piece.numbers)
     if n == len(piece.numbers):
@@ -164,7 +163,6 @@ def _plan(pieces, films, height, rate, log):
         rows[piece.name] = row or _row(piece, 'missing', 0, f'no video {piece.video}')
     return jobs,rows
 
-# %% ../../nbs/data/15_extract_frames.ipynb #28f24d61
 def _check_arguments(dataset, height, quality, workers, rate):
     "Raises unless the dataset is known and the numbers are possible"
     where_to_get(dataset)
@@ -213,7 +211,8 @@ def _summary(table):
     "What the films say of themselves, how many pieces have which status, and why"
     counts = ', '.join(f'{sum(table.status == status)} {status}' for status in _STATUSES)
     reasons = table[table.why != ''].groupby(['status','why'], sort=False)
-    return '\n'.join([*table.attrs.get('films', ()), counts, *(f'{status}: {_first_names(part.name.tolist())}: {why}' for (status,why),part in reasons)])
+    return '\n'.join([*table.attrs.get('films', ()), counts,
+                      *(f'{status}: {_first_names(part.name.tolist())}: {why}' for (status,why),part in reasons)])
 
 # %% ../../nbs/data/15_extract_frames.ipynb #84e89916
 def _parser():

@@ -142,8 +142,8 @@ class _Damage:
 # %% ../../nbs/data/14_video_io.ipynb #11236f66
 def _decode(container, film, rate, faults):
     "(seconds after the film's beginning, picture) of all pictures; damage and jumps of the clock are added to `faults`"
-    clock,errors,damage = _Clock(1/float(film.rate), container.format.name in _JUMPS),import_av().error.FFmpegError,_Damage(film, rate, faults)
-    queue,n,t = [],0,0.
+    clock,damage = _Clock(1/float(film.rate), container.format.name in _JUMPS),_Damage(film, rate, faults)
+    errors,queue,n,t = import_av().error.FFmpegError,[],0,0.
     for packet in container.demux(container.streams[film.stream]):
         stamp,avi = packet.dts if packet.pts is None else packet.pts,container.format.name == 'avi' and packet.size
         if avi: heapq.heappush(queue, stamp)
@@ -204,8 +204,8 @@ def video_frames(
     except Exception as e: raise _failed(path, i, e) from e # a damaged video can raise anything
 
 # %% ../../nbs/data/14_video_io.ipynb #66640653
-_MEANS = dict(missing='missing in the film (the last picture is repeated)', damaged='perhaps damaged', repeated='repeated (no picture of their own)',
-              clock='at a jump of the clock', size='at a change of the picture size')
+_MEANS = {'missing':'missing in the film (the last picture is repeated)', 'damaged':'perhaps damaged',
+          'repeated':'repeated (no picture of their own)', 'clock':'at a jump of the clock', 'size':'at a change of the picture size'}
 
 def describe_faults(
     faults, # `Fault`s of a film
