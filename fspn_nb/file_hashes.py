@@ -25,10 +25,11 @@ _YOUNG = 2. # Seconds
 
 def _file_states(folder, groups, now):
     "{name: (hash of what the file system says of its files, whether one of them is young)} for the `groups` in `folder`"
-    with os.scandir(folder) as entries: listed = {entry.name: entry for entry in entries}
+    with os.scandir(folder) as entries: # a listing tells the states on Windows only; a broadcast has 300,000 frames, of which few are asked for
+        listed = {entry.name: entry for entry in entries} if os.name == 'nt' else {}
     states = {}
     for name,files in groups.items():
-        stats = [(listed[file] if file in listed else Path(folder)/file).stat() for file in files]
+        stats = [listed[file].stat() if file in listed else os.stat(os.path.join(folder, file)) for file in files]
         rows = [(file, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file,s in zip(files, stats)]
         young = any(abs(now-t) < _YOUNG for s in stats for t in (s.st_mtime, s.st_ctime))
         states[name] = hashlib.sha256(repr(rows).encode()).hexdigest()[:16],young
