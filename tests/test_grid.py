@@ -108,3 +108,18 @@ def test_a_run_of_the_grid_is_a_run_like_any_other(tmp_path):
     assert (run/'last.pt').is_file() # keep_weights
     assert set(pd.read_csv(run/'predictions.csv').split) == {'test'}
     assert override(cfg, model__use_actor=True) == override(QUICK, seed=1)
+
+
+def test_a_session_trains_side_by_side_what_it_trains_one_by_one(tmp_path, monkeypatch):
+    from fspn_nb.experiments import session
+    def results(out, workers):
+        parameters = dict(data_root='', preset='smoke', methods='i3d_mlp,fspn_s', protocol='w_dn', per_difficulty=False, seeds='0', backbone='frozen',
+                          weights='', device='cpu', processes=1, epochs=0, allow_missing=False, actor='auto', actor_file='', changes='', out=str(out))
+        context = session.start('finediving', parameters)
+        datas = session.read_data(context)
+        seconds = session.train_side_by_side(context, datas, workers)
+        assert set(seconds) == (set(map(run_id, context.runs)) if workers > 1 else set())
+        assert session.train_side_by_side(context, datas, workers) == {} or workers == 1, 'what is trained is left alone'
+        return [(done.run/'predictions.csv').read_bytes() for done in session.train_all(context, datas).done]
+    monkeypatch.setattr(session, '_MIN_VIDEOS', 1)
+    assert results(tmp_path/'one', 1) == results(tmp_path/'two', 2)

@@ -4,27 +4,31 @@
 
 # %% auto #0
 __all__ = ['RUN_PARAMETERS', 'DATASET_PARAMETERS', 'RunContext', 'given_parameters', 'input_files', 'start', 'read_data',
-           'overview', 'RunResult', 'train_all']
+           'overview', 'RunResult', 'train_side_by_side', 'train_all']
 
 # %% ../../nbs/experiments/03_session.ipynb #d6e85383
-import os
-import time
+import contextlib,io,os,time
+from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass,field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from ..actor.box_table import read_boxes
 from ..actor.detectors import get_detector
 from ..data.stats import release_stats
 from ..config import RunCfg,make_config,run_id
-from ..core import reports_dir
+from ..core import progress,reports_dir
 from ..evaluate import evaluate
 from .parameters import changed_settings,input_path,notebook_parameters,parse_changes,plan_runs
 from ..metrics import undefined_reason
+from ..processes import worker_pool
 from ..protocols import PROTOCOLS,ProtocolVariant
-from ..train import launch
+from ..train import fit,launch,run_folder
+from ..zoo import method_code
 from ..models.backbone import load_backbone
 from ..training.prepare import RunData,pick_backbone,pick_device,prepare
 
@@ -184,6 +188,40 @@ class RunResult:
     minutes:float # Training and evaluation
     data:RunData # What it worked on
 
+# %% ../../nbs/experiments/03_session.ipynb #b3754dd6
+_MIN_VIDEOS = 1000 # videos times epochs below which a run is shorter than the start of a process
+
+def _worth_a_process(cfg, data, out):
+    "Whether the run `cfg` is new, trains a head on kept features on a CPU, and takes longer than the start of a process"
+    known = not method_code(cfg.model.name) # a method that this process registered is not known to another one
+    long = cfg.train.epochs*len(data.splits['train']) >= _MIN_VIDEOS
+    new = not (run_folder(cfg, out)/'provenance.json').is_file()
+    return known and long and new and data.backbone is None and data.device.type == 'cpu'
+
+def _fit_quietly(cfg, out):
+    "Seconds that the training of `cfg` takes, in a process of its own"
+    began = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()): fit(cfg, out, 'cpu')
+    return time.perf_counter()-began
+
+# %% ../../nbs/experiments/03_session.ipynb #3df7ce01
+def train_side_by_side(
+    session:RunContext, # From `start`
+    datas:dict, # From `read_data`
+    workers:int|None=None, # Processes; None: as many as PyTorch has threads
+)->dict[str,float]: # Seconds of each run that was trained, by its run id
+    "Train those runs of `session` that are worth a process of their own; the others are left for `train_all`"
+    todo = [cfg for cfg in session.runs if _worth_a_process(cfg, datas[session.variant(cfg).action], session.reports)]
+    workers,seconds = min(workers or torch.get_num_threads(), len(todo)),{}
+    if workers < 2: return {}
+    try:
+        with worker_pool(workers) as pool:
+            waiting = {pool.submit(_fit_quietly, cfg, session.reports): run_id(cfg) for cfg in todo}
+            for future in progress(as_completed(waiting), f'{len(todo)} runs, {workers} at a time', len(todo)):
+                seconds[waiting[future]] = future.result()
+    except BrokenProcessPool: print('a worker process died (out of memory, or killed): the other runs follow one by one')
+    return seconds
+
 # %% ../../nbs/experiments/03_session.ipynb #a3bf75c9
 def _summary(result):
     "One line about a finished run, and a second one where a metric or BCa is undefined"
@@ -200,9 +238,9 @@ def train_all(
 )->RunContext: # The same, with `done`
     "Train and measure every run of `session`"
     printed = [sentence for data in datas.values() for sentence in data.provenance['deviations']]
-    session.done = []
+    session.done,seconds = [],train_side_by_side(session, datas)
     for cfg in session.runs:
-        began = time.perf_counter()
+        began = time.perf_counter()-seconds.get(run_id(cfg), 0)
         data = prepare(cfg, session.device, reuse=datas[session.variant(cfg).action])
         _print_deviations(printed, data)
         run = launch(cfg, session.reports, session.device, session.processes, data)
