@@ -10,7 +10,7 @@ __all__ = ['LockOwner', 'this_process', 'lock_owner', 'LockHeld', 'hold_lock', '
 import ctypes,json,multiprocessing,os,platform,shlex,sys,time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager,suppress
+from contextlib import contextmanager
 from dataclasses import asdict,dataclass
 from datetime import datetime
 from pathlib import Path
@@ -69,8 +69,9 @@ def _message(lock, purpose, advice):
 def _remove_files(lock, system_lock):
     "Remove what lies on disk, while the lock is held: who has opened it meanwhile sees that it is gone and opens it anew"
     _owner_file(lock).unlink(missing_ok=True)
-    with suppress(OSError): # Windows removes an open file later, by itself
+    try:
         if not isinstance(system_lock, SoftFileLock): lock.unlink(missing_ok=True)
+    except OSError: pass # Windows removes an open file when it is closed
 
 @contextmanager
 def hold_lock(
