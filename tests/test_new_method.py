@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 from fspn_nb.core import data_cache
 
@@ -79,3 +80,33 @@ def test_a_method_that_is_kept_gets_its_row_in_table_ix(tmp_path):
     assert set(mine.protocol) == {'wo_dn', 'w_dn', 'w_dd'} and mine.rho.notna().all()
     assert set(mine.label) == {'Clip attention'}
     assert 'Clip attention' in (out/'finediving/table_09.md').read_text(encoding='utf-8')
+
+
+def test_an_edited_method_does_not_get_the_former_weights(tmp_path):
+    from torch import nn
+    from fspn_nb.config import make_config
+    from fspn_nb.evaluate import evaluate
+    from fspn_nb.methods import METHODS,Method
+    from fspn_nb.peers.i3d_mlp import build_i3d_mlp
+    from fspn_nb.train import fit
+    from fspn_nb.training.prepare import prepare
+    from fspn_nb.zoo import BUILDERS,register_method
+    def register(shift):
+        def build(cfg, labels, groups):
+            model = build_i3d_mlp(cfg, labels, groups)
+            model.shift = shift
+            return model
+        register_method(Method('edited', 'Edited'), build)
+    try:
+        register(1.)
+        data = prepare(make_config('finediving', 'smoke', model__name='i3d_mlp', synthetic__n_train=6, synthetic__n_test=4, train__epochs=1))
+        cfg = make_config('finediving', 'smoke', model__name='edited', synthetic__n_train=6, synthetic__n_test=4, train__epochs=1)
+        mine = prepare(cfg, reuse=data)
+        assert mine.source is data.source and 'method' in mine.inputs.hashes and 'method' not in data.inputs.hashes
+        run = fit(cfg, tmp_path, data=mine)
+        assert evaluate(run, prepare(cfg, reuse=data))['method'] == 'edited'
+        register(2.) # the cell was edited and run again
+        with pytest.raises(ValueError, match='the code of the registered method'): fit(cfg, tmp_path, data=prepare(cfg, reuse=data))
+        with pytest.raises(ValueError, match='the code of the registered method'): evaluate(run, prepare(cfg, reuse=data))
+    finally:
+        for table in (METHODS, BUILDERS): table.pop('edited', None)

@@ -74,7 +74,7 @@ def sample_inputs(
 # %% ../../nbs/batches/04_fingerprint.ipynb #9336ffb9
 KINDS = dict(samples='the samples, their split or their order', labels='scores or other annotations', frames='frames',
              boxes='actor boxes', weights='weights of the backbone', precision='precision of the features',
-             clip_code='the code that makes clips', data='real or synthetic') # What a run is made of
+             clip_code='the code that makes clips', method='the code of the registered method', data='real or synthetic') # What a run is made of
 
 @dataclass(frozen=True)
 class RunInputs:

@@ -28,6 +28,7 @@ from ..methods import METHODS
 from ..models.backbone import feature_extractor,load_backbone,weights_hash
 from ..protocols import PROTOCOLS,Protocol,ProtocolVariant,protocol_variant
 from .distributed import DistributedContext,main_process_first
+from ..zoo import method_code
 
 # %% ../../nbs/training/04_prepare.ipynb #3efd7791
 def pick_device(
@@ -143,6 +144,7 @@ def _fingerprint(cfg, release, boxes, frames, weights):
     "`RunInputs` of the run `cfg`; `boxes` as `load_actor_boxes` gives them, `weights` their hash"
     kinds = dict(precision=cfg.train.feature_precision) if cfg.train.backbone == 'frozen' else {}
     if weights: kinds['weights'] = weights
+    if code := method_code(cfg.model.name): kinds['method'] = code
     if boxes[0] in SOURCES: return run_inputs(release, frames, None, detector_hash(cfg.actor, boxes[0]), **kinds)
     return run_inputs(release, frames, boxes[1], **kinds)
 
@@ -195,7 +197,8 @@ def prepare(
     detected = reuse and reuse.boxes[0] in SOURCES and release.samples == reuse.release.samples # they follow from the frames
     boxes = reuse.boxes if detected else main_process_first(dist, lambda: load_actor_boxes(release, cfg.actor, device))
     inputs = _fingerprint(cfg, release, boxes, frames, weights)
-    if reuse and inputs != reuse.inputs: return prepare(cfg, str(device), dist=dist) # a file was changed meanwhile
+    if reuse and inputs.hashes|dict(method='') != reuse.inputs.hashes|dict(method=''): # a file was changed meanwhile
+        return prepare(cfg, str(device), dist=dist)
     dataset = load_dataset(cfg, release)
     source,backbone,loaded = _source(cfg, release, boxes[1], device, dist, frames, reuse)
     provenance = _provenance(dataset, cfg, boxes, loaded, inputs)|dict(device=str(device), processes=dist.world_size)
