@@ -71,9 +71,11 @@ def frame_hashes(
     if not groups: return {}
     root = os.path.commonpath([Path(folder).absolute() for folder,_ in groups.values()])
     place = hashlib.sha256(root.encode(errors='surrogateescape')).hexdigest()[:12]
-    try: hashes = group_hashes(groups, data_cache()/'checksums'/f'{place}.json')
+    memory = data_cache()/'checksums'/f'{place}.json'
+    try: hashes = group_hashes(groups, memory)
     except OSError as e:
-        uid = next((uid for uid,(folder,_) in groups.items() if str(e.filename or '').startswith(str(folder))), '?')
+        uid = next((uid for uid,(folder,_) in groups.items() if str(e.filename or '').startswith(str(folder))), None)
+        if uid is None: raise # it was not about a frame: no space for the memory, for one
         raise type(e)(f'dive {uid}: need the frame {e.filename}, got {type(e).__name__} ({e.strerror}); '
                       'restore it, or read the release again') from e
     return {s.uid: f'{hashes[s.uid]}-{len(s.before)}-{len(s.files)}' for s in samples}

@@ -6,7 +6,7 @@
 __all__ = ['environment', 'validation_rho', 'run_folder', 'fit', 'resume', 'train_cli', 'launch']
 
 # %% ../nbs/base/09_train.ipynb #c55480d2
-import argparse,platform,subprocess,sys,tempfile,time
+import argparse,inspect,platform,subprocess,sys,tempfile,time
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +28,11 @@ from .training.prepare import RunData,prepare
 
 # %% ../nbs/base/09_train.ipynb #8a0fdd96
 def _commit():
-    "Short hash of the checked-out commit, or 'unknown'"
+    "Short hash of the commit whose code runs, wherever it is called from; 'unknown' without a checkout"
+    root = repo_root(Path(inspect.getfile(repo_root)).parent)
+    if not (root/'settings.ini').is_file(): return 'unknown' # the folder may lie in a repository of the user's
     command = ['git','rev-parse','--short','HEAD']
-    try: return subprocess.run(command, cwd=repo_root(), capture_output=True, text=True, check=True).stdout.strip()
+    try: return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError): return 'unknown'
 
 def environment()->dict: # Names and versions, no paths

@@ -25,7 +25,7 @@ from fspn_nb.evaluate import evaluate,load_model
 from fspn_nb.experiments.grid import run_one
 from fspn_nb.file_hashes import frame_hashes,group_hashes
 from fspn_nb.synthetic.release import MARKER
-from fspn_nb.train import fit,launch,resume
+from fspn_nb.train import environment,fit,launch,resume
 from fspn_nb.training.prepare import feature_extractor,prepare,read_inputs
 
 SMALL = dict(synthetic__n_train=6, synthetic__n_test=4)
@@ -465,3 +465,23 @@ def test_what_a_run_says_of_a_synthetic_data_root(made, tmp_path):
 
 def test_real_dives_are_real(shared):
     assert load_samples(finediving('smoke', data_root=str(shared('data', 'finediving')), allow_missing=True)).source == 'real'
+
+
+def test_commit_is_that_of_the_code_that_runs(tmp_path, monkeypatch):
+    here = environment()['commit']
+    git = ['git', '-c', 'user.name=a', '-c', 'user.email=a@example.org']
+    for command in (['init', '-q'], ['commit', '-q', '--allow-empty', '-m', 'work of the user']): subprocess.run(git+command, cwd=tmp_path, check=True)
+    other = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+    monkeypatch.chdir(tmp_path)
+    assert environment()['commit'] == here != other
+
+
+def test_a_cache_that_cannot_be_written_is_no_damaged_frame(made, tmp_path, monkeypatch):
+    (tmp_path/'file').write_bytes(b'')
+    monkeypatch.setenv('FSPN_CACHE', str(tmp_path/'file'))
+    with pytest.raises(PermissionError, match='need a cache folder that can be written, got .*file .*FSPN_CACHE'): frame_hashes(made.samples)
+    (tmp_path/'cache').mkdir()
+    (tmp_path/'cache'/'checksums').write_bytes(b'')
+    monkeypatch.setenv('FSPN_CACHE', str(tmp_path/'cache'))
+    with pytest.raises(OSError) as error: frame_hashes(made.samples)
+    assert 'dive' not in str(error.value) and 'checksums' in str(error.value)
