@@ -46,7 +46,8 @@ def _reason(error):
     "Why a file could not be opened, and what helps"
     asked = re.search(r'GLOBAL (\S+) was not', str(error))
     if not asked: # what PyTorch advises before the cause is of no use for a damaged file
-        return f'{type(error).__name__}: {str(error).split("WeightsUnpickler error: ")[-1][:300].strip()}); get it anew'
+        cause = str(error).split('WeightsUnpickler error: ')[-1].strip() or 'an empty file'
+        return f'{type(error).__name__}: {cause.splitlines()[0][:300]}); get it anew'
     return (f'it asks for {asked[1]}, and only tensors, numbers and plain containers are read); where the model was made, '
             'save its tensors alone: torch.save(model.state_dict(), path)')
 
