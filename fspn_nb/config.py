@@ -161,7 +161,7 @@ def validate(
     for name,value in flat.items(): # no number of a run is negative
         low,high = int(name in _COUNTS),1 if name in ('train.val_fraction','model.dropout') else float('inf')
         if isinstance(value, (int, float)) and not low <= value < high:
-            raise ValueError(f'{name} must be at least {low} and below {high}, got {value}')
+            raise ValueError(f'{name} must be at least {low}{" and below 1" if high == 1 else ""}, got {value}')
     _check_pairs(cfg)
     return cfg
 
