@@ -457,3 +457,11 @@ def test_a_real_dive(runs, shared, tmp_path):
     result = score_clip(clip, run, 'cpu')
     assert '75 are repeats' in result.notes[0] and result.heat['heat']['scene'].shape == (96, 256, 456)
     assert torch.isfinite(result.heat['heat']['actor']).all()
+
+
+def test_names_in_any_script_have_pages_of_their_own(tmp_path):
+    names = ('прыжок', 'полёт 2', '跳水')
+    for name in names:
+        (tmp_path/name).mkdir()
+        for k in range(16): Image.new('RGB', (64, 64), (10*k, 0, 0)).save(tmp_path/name/f'{k}.png')
+    assert [read_clip(tmp_path/name).name for name in names] == ['прыжок', 'полёт_2', '跳水']

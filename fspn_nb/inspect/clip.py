@@ -113,7 +113,7 @@ def read_clip(
     still = path.is_dir() or path.suffix.lower() == '.gif'
     name = path.resolve().name if path.is_dir() else path.stem
     frames,about = (_stack(_pictures(path), path.name),()) if still else _film_frames(path)
-    return Clip(re.sub(r'[^A-Za-z0-9_-]+', '_', name).strip('_') or 'clip', frames, str(action).strip(), float(difficulty) or None, about=about)
+    return Clip(re.sub(r'[^\w-]+', '_', name).strip('_') or 'clip', frames, str(action).strip(), float(difficulty) or None, about=about)
 
 # %% ../../nbs/inspect/06_clip.ipynb #0217efb6
 SEED = 987_654_321 # Of the clip that is made up
