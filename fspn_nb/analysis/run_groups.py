@@ -117,7 +117,7 @@ _GROUP = ['family','data','mode','weights','group_inputs']
 def _with_inputs(runs):
     "`runs` with `group_inputs`, what runs of one group must share of their inputs: all of it, on AQA-7 whether they are recorded"
     recorded = (runs.inputs != '').astype(str)
-    return runs.assign(group_inputs=recorded.where(runs.dataset == 'aqa7', runs.inputs+' '+runs.test_set))
+    return runs.assign(group_inputs=recorded.where(runs.dataset == 'aqa7', runs.inputs.astype(str)+' '+runs.test_set.astype(str)))
 
 # %% ../../nbs/analysis/08_run_groups.ipynb #d13d86ef
 def _one_of_each(group):
