@@ -22,7 +22,7 @@ from fspn_nb.experiments.variants import config_of,grid_base
 from fspn_nb.metrics import score_baselines,summarise
 from fspn_nb.protocols import SPORTS
 from fspn_nb.report import figures,tables
-from fspn_nb.report.build import intro
+from fspn_nb.report.build import build_report,intro
 from fspn_nb.report.fake_runs import fake_run
 from fspn_nb.report.figures import plot_cs,plot_parse,plot_scatter,plot_table,save_figure
 from fspn_nb.report.figure_sections import draw_section,votes_section
@@ -461,3 +461,13 @@ def test_nothing_public_is_left_out_of_all():
     assert {'collect', 'read_run', 'average_seeds'} <= set(runs.__all__)
     assert {'ours_vs_paper', 'to_md', 'save_table'} <= set(tables.__all__)
     assert {'plot_scatter', 'plot_cs', 'plot_parse', 'save_figure'} <= set(figures.__all__)
+
+
+def test_a_folder_with_broken_runs_alone_gives_a_page_that_names_them(tmp_path):
+    fake_run(tmp_path, config_of(grid_base('smoke'), 'fspn', 0), 5.)
+    run = next(tmp_path.glob('finediving/*/metrics.json')).parent
+    edited = json.loads((run/'metrics.json').read_text()) | dict(spearman=.99)
+    (run/'metrics.json').write_text(json.dumps(edited))
+    build_report(tmp_path, seeds=(0,), n=20, tests=20, sizes=False)
+    page = (tmp_path/'README.md').read_text(encoding='utf-8')
+    assert run.name in page and 'metrics.json has spearman 0.99' in page

@@ -438,6 +438,7 @@ def test_notebook_parameters():
 
 def test_what_the_notebook_asks_for(tmp_path, runs, monkeypatch):
     monkeypatch.delenv('IN_TEST', raising=False)
+    monkeypatch.setattr('fspn_nb.inspect.clip_run.repo_root', lambda: tmp_path) # runs of the checkout would be taken first
     run, data = runs()
     cell = dict(clip='', run='', action='', difficulty=0., actor='auto', actor_file='', device='cpu', out=str(run.parents[1]))
     clip, found, reports = parse_parameters(cell)
