@@ -146,7 +146,7 @@ def collect(
     if not root.is_dir(): raise FileNotFoundError(f'need the folder that runs write to, got {root}, which is none')
     folders = sorted(path for path in root.glob('*/*') if _may_be_run(path))
     df = pd.DataFrame([_row_of(folder) for folder in folders], columns=list(_COLUMNS))
-    df[['inputs','test_set']] = df[['inputs','test_set']].fillna('').astype(str) # text, also where all runs are broken
+    df[['inputs','test_set']] = df[['inputs','test_set']].astype(object).fillna('').astype(str) # text, also where all runs are broken
     broken = df[df.problem != '']
     if strict and len(broken): raise ValueError(f'{len(broken)} broken runs: '+'; '.join(broken.run+' ('+broken.problem+')'))
     return df
