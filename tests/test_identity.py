@@ -485,3 +485,15 @@ def test_a_cache_that_cannot_be_written_is_no_damaged_frame(made, tmp_path, monk
     monkeypatch.setenv('FSPN_CACHE', str(tmp_path/'cache'))
     with pytest.raises(OSError) as error: frame_hashes(made.samples)
     assert 'dive' not in str(error.value) and 'checksums' in str(error.value)
+
+
+def test_a_run_notebook_refuses_before_features_are_computed(tmp_path, monkeypatch):
+    from fspn_nb.experiments import session
+    parameters = dict(data_root='', preset='smoke', methods='i3d_mlp', protocol='w_dn', per_difficulty=False, seeds='0', backbone='frozen', weights='',
+                      device='cpu', processes=1, epochs=0, allow_missing=False, actor='auto', actor_file='', changes='', out=str(tmp_path))
+    context = session.start('finediving', parameters)
+    cfg = context.runs[0]
+    other = read_inputs(override(cfg, synthetic__seed=1)).record
+    write_json(tmp_path/'finediving'/run_id(cfg)/'provenance.json', dict(inputs=other))
+    monkeypatch.setattr(session, 'prepare', lambda *_, **__: pytest.fail('features were asked for'))
+    with pytest.raises(ValueError, match='pass another `out`'): session.read_data(context)

@@ -30,7 +30,7 @@ from ..protocols import PROTOCOLS,ProtocolVariant
 from ..train import fit,launch,run_folder
 from ..zoo import method_code
 from ..models.backbone import load_backbone
-from ..training.prepare import RunData,pick_backbone,pick_device,prepare
+from ..training.prepare import RunData,check_folders,pick_backbone,pick_device,prepare
 
 # %% ../../nbs/experiments/03_session.ipynb #dff64f83
 RUN_PARAMETERS = dict(data_root=str, preset=str, methods=list, seeds=list, backbone=str, weights=str, device=str, processes=int,
@@ -121,8 +121,7 @@ def start(
     mode = pick_backbone(p['backbone'], pick_device(p['device']), preset)
     if p['processes'] < 1: raise ValueError(f"processes: need 1 or more, got {p['processes']}")
     if p['processes'] != 1 and mode == 'frozen':
-        raise ValueError(f"processes={p['processes']} needs backbone='finetune': a head on kept features trains in "
-                         f"one; leave it at 1")
+        raise ValueError(f"processes={p['processes']} needs backbone='finetune': a head on kept features trains in one; leave it at 1")
     base = make_config(dataset, preset, **_given_fields(p, mode)|changes)
     runs = plan_runs(base, p['methods'], p.get('protocol', p.get('classes')), p['seeds'],
                      p.get('per_difficulty', False), p['epochs'])
@@ -153,6 +152,7 @@ def read_data(
 )->dict[str,RunData]: # Under the action class ('' where there is one set of samples)
     "Read, check and, in frozen mode, encode what the runs of `session` need"
     datas,printed = {},[]
+    check_folders(session.runs, session.reports) # early: features may take hours
     for cfg in session.runs:
         action,noun = session.variant(cfg).action,session.dataset_protocol.noun
         if action in datas: continue
