@@ -175,7 +175,7 @@ def plot_table(
     ax.set_yticks(df.index, df.label.str.removeprefix('no video: ')+' ('+df.block+')', fontsize='small')
     for i in np.flatnonzero(df.protocol.ne(df.protocol.shift()))[1:]: ax.axhline(i-.5, color='.85', lw=1)
     ax.set_xlabel(f'{name}, 95 % interval')
-    fig.legend(loc='outside upper right', ncols=3, frameon=False, fontsize='small')
+    fig.legend(loc='outside lower center', ncols=3, frameon=False, fontsize='small')
     kinds = ' and '.join(sorted(set(df.data.dropna())))
     words = f"{kinds} data, {table.attrs['samples']}" if kinds else 'no finished run'
     fig.suptitle(f"Table {table.attrs['name']}, {words}", fontsize='medium', x=.02, ha='left')
