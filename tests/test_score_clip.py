@@ -133,7 +133,7 @@ def test_gif_and_video_show_the_same(tmp_path):
     for item in (a, b): assert np.abs(item.frames.astype(int)-frames).mean() < 8
 
 
-@pytest.mark.parametrize('name, safe', [('<script>alert(1)', 'script_alert_1'), ('a b..c', 'a_b_c'), ('...', 'clip'), ('日本', 'clip')])
+@pytest.mark.parametrize('name, safe', [('<script>alert(1)', 'script_alert_1'), ('a b..c', 'a_b_c'), ('...', 'clip'), ('日本', '日本')])
 def test_names_are_safe_as_folders(tmp_path, name, safe):
     assert read_clip(gif(tmp_path/'x.gif', film(16)).rename(tmp_path/f'{name}.gif')).name == safe
 
