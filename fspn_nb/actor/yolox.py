@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from . import best_path
 from .best_path import nms
-from ..core import file_hash
+from ..file_hashes import file_hash
 
 # %% ../../nbs/actor/03_yolox.ipynb #42b77829
 def _key(name, *parts, code=()):

@@ -22,7 +22,8 @@ import pandas as pd
 from ..actor import best_path,crop,detectors,motion_boxes,track,yolox
 from . import sources
 from ..config import ActorCfg
-from ..core import file_hash,write_atomic
+from ..core import write_atomic
+from ..file_hashes import file_hash
 from ..data import clips
 from ..data.records import Release,Sample
 

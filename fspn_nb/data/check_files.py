@@ -12,7 +12,8 @@ import re
 from PIL import Image
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from ..core import file_hash,progress
+from ..core import progress
+from ..file_hashes import file_hash
 from .clips import decode_picture,open_picture
 from .records import Sample,describe_folder
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..config import RunCfg
-from ..core import file_hash
+from ..file_hashes import file_hash
 from .i3d import I3D,encode_clips,fuse_conv_bn,load_kinetics
 from .weights import kinetics_weights
 

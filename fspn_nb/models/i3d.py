@@ -15,7 +15,7 @@ from torch import Tensor,nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..core import file_hash
+from ..file_hashes import file_hash
 from .weights import LAYOUTS,backbone_part,kinetics_weights,match_weights,read_weights
 
 # %% ../../nbs/models/02_i3d.ipynb #64faaa12
