@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LockOwner', 'this_process', 'lock_owner', 'LockHeld', 'hold_lock', 'stop_in_bare_script', 'run_lock', 'worker_pool',
-           'peak_memory', 'tune_malloc']
+           'peak_memory', 'explain_memory', 'short_errors', 'tune_malloc']
 
 # %% ../nbs/base/12_processes.ipynb #b255e70f
 import ctypes,json,multiprocessing,os,platform,shlex,sys,time
@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock,SoftFileLock,Timeout
 
-from .core import escape,write_json
+from .core import escape,explain_write,write_json
 
 # %% ../nbs/base/12_processes.ipynb #a23a5c5f
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class LockOwner:
     def __str__(self):
         "For a message"
         seconds = (datetime.now().astimezone()-datetime.fromisoformat(self.since)).total_seconds()
-        age = f'{seconds:.0f} s' if seconds < 120 else f'{seconds/60:.0f} min' if seconds < 7200 else f'{seconds/3600:.1f} h'
-        return f'process {self.pid} on {self.host}, since {self.since} ({age} ago): {self.command}'
+        age = f'{max(seconds, 0):.0f} s ago' if seconds < 120 else f'{seconds/60:.0f} min ago' if seconds < 7200 else f'{seconds/3600:.1f} h ago'
+        if seconds < -60: age = 'the clock was set back meanwhile'
+        return f'process {self.pid} on {self.host}, since {self.since} ({age}): {self.command}'
 
 # %% ../nbs/base/12_processes.ipynb #7d0579f8
 def this_process()->LockOwner: # Since now
@@ -82,11 +83,12 @@ def hold_lock(
 ):
     "Hold `lock` inside the `with` block; a `LockHeld` names the process that has it"
     stop_in_bare_script()
-    Path(lock).parent.mkdir(parents=True, exist_ok=True)
+    with explain_write(lock): Path(lock).parent.mkdir(parents=True, exist_ok=True)
     lock = Path(lock).parent.resolve()/Path(lock).name
     system_lock = FileLock(lock, is_singleton=True)
     nested = system_lock.is_locked # by this thread
-    try: system_lock.acquire(timeout=0)
+    try:
+        with explain_write(lock): system_lock.acquire(timeout=0)
     except Timeout:
         message = _message(lock, purpose, advice)
         if not wait: raise LockHeld(message) from None
@@ -113,19 +115,35 @@ def run_lock(
     return hold_lock(run.with_name(f'.{run.name}.lock'), f'run {run.name}', 'wait until it has ended, or pass another `out`')
 
 # %% ../nbs/base/12_processes.ipynb #0e476d4f
+def _end_workers(processes):
+    "End worker processes: by SIGTERM, on which a training saves itself, and after ten seconds at once"
+    for process in processes: process.terminate()
+    for process in processes:
+        process.join(10)
+        process.kill()
+
+_DIED = ('need an answer of each worker process, got none of one that died: the system ended it for want of memory, or someone killed it; '
+         'close other programs or take fewer workers, and start the same command again')
+
 @contextmanager
 def worker_pool(
     workers:int, # Processes
 ):
-    "A `ProcessPoolExecutor` of `workers` fresh processes; a `RuntimeError` where the script is not made for them"
+    "A `ProcessPoolExecutor` of `workers` fresh processes; a `RuntimeError` where the script is not made for them, a `BrokenProcessPool` where one dies"
     stop_in_bare_script()
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context('spawn')) as pool:
         try: [future.result() for future in [pool.submit(int) for _ in range(workers)]]
         except BrokenProcessPool:
             script = escape(getattr(sys.modules['__main__'], '__file__', 'the main program'))
             raise RuntimeError(f"need a script whose calls stand under `if __name__ == '__main__':`, as {workers} worker processes import it, "
                                f"got {script}, in which they could not start; put the calls there") from None
-        yield pool
+        try: yield pool
+        except BrokenProcessPool as e: raise BrokenProcessPool(_DIED) from e
+        except BaseException as e: # what waits in the queue is not begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            if not isinstance(e, Exception): _end_workers(set(multiprocessing.active_children())-others) # Ctrl-C
+            raise
 
 # %% ../nbs/base/12_processes.ipynb #b01c341e
 def peak_memory()->int: # Bytes
@@ -136,6 +154,44 @@ def peak_memory()->int: # Bytes
         return getattr(info, 'peak_wset', info.rss) # peak working set: Windows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else 1024*peak
+
+# %% ../nbs/base/12_processes.ipynb #d15c0004
+_NO_MEMORY = ("can't allocate memory", 'bad_alloc', 'out of memory', 'annot allocate memory', "can't start new thread", 'os error 12')
+
+def _memory_limit():
+    "What this process may have, as words"
+    free = f'{psutil.virtual_memory().available/1e9:.1f} GB free'
+    try: import resource # not on Windows
+    except ImportError: return free
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return free if limit == resource.RLIM_INFINITY else f'{free} and a limit of {limit/1e9:.1f} GB for the process (ulimit -v)'
+
+@contextmanager
+def explain_memory(
+    purpose:str, # What memory is needed for
+):
+    "Inside the `with` block, or in the function that it decorates, want of memory is a `MemoryError` that says what to do"
+    try: yield
+    except (MemoryError, RuntimeError, OSError) as e:
+        short = isinstance(e, MemoryError) or any(words in str(e) for words in _NO_MEMORY)
+        if not short or str(e).startswith('need '): raise
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+        raise MemoryError(f'need more memory for {purpose}, got {_memory_limit()} ({reason}); close other programs, raise the limit, '
+                          'or take fewer workers, smaller batches or smaller frames, and start the same command again') from e
+
+# %% ../nbs/base/12_processes.ipynb #d15c0007
+@contextmanager
+def short_errors(
+    command:str, # Its name, which begins the line
+):
+    "Inside the `with` block, or in the function that it decorates, errors from outside the program are one line and a status"
+    try: yield
+    except (LockHeld, BrokenProcessPool, OSError, MemoryError) as e:
+        need = getattr(e, 'strerror', None) or ''
+        raise SystemExit(f'{command}: {need if need.startswith("need ") else escape(e)}') from None
+    except KeyboardInterrupt:
+        print(f'{command}: stopped by Ctrl-C; what is finished is kept, the same command goes on from there', file=sys.stderr)
+        raise SystemExit(130) from None
 
 # %% ../nbs/base/12_processes.ipynb #beffc455
 def tune_malloc()->bool: # Whether the C library accepted: glibc does
