@@ -16,7 +16,7 @@ from torch import Tensor,nn
 from .config import ModelCfg
 from .core import Batch
 from .methods import METHODS,EXTRA_FIELDS,Method
-from .own_code import code_hash
+from .file_hashes import code_hash
 from .models.fspn import build_fspn
 from .models.i3d import I3D
 from .peers.baselines import I3DAvg,I3DClipMLP,I3DLSTM,I3DSVR
