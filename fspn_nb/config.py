@@ -8,11 +8,12 @@ __all__ = ['CHOICES', 'PRESETS', 'ClipCfg', 'ActorCfg', 'SyntheticCfg', 'ModelCf
 
 # %% ../nbs/base/05_config.ipynb #c2fc2466
 import hashlib,json,os
-from dataclasses import asdict,dataclass,field,fields,replace
+from dataclasses import dataclass,field,fields,replace
 from pathlib import Path
-from .core import flatten,from_dict,write_json
+from .core import flatten,write_atomic
 from .methods import METHODS
 from .protocols import PROTOCOLS,protocol_variant
+from .stored_files import read_settings,write_settings
 
 # %% ../nbs/base/05_config.ipynb #2af256b8
 @dataclass(frozen=True)
@@ -237,14 +238,13 @@ def run_id(
 def save_cfg(
     cfg:RunCfg, # A run
     path:Path, # The JSON file to write
+    write=write_atomic, # As in `write_json`
 )->Path: # `path`
-    "Write `cfg` as JSON"
-    return write_json(path, asdict(cfg))
+    "Write `cfg` and the version of this library as JSON"
+    return write_settings(cfg, path, write)
 
 def load_cfg(
     path:Path, # A file of `save_cfg`
 )->RunCfg: # Checked
     "The run that the JSON file `path` describes"
-    try: values = json.loads(Path(path).read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f'{path}: need the JSON of a run, got something else ({e})') from e
-    return validate(from_dict(RunCfg, values, path))
+    return read_settings(RunCfg, path, validate)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fspn_nb import config,paper
-from fspn_nb.ledger import ledger
+from fspn_nb.analysis.ledger import ledger
 from fspn_nb.paper import paper_figure_points,paper_table,read_rows
 
 ALL = ('I', 'II', 'III', 'IV', 'V', 'VI', 'VII', 'VIII', 'IX', 'X', 'XI')
