@@ -6,13 +6,13 @@
 __all__ = ['MARKER', 'plan_release', 'release_key', 'write_truth', 'synth_release']
 
 # %% ../../nbs/synthetic/15_release.ipynb #f6f4b80d
-import ast,glob,hashlib,inspect,json,os,shutil
+import ast,glob,hashlib,inspect,io,json,os,shutil
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from ..core import data_cache,progress,write_atomic,write_json
+from ..core import check_space,data_cache,explain_write,progress,write_atomic,write_json
 from ..data import grammar
-from ..processes import hold_lock,worker_pool
+from ..processes import explain_memory,hold_lock,worker_pool
 from ..protocols import PROTOCOLS
 from . import (big_air_motion,catalogue,dive_motion,dive_render,dive_scenery,formats,hill_scenery,
     judging,pair_motion,skeleton,sport_plans,sport_render,sport_scenery,vault_motion)
@@ -100,7 +100,8 @@ def write_truth(
     faults = pd.DataFrame([_faults(uid, video) for uid,(video,_) in made.items()])
     write_atomic(folder/'boxes.csv', boxes.to_csv(index=False, float_format='%.2f', lineterminator='\n'))
     write_atomic(folder/'faults.csv', faults.to_csv(index=False, lineterminator='\n'))
-    np.savez_compressed(folder/'joints.npz', **{uid:video.joints_px[ids] for uid,(video,ids) in made.items()})
+    np.savez_compressed(joints := io.BytesIO(), **{uid:video.joints_px[ids] for uid,(video,ids) in made.items()})
+    write_atomic(folder/'joints.npz', joints.getbuffer())
     return folder
 
 # %% ../../nbs/synthetic/15_release.ipynb #c472240a
@@ -123,8 +124,11 @@ def _finished(root, key):
 # %% ../../nbs/synthetic/15_release.ipynb #d8bdbf9b
 def _build(part, dataset, jobs, key, size, workers):
     "Draws everything that belongs to a release into the folder `part`"
-    fmt = FORMATS[dataset]
-    _draw_all([(dataset, part, job, size) for job in jobs], _workers(len(jobs), workers))
+    fmt,(first,*others) = FORMATS[dataset],[(dataset, part, job, size) for job in jobs]
+    _draw(first)
+    written = sum(file.stat().st_size for file in part.rglob('*') if file.is_file())
+    check_space(part, .5*written*len(others))
+    if others: _draw_all(others, _workers(len(jobs), workers))
     videos = [fmt.make(job, size, False) for job in jobs]
     fmt.annotate(part, jobs, videos)
     write_truth(part, {fmt.uid(job):(video, fmt.shown(job, video)) for job,video in zip(jobs, videos)})
@@ -140,11 +144,13 @@ def _draw_into(root, dataset, jobs, key, size, workers):
         for old in root.parent.glob(f'.{glob.escape(root.name)}.*.part'): shutil.rmtree(old, ignore_errors=True) # left by a kill
         try:
             _build(part, dataset, jobs, key, size, workers)
-            if not _finished(root, key): part.rename(root)
+            with explain_write(root):
+                if not _finished(root, key): part.rename(root)
         finally: shutil.rmtree(part, ignore_errors=True)
     return True
 
 # %% ../../nbs/synthetic/15_release.ipynb #403cb0ef
+@explain_memory('drawing a synthetic release')
 def synth_release(
     root=None, # Folder of the release; None: a folder of the data cache that is named after the content
     dataset:str='finediving', # Format to write: 'finediving' | 'mtl_aqa' | 'aqa7'
