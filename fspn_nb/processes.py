@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['LockOwner', 'this_process', 'lock_owner', 'LockHeld', 'hold_lock', 'stop_in_bare_script', 'run_lock', 'worker_pool',
-           'peak_memory', 'explain_memory', 'short_errors', 'tune_malloc']
+           'as_finished', 'peak_memory', 'explain_memory', 'short_errors', 'tune_malloc']
 
 # %% ../nbs/base/12_processes.ipynb #b255e70f
 import ctypes,json,multiprocessing,os,platform,shlex,sys,time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor,ProcessPoolExecutor,ThreadPoolExecutor,as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict,dataclass
 from datetime import datetime
 from pathlib import Path
+from queue import SimpleQueue
 
 import psutil
 from filelock import FileLock,SoftFileLock,Timeout
@@ -114,6 +115,43 @@ def run_lock(
     run = Path(run)
     return hold_lock(run.with_name(f'.{run.name}.lock'), f'run {run.name}', 'wait until it has ended, or pass another `out`')
 
+# %% ../nbs/base/12_processes.ipynb #0e476d40
+_DIED = ('need an answer of each worker process, got none of one that died: the system ended it for want of memory, or someone killed it; '
+         'close other programs or take fewer workers, and start the same command again')
+
+# Runs in each worker: ends it with the main program, as nobody would read what it computes. Text, so that a worker needs no import of PyTorch for it
+_END_WITH_PARENT = """
+import multiprocessing,os,threading
+def watch():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+threading.Thread(target=watch, daemon=True).start()
+"""
+
+class _Workers(Executor):
+    "Fresh processes with one job each at a time: where one dies its job fails, and another one takes its place"
+    def __init__(self, number):
+        self._threads,self._free,self._pools = ThreadPoolExecutor(number),SimpleQueue(),[]
+        for _ in range(number): self._free.put(self._fresh())
+
+    def _fresh(self):
+        self._pools.append(ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), exec, (_END_WITH_PARENT, {})))
+        return self._pools[-1]
+
+    def _run(self, function, args, options):
+        pool = self._free.get()
+        try: return pool.submit(function, *args, **options).result()
+        except BrokenProcessPool as e:
+            pool = self._fresh()
+            raise BrokenProcessPool(_DIED) from e
+        finally: self._free.put(pool)
+
+    def submit(self, function, /, *args, **options): return self._threads.submit(self._run, function, args, options)
+
+    def shutdown(self, wait=True, *, cancel_futures=False):
+        self._threads.shutdown(wait, cancel_futures=cancel_futures)
+        for pool in self._pools: pool.shutdown(wait)
+
 # %% ../nbs/base/12_processes.ipynb #0e476d4f
 def _end_workers(processes):
     "End worker processes: by SIGTERM, on which a training saves itself, and after ten seconds at once"
@@ -122,28 +160,36 @@ def _end_workers(processes):
         process.join(10)
         process.kill()
 
-_DIED = ('need an answer of each worker process, got none of one that died: the system ended it for want of memory, or someone killed it; '
-         'close other programs or take fewer workers, and start the same command again')
-
 @contextmanager
 def worker_pool(
     workers:int, # Processes
 ):
-    "A `ProcessPoolExecutor` of `workers` fresh processes; a `RuntimeError` where the script is not made for them, a `BrokenProcessPool` where one dies"
+    "An executor of `workers` fresh processes; a `RuntimeError` where the script is not made for them, a `BrokenProcessPool` from a job whose worker died"
     stop_in_bare_script()
     others = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context('spawn')) as pool:
+    with _Workers(workers) as pool:
         try: [future.result() for future in [pool.submit(int) for _ in range(workers)]]
         except BrokenProcessPool:
             script = escape(getattr(sys.modules['__main__'], '__file__', 'the main program'))
             raise RuntimeError(f"need a script whose calls stand under `if __name__ == '__main__':`, as {workers} worker processes import it, "
                                f"got {script}, in which they could not start; put the calls there") from None
         try: yield pool
-        except BrokenProcessPool as e: raise BrokenProcessPool(_DIED) from e
         except BaseException as e: # what waits in the queue is not begun
             pool.shutdown(wait=False, cancel_futures=True)
             if not isinstance(e, Exception): _end_workers(set(multiprocessing.active_children())-others) # Ctrl-C
             raise
+
+# %% ../nbs/base/12_processes.ipynb #0e476d41
+def as_finished(
+    pool, # From `worker_pool`
+    function, # Of a module, so that another process can import it
+    jobs, # Sequence of its arguments, a tuple each
+): # Iterator
+    "(position, answer) of each of `jobs` as it is finished; of one that failed the exception in place of the answer"
+    waiting = {pool.submit(function, *job): i for i,job in enumerate(jobs)}
+    for future in as_completed(waiting):
+        if (error := future.exception()) and not isinstance(error, Exception): raise error # Ctrl-C
+        yield waiting[future], error or future.result()
 
 # %% ../nbs/base/12_processes.ipynb #b01c341e
 def peak_memory()->int: # Bytes
