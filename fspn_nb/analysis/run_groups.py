@@ -9,6 +9,7 @@ __all__ = ['RANKING', 'families', 'count_samples', 'samples_words', 'describe_gr
 # %% ../../nbs/analysis/08_run_groups.ipynb #53233582
 import hashlib,json
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 import pandas as pd
 from ..config import make_config,method_epochs
@@ -24,18 +25,21 @@ def _family(cfg):
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:8]
 
 # %% ../../nbs/analysis/08_run_groups.ipynb #3b5b15fe
-def _preset_of(cfg):
-    "The configuration that the preset of `cfg` gives its method, as JSON holds it; {} where there is none"
-    try: preset = method_epochs(make_config(cfg['dataset'], cfg['preset'], model__name=cfg.get('model', {})['name']))
+@lru_cache
+def _preset_of(dataset, preset, method):
+    "The configuration that a preset gives a method, as JSON holds it; {} where there is none"
+    try: cfg = method_epochs(make_config(dataset, preset, model__name=method))
     except (KeyError, ValueError): return {}
-    return json.loads(json.dumps(asdict(preset)))
+    return json.loads(json.dumps(asdict(cfg)))
 
 # %% ../../nbs/analysis/08_run_groups.ipynb #fd880c5d
-def _family_facts(folder):
-    "The family of the run in `folder`, whether it is plain, whether it has the preset's epochs, and which share of them"
-    cfg = json.loads((Path(folder)/'config.json').read_text(encoding='utf-8'))
-    preset,epochs = _preset_of(cfg),cfg.get('train', {}).get('epochs')
-    plain = bool(preset) and all(preset['model'].get(k, v) == v for k,v in cfg.get('model', {}).items() if k != 'adapter')
+@lru_cache(maxsize=8192) # a report asks twice
+def _family_facts(text):
+    "Of the content of a run's `config.json`: its family, whether it is plain, whether it has the preset's epochs, and which share of them"
+    cfg = json.loads(text)
+    model,epochs = cfg.get('model', {}),cfg.get('train', {}).get('epochs')
+    preset = _preset_of(cfg.get('dataset'), cfg.get('preset'), model.get('name'))
+    plain = bool(preset) and all(preset['model'].get(k, v) == v for k,v in model.items() if k != 'adapter')
     trained = epochs/preset['train']['epochs'] if preset and epochs else float('nan')
     return dict(family=_family(cfg), plain=plain, usual_epochs=trained == 1, trained=trained)
 
@@ -46,7 +50,7 @@ def families(
 )->pd.DataFrame: # The valid runs, with columns family, plain, usual_epochs, trained (share of the preset's epochs)
     "Which runs differ in method, protocol, seed and epochs only"
     valid = runs[runs.problem == ''].reset_index(drop=True)
-    facts = [_family_facts(Path(root)/run) for run in valid.run]
+    facts = [_family_facts((Path(root)/run/'config.json').read_text(encoding='utf-8')) for run in valid.run]
     return valid.join(pd.DataFrame(facts, columns=['family','plain','usual_epochs','trained'], index=valid.index))
 
 # %% ../../nbs/analysis/08_run_groups.ipynb #f965a05b

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['SAME_RUN', 'SCORE_PAIRS', 'read_predictions', 'used_and_annotated', 'read_run', 'collect', 'average_seeds',
-           'mean_rho', 'average_ci', 'add_averages']
+           'mean_rho']
 
 # %% ../../nbs/analysis/01_runs.ipynb #34cc9057
 import hashlib
+import io
 import json
 import numpy as np
 import pandas as pd
-import warnings
+from functools import lru_cache
 from pathlib import Path
-from scipy import stats
+from ..escaping import one_line,unquote_formulas
 from ..metrics import fisher_mean,on_rows,relative_l2,spearman
 from ..protocols import PROTOCOLS,SPORTS
 
@@ -21,20 +22,24 @@ from ..protocols import PROTOCOLS,SPORTS
 _PREDICTION_COLUMNS = ('uid','true','pred','difficulty','action','split','seed')
 
 # %% ../../nbs/analysis/01_runs.ipynb #6da43d5b
-def _read_csv(path):
-    "Predictions in `path` with text as text, or a `ValueError`"
+def _content(folder):
+    "The bytes of the `predictions.csv` in `folder`"
+    path = Path(folder)/'predictions.csv'
     if not path.is_file(): raise ValueError('predictions.csv is missing')
-    try: return pd.read_csv(path, dtype=dict(uid=str, action=str, split=str))
+    return path.read_bytes()
+
+def _read_csv(data):
+    "Predictions from the bytes of a CSV file, text as text, or a `ValueError`"
+    try: df = pd.read_csv(io.BytesIO(data), dtype=dict(uid=str, action=str, split=str))
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
         raise ValueError(f'predictions.csv cannot be read ({e})') from e
+    return unquote_formulas(df) if b"'" in data else df
 
-# %% ../../nbs/analysis/01_runs.ipynb #f0ba80c6
-def read_predictions(
-    folder:Path, # A run's folder
-    split:str='test', # 'test' | 'val'
-)->pd.DataFrame: # Columns uid, true, pred (judge points), difficulty, action, split, seed
-    "Rows of `split` in the run's `predictions.csv`, or a `ValueError` that says what is wrong"
-    df = _read_csv(Path(folder)/'predictions.csv')
+# %% ../../nbs/analysis/01_runs.ipynb #2b392a19
+@lru_cache(maxsize=2048)
+def _rows_of(data, split):
+    "Rows of `split` in the content of a `predictions.csv`, or a `ValueError` that says what is wrong"
+    df = _read_csv(data)
     missing = [name for name in _PREDICTION_COLUMNS if name not in df]
     if missing: raise ValueError(f"predictions.csv lacks the columns {', '.join(missing)}")
     df = df[df.split == split].reset_index(drop=True)
@@ -43,6 +48,14 @@ def read_predictions(
     if df.empty or not np.isfinite(scores).all(axis=None):
         raise ValueError(f'predictions.csv needs finite scores in {split}, got {len(df)} rows, some without')
     return df
+
+# %% ../../nbs/analysis/01_runs.ipynb #f0ba80c6
+def read_predictions(
+    folder:Path, # A run's folder
+    split:str='test', # 'test' | 'val'
+)->pd.DataFrame: # Columns uid, true, pred (judge points), difficulty, action, split, seed
+    "Rows of `split` in the run's `predictions.csv`, or a `ValueError` that says what is wrong"
+    return _rows_of(_content(folder), split).copy()
 
 # %% ../../nbs/analysis/01_runs.ipynb #85deaf9b
 _SCORES = ('spearman','spearman_lo','spearman_hi','relative_l2','relative_l2_lo','relative_l2_hi','n')
@@ -60,28 +73,46 @@ def _json(path):
     return value
 
 # %% ../../nbs/analysis/01_runs.ipynb #5ec7fa1e
-def _check_metrics(metrics, df):
-    "Raise a `ValueError` unless `metrics` follow from the predictions `df`"
-    if metrics['n'] != len(df): raise ValueError(f"metrics.json counts {metrics['n']} dives, predictions.csv has {len(df)}")
-    for name,metric,eps in (('spearman', spearman, 1e-3), ('relative_l2', relative_l2, 1e-5)):
-        value = float(on_rows(metric, df.pred, df.true)(np.arange(len(df)))) # NaN where it is undefined
-        if not np.isclose(value, metrics[name], rtol=1e-3, atol=eps, equal_nan=True):
-            raise ValueError(f'metrics.json has {name} {metrics[name]:.5f}, predictions.csv gives {value:.5f}; '
+def _short_hash(text): return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+@lru_cache(maxsize=8192)
+def _facts_of(data):
+    "What follows from the test rows of a `predictions.csv`: n, both metrics (NaN where undefined), a hash of names and true scores"
+    df = _rows_of(data, 'test')
+    scores = {metric.__name__: float(on_rows(metric, df.pred, df.true)(np.arange(len(df)))) for metric in (spearman, relative_l2)}
+    text = df[['uid','true']].sort_values('uid').to_csv(index=False, float_format='%.6g')
+    return dict(n=len(df), test_set=_short_hash(text))|scores
+
+def _check_metrics(metrics, facts):
+    "Raise a `ValueError` unless `metrics` follow from the predictions, whose `facts` are given"
+    if metrics['n'] != facts['n']: raise ValueError(f"metrics.json counts {metrics['n']} dives, predictions.csv has {facts['n']}")
+    for name,eps in (('spearman', 1e-3), ('relative_l2', 1e-5)):
+        if not np.isclose(facts[name], metrics[name], rtol=1e-3, atol=eps, equal_nan=True):
+            raise ValueError(f'metrics.json has {name} {metrics[name]:.5f}, predictions.csv gives {facts[name]:.5f}; '
                              f'evaluate the run again')
 
 # %% ../../nbs/analysis/01_runs.ipynb #6b9e38bc
 def _typed(metrics):
-    "`metrics` with all fields there and numbers as numbers, or a `ValueError`"
+    "`metrics` with all fields there, names as text and numbers as numbers, or a `ValueError`"
     missing = [name for name in (*_FACTS,*_SCORES) if name not in metrics]
     if missing: raise ValueError(f"metrics.json lacks {', '.join(missing)}")
+    other = [name for name in _FACTS if name != 'seed' and not isinstance(metrics[name], str)]
+    if other: raise ValueError(f"metrics.json holds something else than text in {', '.join(other)}")
     try:
         scores = {name: float('nan') if metrics[name] is None else float(metrics[name]) for name in _SCORES}
         return metrics|scores|{name: int(metrics[name]) for name in ('n','seed')}
-    except (TypeError, ValueError) as e: raise ValueError(f'metrics.json holds something else than numbers ({e})') from e
+    except (TypeError, ValueError, OverflowError) as e: raise ValueError(f'metrics.json holds something else than numbers ({e})') from e
+
+def _check_sections(cfg, provenance):
+    "Raise a `ValueError` unless what a report reads of both files has the type that it should have"
+    train,counts = cfg.get('train', {}),provenance.get('counts') or {}
+    number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not isinstance(train, dict) or not isinstance(cfg.get('model', {}), dict) or not number(train.get('epochs', 1)):
+        raise ValueError('config.json needs dictionaries in train and model, and a number of epochs')
+    if not isinstance(counts, dict) or not all(map(number, counts.values())) or not isinstance(provenance.get('excluded', []), list):
+        raise ValueError('provenance.json needs numbers of samples in counts, and a list in excluded')
 
 # %% ../../nbs/analysis/01_runs.ipynb #299c609b
-def _short_hash(text): return hashlib.sha256(text.encode()).hexdigest()[:8]
-
 def used_and_annotated(
     provenance:dict, # Of a run
     dataset:str, # 'finediving' | 'mtl_aqa' | 'aqa7'
@@ -98,13 +129,12 @@ def used_and_annotated(
     return used,max(annotated, sport.train+sport.test if sport else sum(PROTOCOLS[dataset].released))
 
 # %% ../../nbs/analysis/01_runs.ipynb #3909baf9
-def _input_facts(provenance, metrics, dataset, df):
-    "What went into a run whose test predictions are `df`, and why a metric of it is undefined"
+def _input_facts(provenance, metrics, dataset, test_set):
+    "What went into a run whose test videos have the hash `test_set`, and why a metric of it is undefined"
     inputs,reason = provenance.get('inputs') or '',metrics.get('reason') or ''
     used,annotated = used_and_annotated(provenance, dataset, metrics['protocol'], metrics['data'])
-    test_set = _short_hash(df[['uid','true']].sort_values('uid').to_csv(index=False, float_format='%.6g'))
-    return dict(inputs=inputs.get('total', '') if isinstance(inputs, dict) else inputs, test_set=test_set, used=used,
-                annotated=annotated, reason='; '.join(reason.values()) if isinstance(reason, dict) else reason)
+    return dict(inputs=str(inputs.get('total', '') if isinstance(inputs, dict) else inputs), test_set=test_set, used=used,
+                annotated=annotated, reason='; '.join(map(str, reason.values())) if isinstance(reason, dict) else str(reason))
 
 # %% ../../nbs/analysis/01_runs.ipynb #52a01867
 def read_run(
@@ -112,21 +142,23 @@ def read_run(
 )->dict: # Facts, scores and what went in; `target`: 'points' | 'per_dd' | 'percent', `config`: hash without seed and protocol
     "One run as a row, or a `ValueError` that says what is wrong with it"
     folder = Path(folder)
+    if folder.name.split() != [folder.name]: raise ValueError('need the name of a run without white space; rename the folder')
     cfg,metrics,provenance = (_json(folder/f'{name}.json') for name in ('config','metrics','provenance'))
-    metrics,df = _typed(metrics),read_predictions(folder)
-    _check_metrics(metrics, df)
+    _check_sections(cfg, provenance)
+    metrics,known = _typed(metrics),_facts_of(_content(folder))
+    _check_metrics(metrics, known)
     shared = json.dumps({k: v for k,v in cfg.items() if k not in ('seed','protocol')}, sort_keys=True)
     facts = {name if name != 'label' else 'target': metrics[name] for name in (*_FACTS,*_SCORES)}
     dataset = folder.parent.name
     return dict(run=f'{dataset}/{folder.name}', dataset=dataset, config=_short_hash(shared), **facts,
-                **_input_facts(provenance, metrics, dataset, df))
+                **_input_facts(provenance, metrics, dataset, known['test_set']))
 
 # %% ../../nbs/analysis/01_runs.ipynb #a34fbbf6
 def _row_of(folder):
     "The run in `folder` as a row; a broken one with its `problem`"
     try: return read_run(folder)|dict(problem='')
     except (ValueError, OSError) as e:
-        return dict(run=f'{folder.parent.name}/{folder.name}', dataset=folder.parent.name, problem=str(e))
+        return dict(run=f'{folder.parent.name}/{folder.name}', dataset=folder.parent.name, problem=one_line(e))
 
 # %% ../../nbs/analysis/01_runs.ipynb #c6eed1c4
 _NO_DATASET,_NO_RUN = ('tables','figures','clips','inputs'),('inputs','locks','claims')
@@ -187,50 +219,3 @@ def mean_rho(
 )->float: # NaN where one is missing or perfect
     "Fisher mean of `rhos` where it exists"
     return fisher_mean(rhos) if np.isfinite(rhos).all() and (np.abs(rhos) < 1).all() else float('nan')
-
-# %% ../../nbs/analysis/01_runs.ipynb #5ca9ca80
-def average_ci(
-    predictions, # One frame per class, columns pred and true
-    mean, # Function of a list of values, one per class
-    metric, # Function of (pred, true)
-    n:int=1000, # Resamples
-    seed:int=0, # Of the resampling
-)->tuple[float,float]: # (low, high), 95 %
-    "Percentile interval of an average over classes"
-    if min(map(len, predictions)) < 2: return float('nan'),float('nan')
-    def _value(*ids):
-        try: return mean([metric(df.pred.to_numpy()[i], df.true.to_numpy()[i]) for df,i in zip(predictions, ids)])
-        except ValueError: return float('nan') # a resample without a score range
-    rows,rng = [np.arange(len(df)) for df in predictions],np.random.default_rng(seed)
-    with warnings.catch_warnings(),np.errstate(all='ignore'):
-        warnings.simplefilter('ignore', stats.DegenerateDataWarning) # raised for any NaN among the draws; they are dropped below
-        result = stats.bootstrap(rows, _value, vectorized=False, n_resamples=n, method='percentile', random_state=rng)
-    drawn = result.bootstrap_distribution
-    drawn = drawn[np.isfinite(drawn)]
-    return tuple(float(bound) for bound in np.quantile(drawn, [.025,.975])) if 2*len(drawn) > n else (float('nan'),float('nan'))
-
-# %% ../../nbs/analysis/01_runs.ipynb #5c82f370
-def _average(g, root, n):
-    "The row `average` of runs `g`, one per class"
-    g = g.set_index('protocol').loc[list(SPORTS)]
-    predictions = [read_predictions(Path(root)/run) for run in g.run]
-    row = g.iloc[0].to_dict()|dict(protocol='average', run=', '.join(g.run), n=int(g.n.sum()))
-    for name,mean,metric in (('spearman', mean_rho, spearman), ('relative_l2', np.mean, relative_l2)):
-        lo,hi = average_ci(predictions, mean, metric, n, int(g.seed.iloc[0]))
-        row |= {name: float(mean(g[name].to_numpy(float))), f'{name}_lo': lo, f'{name}_hi': hi}
-    perfect = g.reason.where(g.spearman.abs() < 1, 'perfect order, whose Fisher z is infinite').where(g.reason == '', g.reason)
-    undefined = [f'{SPORTS[name].title}: {reason}' for name,reason in perfect.items() if reason]
-    return row|dict(inputs=' '.join(dict.fromkeys(g.inputs[g.inputs != ''])), test_set='', used=g.used.sum(),
-                    annotated=g.annotated.sum(), reason='; '.join(undefined))
-
-# %% ../../nbs/analysis/01_runs.ipynb #3327cb07
-def add_averages(
-    runs:pd.DataFrame, # From `collect`
-    root:Path, # Their folder
-    n:int=1000, # Resamples
-)->pd.DataFrame: # `runs` with one row more per method and seed that has all six classes
-    "Averages over AQA-7's classes as runs of a seventh class"
-    sound = runs[(runs.problem == '') & (runs.dataset == 'aqa7')]
-    keys = ['method','data','mode','weights','preset','checkpoint_selection','target','config','seed']
-    rows = [_average(g, root, n) for _,g in sound.groupby(keys) if sorted(g.protocol) == sorted(SPORTS)]
-    return pd.concat([runs, pd.DataFrame(rows, columns=runs.columns)], ignore_index=True) if rows else runs

@@ -15,7 +15,8 @@ import seaborn as sns
 import time
 import torch
 from ..analysis.run_groups import samples_words
-from ..analysis.runs import add_averages,collect,read_predictions,used_and_annotated
+from ..analysis.class_averages import add_averages
+from ..analysis.runs import collect,read_predictions,used_and_annotated
 from ..data.clips import frame_indices,load_frames
 from ..data.records import samples_frame
 from ..evaluate import load_model

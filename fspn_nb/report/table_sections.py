@@ -14,7 +14,7 @@ import torch
 from ..analysis.compare import SCORES,ablation_table,order_of,read_baselines
 from ..analysis.method_tables import method_cells,seed_intervals,with_sizes
 from ..analysis.complexity import complexity_table
-from ..analysis.runs import add_averages
+from ..analysis.class_averages import add_averages
 from ..analysis.significance import holm
 from ..methods import METHODS
 from ..protocols import PROTOCOLS
