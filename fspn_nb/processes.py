@@ -119,7 +119,7 @@ def run_lock(
 _DIED = ('need an answer of each worker process, got none of one that died: the system ended it for want of memory, or someone killed it; '
          'close other programs or take fewer workers, and start the same command again')
 
-# Runs in each worker: ends it with the main program, as nobody would read what it computes. Text, so that a worker needs no import of PyTorch for it
+# Runs in each worker and ends it with the main program, as nobody would read its answer. Text, so that it needs no import of PyTorch
 _END_WITH_PARENT = """
 import multiprocessing,os,threading
 def watch():
@@ -141,7 +141,7 @@ class _Workers(Executor):
     def _run(self, function, args, options):
         pool = self._free.get()
         try: return pool.submit(function, *args, **options).result()
-        except BrokenProcessPool as e:
+        except (BrokenProcessPool, SystemExit) as e: # SystemExit: it was sent SIGTERM
             pool = self._fresh()
             raise BrokenProcessPool(_DIED) from e
         finally: self._free.put(pool)
@@ -164,7 +164,7 @@ def _end_workers(processes):
 def worker_pool(
     workers:int, # Processes
 ):
-    "An executor of `workers` fresh processes; a `RuntimeError` where the script is not made for them, a `BrokenProcessPool` from a job whose worker died"
+    "An executor of fresh processes; a `RuntimeError` in a script that is not made for them, a `BrokenProcessPool` for a job whose worker died"
     stop_in_bare_script()
     others = set(multiprocessing.active_children())
     with _Workers(workers) as pool:

@@ -8,8 +8,6 @@ __all__ = ['EXEMPLAR_COUNTS', 'GRID_PARAMETERS', 'log_predictions', 'exemplar_sw
 
 # %% ../../nbs/experiments/04_grid.ipynb #5b62ebd0
 import contextlib,io,json,os,time
-from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +29,12 @@ from .session import input_files
 from .variants import config_of,grid_base,plan_grid
 from ..methods import METHODS
 from ..metrics import score_baselines
-from ..processes import LockHeld,run_lock,stop_in_bare_script,worker_pool
+from ..processes import LockHeld,as_finished,run_lock,stop_in_bare_script,worker_pool
 from ..protocols import PROTOCOLS
 from ..train import fit,run_folder
 from ..training.predict import predict
 from ..models.backbone import feature_extractor
-from ..training.prepare import RunData,input_fields,pick_backbone,pick_device,prepare,read_inputs
+from ..training.prepare import RunData,check_folder,input_fields,pick_backbone,pick_device,prepare
 
 # %% ../../nbs/experiments/04_grid.ipynb #c389d091
 def log_predictions(
@@ -152,13 +150,8 @@ def _side_by_side(jobs, workers, device):
     "(index, answer) of all `jobs`, as worker processes finish them"
     with worker_pool(workers) as pool:
         encode_all([job[0] for job in jobs], pool, workers, device)
-        waiting = {pool.submit(_work, *job): i for i,job in enumerate(jobs)}
-        for future in as_completed(waiting):
-            try: answer = future.result()
-            except BrokenProcessPool:
-                answer = ('failed', 0., float('nan'), 'a worker process died (out of memory, or killed); run the same '
-                                                      'command again')
-            yield waiting[future],answer
+        for i,answer in as_finished(pool, _work, jobs):
+            yield i,(('failed',0.,float('nan'),str(answer)) if isinstance(answer, Exception) else answer) # its worker died
 
 # %% ../../nbs/experiments/04_grid.ipynb #93220019
 def _answers(jobs, workers, device):
@@ -174,9 +167,7 @@ def _extras(experiment):
 # %% ../../nbs/experiments/04_grid.ipynb #a3797a33
 def _compare(cfg, run, known):
     "(status, 0, NaN, problem) of a finished run; `known`: inputs that were read for earlier ones"
-    try:
-        if (key := input_fields(cfg)) not in known: known[key] = read_inputs(cfg)
-        check_inputs(run, known[key])
+    try: check_folder(cfg, run, known)
     except (ValueError, OSError) as e: return 'failed',0.,float('nan'),f'{type(e).__name__}: {e}'
     return 'there',0.,float('nan'),''
 

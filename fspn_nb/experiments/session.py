@@ -8,7 +8,6 @@ __all__ = ['RUN_PARAMETERS', 'DATASET_PARAMETERS', 'RunContext', 'given_paramete
 
 # %% ../../nbs/experiments/03_session.ipynb #d6e85383
 import contextlib,io,os,time
-from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass,field
 from pathlib import Path
@@ -25,7 +24,7 @@ from ..core import progress,reports_dir
 from ..evaluate import evaluate
 from .parameters import changed_settings,input_path,notebook_parameters,parse_changes,plan_runs
 from ..metrics import undefined_reason
-from ..processes import worker_pool
+from ..processes import as_finished,worker_pool
 from ..protocols import PROTOCOLS,ProtocolVariant
 from ..train import fit,launch,run_folder
 from ..zoo import method_code
@@ -214,12 +213,13 @@ def train_side_by_side(
     todo = [cfg for cfg in session.runs if _worth_a_process(cfg, datas[session.variant(cfg).action], session.reports)]
     workers,seconds = min(workers or torch.get_num_threads(), len(todo)),{}
     if workers < 2: return {}
-    try:
-        with worker_pool(workers) as pool:
-            waiting = {pool.submit(_fit_quietly, cfg, session.reports): run_id(cfg) for cfg in todo}
-            for future in progress(as_completed(waiting), f'{len(todo)} runs, {workers} at a time', len(todo)):
-                seconds[waiting[future]] = future.result()
-    except BrokenProcessPool: print('a worker process died (out of memory, or killed): the other runs follow one by one')
+    with worker_pool(workers) as pool:
+        answers = as_finished(pool, _fit_quietly, [(cfg, session.reports) for cfg in todo])
+        for i,answer in progress(answers, f'{len(todo)} runs, {workers} at a time', len(todo)):
+            name = run_id(todo[i])
+            if isinstance(answer, BrokenProcessPool): print(f'{name}: its worker process died; it is trained after the others')
+            elif isinstance(answer, Exception): raise answer
+            else: seconds[name] = answer
     return seconds
 
 # %% ../../nbs/experiments/03_session.ipynb #a3bf75c9
