@@ -25,13 +25,14 @@ def stack_predictions(
 )->tuple[np.ndarray,np.ndarray]: # Predictions (S,n) and judge scores (n,), points
     "Test predictions of several runs, video by video"
     runs = list(runs)
-    sheets = [read_predictions(Path(root)/run).set_index('uid') for run in runs]
+    sheets = [read_predictions(Path(root)/run).set_index('uid')[['pred','true']] for run in runs]
     first = sheets[0]
-    for run,sheet in zip(runs, sheets):
-        if set(sheet.index) != set(first.index) or not np.allclose(sheet.true.reindex(first.index), first.true):
+    for i,(run,sheet) in enumerate(zip(runs, sheets)):
+        if not sheet.index.equals(first.index): sheets[i] = sheet.reindex(first.index)
+        if len(sheet) != len(first) or not np.allclose(sheets[i].true, first.true): # a video that it lacks has NaN there
             raise ValueError(f'need runs on the same test videos, got others (or other scores) in {run} than in {runs[0]}; '
                              'compare runs of one release only')
-    return np.stack([sheet.pred.reindex(first.index).to_numpy(float) for sheet in sheets]),first.true.to_numpy(float)
+    return np.stack([sheet.pred.to_numpy(float) for sheet in sheets]),first.true.to_numpy(float)
 
 # %% ../../nbs/analysis/03_compare.ipynb #b51286bb
 SCORES = ('rho','r_l2_x100') # Names of both metrics in every frame

@@ -21,6 +21,7 @@ import pandas as pd
 from .compare import read_baselines
 from .runs import collect
 from ..core import data_cache,repo_root,write_atomic,write_json
+from ..escaping import quote_formula,unquote_formula
 from ..protocols import PROTOCOLS
 
 # %% ../../nbs/analysis/06_published.ipynb #2c5904bb
@@ -70,14 +71,15 @@ TABLES = ('predictions','log','parsing','votes','watched') # Files of a run, bes
 
 # %% ../../nbs/analysis/06_published.ipynb #9c88759a
 def _read_rows(text):
-    "Rows of a CSV text, header first"
-    return list(csv.reader(io.StringIO(text)))
+    "Rows of a CSV text from `_write_rows` or `csv_text`, header first"
+    rows = list(csv.reader(io.StringIO(text, newline='')))
+    return [[unquote_formula(cell) for cell in row] for row in rows] if "'" in text else rows
 
 # %% ../../nbs/analysis/06_published.ipynb #77f2ca4d
 def _write_rows(rows):
-    "Rows as CSV text, as pandas writes it"
+    "Rows as CSV text, as `csv_text` writes it"
     out = io.StringIO()
-    csv.writer(out, lineterminator='\n').writerows(rows)
+    csv.writer(out, lineterminator='\n').writerows([quote_formula(cell) for cell in row] for row in rows)
     return out.getvalue()
 
 # %% ../../nbs/analysis/06_published.ipynb #338b34b1
@@ -178,6 +180,13 @@ def _split_table(path):
     return {run: (header[1:], rows) for run,rows in out.items()}
 
 # %% ../../nbs/analysis/06_published.ipynb #7aa40174
+def _check_names(published, row, cells):
+    "Raise a `ValueError` unless `row`, dataset and run, names a folder of its own, and `cells` known files in it"
+    files = {path.split('.')[0] for path in cells}-{*_JSON,'files'}
+    if files or not all(name.strip('.') and not set(name)&set('/\\\0:') for name in row):
+        raise ValueError(f'{published}/runs.csv: need names of a dataset and of a run, and columns of {", ".join(_JSON)}, '
+                         f'got {row} with {sorted(files)}; take the file as `pack_runs` writes it')
+
 def _write_folder(folder, cells, tables):
     "The files of one run"
     columns = {name.removeprefix('files.'): cells.pop(name).split(' ') for name in [*cells] if name.startswith('files.')}
@@ -195,6 +204,7 @@ def _write_all(published, root):
     for dataset,run,*row in rows:
         name = f'{dataset}/{run}'
         cells = {column: cell for column,cell in zip(header[2:], row) if cell}
+        _check_names(published, [dataset,run], cells)
         _write_folder(root/name, cells, {kind: own[name] for kind,own in tables.items() if name in own})
     if not (published/'baselines.csv').is_file(): return
     baselines = pd.read_csv(published/'baselines.csv', dtype=str, keep_default_na=False)

@@ -6,10 +6,11 @@
 __all__ = ['seed_spread', 'published_scores', 'spread_alike', 'seed_line']
 
 # %% ../../nbs/analysis/09_seed_spread.ipynb #e0a29122
-import csv,json
+import json
+from functools import lru_cache
 from pathlib import Path
 import numpy as np,pandas as pd
-from .published import from_cell,published_dir,unflatten_json
+from .published import _read_rows,from_cell,published_dir,unflatten_json
 from .runs import SAME_RUN,SCORE_PAIRS
 
 # %% ../../nbs/analysis/09_seed_spread.ipynb #93356e73
@@ -38,15 +39,21 @@ def _published_row(row):
                         inputs=inputs.get('total', '') if isinstance(inputs, dict) else inputs, test_set=provenance.get('release', ''))
 
 # %% ../../nbs/analysis/09_seed_spread.ipynb #ff26afa8
+_SCORE_COLUMNS = [*SAME_RUN,'seed',*(source for _,source,_ in SCORE_PAIRS)]
+
+@lru_cache(maxsize=4) # a report asks for every table
+def _scores_of(text):
+    "The scores in the content of a runs.csv"
+    header,*rows = _read_rows(text)
+    rows = [_published_row(dict(zip(header, row))) for row in rows]
+    return pd.DataFrame(rows, columns=_SCORE_COLUMNS).astype({source: float for _,source,_ in SCORE_PAIRS})
+
 def published_scores(
     published:str|Path='', # A folder that `pack_runs` wrote; '': that of this checkout
 )->pd.DataFrame: # One row per run; none where nothing is published
     "Scores of the published runs, and what makes runs the same"
     path = Path(published or published_dir())/'runs.csv'
-    columns = [*SAME_RUN,'seed',*(source for _,source,_ in SCORE_PAIRS)]
-    if not path.is_file(): return pd.DataFrame(columns=columns)
-    with open(path, newline='', encoding='utf-8') as file: rows = [_published_row(row) for row in csv.DictReader(file)]
-    return pd.DataFrame(rows, columns=columns).astype({source: float for _,source,_ in SCORE_PAIRS})
+    return _scores_of(path.read_bytes().decode()).copy() if path.is_file() else pd.DataFrame(columns=_SCORE_COLUMNS)
 
 # %% ../../nbs/analysis/09_seed_spread.ipynb #2cabfe4d
 _ALIKE = ['dataset','preset','data','mode']
