@@ -10,7 +10,7 @@ __all__ = ['spearman', 'relative_l2', 'fisher_mean', 'cumulative_score', 'cs_are
 import warnings
 from functools import partial
 import numpy as np,pandas as pd
-from scipy import stats
+import scipy # its parts are loaded when they are used first
 from .protocols import PROTOCOLS
 
 # %% ../nbs/base/07_metrics.ipynb #4c0776ec
@@ -30,7 +30,7 @@ def spearman(
     true, # Judge scores, shape (n,), any unit
 )->float: # -1 to 1; NaN when either side is constant, which has no order
     "Rank correlation of `pred` and `true`, ties sharing their mean rank"
-    a,b = (stats.rankdata(scores) for scores in _pair(pred, true))
+    a,b = (scipy.stats.rankdata(scores) for scores in _pair(pred, true))
     a,b = a-a.mean(),b-b.mean()
     norm = np.sqrt((a@a)*(b@b))
     return float(np.clip(a@b/norm, -1, 1)) if norm else float('nan') # Eq. 18
@@ -103,7 +103,7 @@ def _ranks(codes):
 
 def _spearman_rows(pred, true):
     "`spearman` as a function of rows of positions (R,m)"
-    codes = [stats.rankdata(scores, 'dense').astype(int)-1 for scores in (pred, true)]
+    codes = [scipy.stats.rankdata(scores, 'dense').astype(int)-1 for scores in (pred, true)]
     def _f(i):
         a,b = (_ranks(c[i])-(i.shape[1]+1)/2 for c in codes)
         norm = np.sqrt((a*a).sum(1)*(b*b).sum(1))
@@ -163,9 +163,9 @@ def bca(
     if size < 2 or np.isnan(statistic(positions, axis=-1)): return float('nan'),float('nan')
     batch = max(1, 2**15//size) # 32768 drawn dives at a time
     with warnings.catch_warnings(), np.errstate(all='ignore'):
-        warnings.simplefilter('ignore', stats.DegenerateDataWarning)
-        res = stats.bootstrap((positions,), statistic, vectorized=True, n_resamples=n, batch=batch, method='BCa',
-                              confidence_level=level, random_state=np.random.default_rng(seed))
+        warnings.simplefilter('ignore', scipy.stats.DegenerateDataWarning)
+        res = scipy.stats.bootstrap((positions,), statistic, vectorized=True, n_resamples=n, batch=batch, method='BCa',
+                                    confidence_level=level, random_state=np.random.default_rng(seed))
     interval = tuple(float(bound) for bound in res.confidence_interval)
     return interval if np.isfinite(interval).all() else _percentile(res.bootstrap_distribution, level)
 

@@ -9,8 +9,8 @@ __all__ = ['smooth_boxes', 'square_box', 'crop_region', 'resampling_weights', 's
 from math import ceil
 
 import numpy as np
+import scipy # `scipy.ndimage` is loaded when it is used first
 import torch
-from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 
 from ..data.records import Sample
@@ -23,7 +23,7 @@ def smooth_boxes(
     "`boxes` without tremor"
     boxes = np.asarray(boxes, float)
     if boxes.ndim != 2 or boxes.shape[1] != 4: raise ValueError(f'need boxes of shape (n,4), got {boxes.shape}')
-    return gaussian_filter1d(boxes, sigma, axis=0, mode='nearest') if sigma > 0 else boxes
+    return scipy.ndimage.gaussian_filter1d(boxes, sigma, axis=0, mode='nearest') if sigma > 0 else boxes
 
 # %% ../../nbs/actor/05_crop.ipynb #c2ed5b01
 def square_box(

@@ -112,11 +112,12 @@ def _write_all(todo, features, desc, workers):
             raise
 
 # %% ../../nbs/batches/05_features.ipynb #0df78734
-def _read_features(paths):
-    "The tensors in the files `paths`, stacked by name"
+def _read_features(paths, skip=()):
+    "The tensors in the files `paths` without those named in `skip`, stacked by name"
     stacked = {}
     for i,path in enumerate(paths):
         for name,row in load_file(path).items():
+            if name in skip: continue
             rows = stacked.setdefault(name, row.new_empty((len(paths), *row.shape)) if i == 0 else None)
             if rows is None or rows.shape[1:] != row.shape:
                 raise ValueError(f'{path}: need the same features as in {paths[0].name}, got {name} {tuple(row.shape)}; delete the file')
@@ -165,6 +166,7 @@ def cache_features(
     paths = [folder/feature_key(sample, cfg, boxes[sample.uid], weights, frames[sample.uid]) for sample in samples]
     _write_features(list(zip(samples, paths)), lambda sample: dive_features(sample, cfg, boxes[sample.uid], encode),
                     'I3D features', workers)
-    streams = _read_features(paths)
+    whole = all(boxes[sample.uid] is None for sample in samples) # then the actor is the scene: memory holds one tensor
+    streams = _read_features(paths, skip=('actor',) if whole else ())
     extra = {kind: cache_kind(samples, cfg, encode, weights, folder, kind, frames, workers) for kind in kinds}
-    return FeatureDataset(streams['scene'], streams['actor'], **extra)
+    return FeatureDataset(streams['scene'], streams['scene' if whole else 'actor'], **extra)

@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError,safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torchvision.transforms.v2 import functional as V
 
 from ..actor.crop import crop_region,crop_actor,samples_per_pixel,square_box,resampling_weights
 from .features import feature_key,single_threads
@@ -47,6 +46,7 @@ def store_frames(
     boxes:np.ndarray|None=None, # (n,4) actor box per frame file; None: no actor is kept
 )->dict[str,Tensor]: # 'scene' (T,3,h,w) and 'actor' (T,3,size,size), uint8
     "The kept frames of one sample"
+    from torchvision.transforms.v2 import functional as V # slow to import: only for those who decode
     ids,clip,pad = frame_indices(sample, cfg.clip.frames),cfg.clip,cfg.actor.pad
     sizes,scene,actor = set(),[],[]
     fine = 0 if boxes is None else samples_per_pixel(square_box(boxes[ids], pad), clip.size)

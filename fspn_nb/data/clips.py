@@ -16,8 +16,6 @@ from PIL import Image,ImageOps
 from dataclasses import replace
 from pathlib import Path
 from torch import Tensor
-from torchvision.io import ImageReadMode,decode_jpeg
-from torchvision.transforms.v2 import functional as V
 from .records import Sample
 from ..protocols import PROTOCOLS
 
@@ -86,6 +84,7 @@ def _check_pixels(size):
 # %% ../../nbs/data/05_clips.ipynb #f53d7fcc
 def _decode_jpeg(data):
     "A JPEG as (H,W,3) uint8, upright"
+    from torchvision.io import ImageReadMode,decode_jpeg # takes a second and 130 MB to import: only for those who decode
     _check_pixels(_jpeg_size(data))
     content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return decode_jpeg(content, mode=ImageReadMode.RGB, apply_exif_orientation=True).permute(1, 2, 0)
@@ -153,6 +152,7 @@ def resize_crop(
     flip:bool=False, # Mirror left and right
 )->Tensor: # (T,3,size,size) uint8
     "One square window of all `frames`, resized first"
+    from torchvision.transforms.v2 import functional as V # only here: see `_decode_jpeg`
     h,w = frames.shape[1:3]
     if orientation == 'correct': height,width = round(size*max(1, h/w)),round(size*max(1, w/h))
     elif orientation == 'peer': height,width = round(size*200/112),size
