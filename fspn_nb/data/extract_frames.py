@@ -6,7 +6,7 @@
 __all__ = ['prepare_videos', 'prepare_cli']
 
 # %% ../../nbs/data/15_extract_frames.ipynb #3e42b7e1
-import argparse,json,os,shutil,sys,threading
+import argparse,errno,os,shutil,sys,threading
 from concurrent.futures import ThreadPoolExecutor,as_completed
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,25 +14,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
-from ..core import escape,progress,write_atomic
-from .clips import read_picture
-from .release_files import frames_by_number,jpeg_bytes
+from ..core import check_space,escape,progress,write_atomic
+from .release_files import append_jsonl,check_same_picture,frames_by_number,jpeg_bytes,read_jsonl
 from .video_io import ANNOTATION_RATE,describe_faults,find_videos,numbering_rate,video_frames,video_key
 from .video_pieces import Piece,import_av,pieces_of,read_film,where_to_get
+from ..processes import explain_memory,short_errors
 from ..protocols import PROTOCOLS
 
 # %% ../../nbs/data/15_extract_frames.ipynb #4cf99117
+_LOG,_BEGUN = 'fspn_prepare.jsonl','begun' # one line for each piece, and what it says of one that is not finished
 def _frames_there(folder):
     "{number: name} of the frames in `folder`"
     return {number:names[-1] for number,names in frames_by_number(folder, '(?:img_)?').items()}
-
 def _row(piece, status, frames, why=''): return dict(name=piece.name, status=status, frames=frames, why=why)
-
-def _check_same(path, frame):
-    "Raises unless the picture at `path` is about what `frame` becomes as JPEG"
-    old = read_picture(path).numpy().astype(int)
-    if old.shape != frame.shape or np.abs(old-frame).mean() > 10:
-        raise ValueError(f'{path.name} is there already, from another film or at another height; remove its folder to begin anew')
 
 @dataclass
 class _FrameWriter:
@@ -56,7 +50,7 @@ class _FrameWriter:
     ):
         "Write frame `i`, or compare it with the one that is there"
         if i in self.to_compare:
-            _check_same(self.folder/self.there[i], frame)
+            check_same_picture(self.folder/self.there[i], frame)
             self.to_compare.discard(i)
         else:
             name = self.piece.pattern.format(i)
@@ -73,21 +67,12 @@ def _open_writer(piece):
     return _FrameWriter(piece, folder, {}, set())
 
 # %% ../../nbs/data/15_extract_frames.ipynb #863a9402
-_LOG = 'fspn_prepare.jsonl'
-
-def _read_log(out):
-    "{piece's name: its last line} of the log in `out`"
-    path = Path(out)/_LOG
-    lines = path.read_text(encoding='utf-8').splitlines() if path.is_file() else ()
-    try: return {line['name']:line for line in map(json.loads, filter(None, lines))}
-    except (ValueError,KeyError,TypeError) as e: raise ValueError(f'{path}: need one JSON object a line, got {e}; remove the last line') from e
-
 def _finish(writer, faults, out, film, rate):
     "Log what happened to the piece of `writer`, all whose frames are there, and give its folder its name"
     piece,numbers = writer.piece,range(writer.piece.numbers[0], writer.piece.last+1)
     real = any(fault.kind != 'repeated' and describe_faults([fault], numbers) for fault in faults)
     writer.row = _row(piece, 'holes' if real else 'done', len(writer.there), describe_faults(faults, numbers))
-    with open(out/_LOG, 'a', encoding='utf-8') as log: log.write(json.dumps({**writer.row, 'film':film, 'rate':float(rate)})+'\n')
+    append_jsonl(out/_LOG, {**writer.row, 'film':film, 'rate':float(rate)})
     if not piece.grows: writer.folder.rename(piece.folder)
 
 def _close_writer(writer, n, error, finish):
@@ -106,6 +91,8 @@ def _cut_video(path, pieces, out, stop, rate=None, height=256, quality=90):
     n,error,film,faults,writers = 0,'',None,[],[_open_writer(piece) for piece in pieces]
     finish = lambda writer: _finish(writer, faults, out, path.name, rate)
     try:
+        for piece in pieces: # where the frames of a growing folder are all there, its line may still be missing
+            if piece.grows: append_jsonl(out/_LOG, dict(name=piece.name, status=_BEGUN))
         film = read_film(path)
         rate = numbering_rate(film, rate)
         needed = lambda i: any(writer.needs(i) for writer in writers)
@@ -113,8 +100,11 @@ def _cut_video(path, pieces, out, stop, rate=None, height=256, quality=90):
             for writer in writers:
                 if frame is not None and writer.needs(n): writer.write(n, frame, quality)
                 if writer.row is None and not writer.piece.grows and len(writer.there) == len(writer.piece.numbers): finish(writer)
-            if n == max(piece.numbers[-1] for piece in pieces) or stop.is_set(): break
-    except (ValueError,OSError) as e: error = str(e)
+            if stop.is_set(): raise ValueError('stopped before its last frame; the same command goes on from there')
+            if n == max(piece.numbers[-1] for piece in pieces): break
+    except (ValueError,OSError) as e:
+        error = str(e)
+        if getattr(e, 'errno', None) in (errno.ENOSPC,errno.EDQUOT): stop.set() # a full disk: no other film would fare better
     return [_close_writer(writer, n, error, finish) for writer in writers],'' if film is None else str(film)
 
 # %% ../../nbs/data/15_extract_frames.ipynb #9c052afe
@@ -122,7 +112,7 @@ def _row_without_video(piece, height, rate, line):
     "The row of a piece that needs no film: its frames are there, or something is in their place; None if it is to be cut"
     there = _frames_there(piece.folder)
     n = sum(i in there for i in piece.numbers)
-    if n == len(piece.numbers):
+    if n == len(piece.numbers) and line.get('status') != _BEGUN:
         with Image.open(piece.folder/there[piece.numbers[0]]) as image: h = image.size[1]
         if None not in (rate,line.get('rate')) and rate != 'film' and abs(Fraction(rate)-Fraction(line['rate'])) > .01:
             return _row(piece, 'failed', n, f"frames numbered at {line['rate']:g} per second are there; move or remove its folder")
@@ -134,15 +124,22 @@ def _row_without_video(piece, height, rate, line):
     return _row(piece, 'failed', n, why)
 
 # %% ../../nbs/data/15_extract_frames.ipynb #92ba74c6
+def _check_room(piece, left):
+    "Raise an `OSError` where half of the frames of the pieces `left` do not fit, each as large as the last one of `piece`"
+    size = (piece.folder/_frames_there(piece.folder)[piece.last]).stat().st_size
+    check_space(piece.folder, .5*size*sum(len(other.numbers)-len(_frames_there(other.folder)) for other in left))
+
 def _cut_all(jobs, out, rate, height, quality, workers):
     "({piece's name: row}, what the films say of themselves) for {film: pieces}"
     stop,rows,films = threading.Event(),{},[]
     if not jobs: return rows,films
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         try:
-            futures = [pool.submit(_cut_video, path, pieces, out, stop, rate, height, quality) for path,pieces in jobs.items()]
-            for future in progress(as_completed(futures), 'videos', len(futures)):
+            futures = {pool.submit(_cut_video, path, pieces, out, stop, rate, height, quality): pieces for path,pieces in jobs.items()}
+            for future in progress(as_completed([*futures]), 'videos', len(futures)):
                 new,about = future.result()
+                written = [piece for piece,row in zip(futures.pop(future), new) if row['status'] in ('done','holes')]
+                if written: _check_room(written[0], [piece for others in futures.values() for piece in others])
                 rows |= {row['name']:row for row in new}
                 films.append(about)
         finally:
@@ -174,6 +171,7 @@ def _check_arguments(dataset, height, quality, workers, rate):
     if not good: raise ValueError(f"need a rate between 1 and 1000 frames per second (25, 30000/1001), or 'film', got {rate!r}")
 
 # %% ../../nbs/data/15_extract_frames.ipynb #ef21e2a8
+@explain_memory('cutting films')
 def prepare_videos(
     dataset:str, # 'finediving' | 'mtl_aqa' | 'aqa7'
     videos, # Folder of the videos
@@ -191,12 +189,13 @@ def prepare_videos(
     if not videos.is_dir(): raise FileNotFoundError(f"need a folder of videos, got {videos}, which is none; check the path")
     pieces = pieces_of(dataset, out, annotations)
     films = find_videos(videos, {piece.video.rpartition('/')[0] for piece in pieces})
-    jobs,rows = _plan(pieces, films, height, rate, _read_log(Path(out).expanduser()))
+    out = Path(out).expanduser()
+    jobs,rows = _plan(pieces, films, height, rate, {line.get('name'):line for line in read_jsonl(out/_LOG)})
     no_film = not any(video_key(piece.video) in films for piece in pieces)
     if no_film and any(row['status'] == 'missing' for row in rows.values()):
         raise FileNotFoundError(f"need videos of {PROTOCOLS[dataset].title} in {videos}, found none that is annotated "
                                 f"(such as {pieces[0].video}.mp4); check names and folder")
-    new,about = _cut_all(jobs, Path(out).expanduser(), rate, height, quality, workers)
+    new,about = _cut_all(jobs, out, rate, height, quality, workers)
     table = pd.DataFrame([(rows|new)[piece.name] for piece in pieces], columns=['name','status','frames','why'])
     table = table.assign(why=table.why.map(escape)) # a name of a film may hold bytes that are no UTF-8
     table.attrs['films'] = [escape(line) for line in about]
@@ -232,6 +231,7 @@ def _parser():
     return p
 
 # %% ../../nbs/data/15_extract_frames.ipynb #152d9cc5
+@short_errors('fspn_prepare')
 def prepare_cli(
     args:list[str]|None=None, # Command line; None: the process's own
 )->int: # Exit status: 0, or 1 where something failed or a film has holes
@@ -242,7 +242,7 @@ def prepare_cli(
         return 0
     if a.out is None: p.error('need the root of the release after the folder of videos, got one folder')
     try: table = prepare_videos(a.dataset, a.videos, a.out, a.annotations, a.height, a.quality, a.workers, a.rate)
-    except (ValueError,OSError,ImportError) as e:
+    except (ValueError,OSError,ImportError,MemoryError) as e:
         advice = f'\n\n{where_to_get(a.dataset)}' if 'need videos of' in str(e) else ''
         print(f'fspn_prepare: {e}{advice}', file=sys.stderr)
         return 1

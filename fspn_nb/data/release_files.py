@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['find_folder', 'find_release', 'frames_by_number', 'check_frame_numbers', 'check_frame_array', 'jpeg_bytes',
-           'write_frame_folder', 'add_frames', 'pickle_numpy1']
+           'write_frame_folder', 'add_frames', 'check_same_picture', 'append_jsonl', 'read_jsonl', 'pickle_numpy1']
 
 # %% ../../nbs/data/06_release_files.ipynb #3967bde1
-import io,os,pickle,re,shutil,struct
+import errno,io,json,os,pickle,re,shutil,struct,threading
 from pathlib import Path
 import numpy as np
 from PIL import Image
 from ..core import explain_write,write_atomic
-from .clips import PICTURE_ENDINGS
+from .clips import PICTURE_ENDINGS,read_picture
 from .records import describe_folder
 
 # %% ../../nbs/data/06_release_files.ipynb #90ce03b4
@@ -133,6 +133,46 @@ def add_frames(
                          "remove them or write elsewhere")
     for name,frame in zip(names, frames): write_atomic(folder/name, jpeg_bytes(frame, quality))
     return folder
+
+# %% ../../nbs/data/06_release_files.ipynb #a11e0004
+def check_same_picture(
+    path:Path, # A picture
+    frame:np.ndarray, # (H,W,3) uint8
+)->None:
+    "Raise a `ValueError` unless the picture at `path` is about what `frame` becomes as JPEG"
+    old = read_picture(path).numpy().astype(int)
+    if old.shape != frame.shape or np.abs(old-frame).mean() > 10:
+        raise ValueError(f'{path.name} is there already, from another film or at another height; remove its folder to begin anew')
+
+# %% ../../nbs/data/06_release_files.ipynb #a11e0002
+_appending = threading.Lock()
+
+def append_jsonl(
+    path:Path, # A file of JSON objects, one a line
+    row:dict, # One more
+)->None:
+    "Add a line to `path`, all of it or nothing"
+    data = json.dumps(row).encode()+b'\n'
+    with _appending, explain_write(path, len(data)), open(path, 'ab', 0) as file:
+        end = file.tell()
+        if file.write(data) == len(data): return
+        file.truncate(end)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+def read_jsonl(
+    path:Path, # As in `append_jsonl`; it need not be there
+)->list[dict]:
+    "The lines of `path`; a `ValueError` for one that is no JSON object"
+    text = Path(path).read_text(encoding='utf-8') if Path(path).is_file() else ''
+    whole,newline,rest = text.rpartition('\n')
+    try:
+        if rest: json.loads(rest)
+    except ValueError: text = write_atomic(path, whole+newline).read_text(encoding='utf-8')
+    try: rows = [json.loads(line) for line in text.splitlines() if line]
+    except ValueError as e: raise ValueError(f'{path}: need one JSON object a line, got {e}; remove that line') from e
+    if wrong := [row for row in rows if not isinstance(row, dict)]:
+        raise ValueError(f'{path}: need one JSON object a line, got {wrong[0]!r}; remove that line')
+    return rows
 
 # %% ../../nbs/data/06_release_files.ipynb #9f7c9fd3
 def pickle_numpy1(

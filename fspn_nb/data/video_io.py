@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 import numpy as np
+from ..core import explain_write
 from .video_pieces import Film,_Clock,_JUMPS,_failed,_open,import_av,read_film
 
 # %% ../../nbs/data/14_video_io.ipynb #26e083ea
@@ -59,14 +60,15 @@ def encode_video(
 )->Path: # `path`
     "Write `frames` as a video"
     av,path = import_av(),Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.stem}.{os.getpid()}.part{path.suffix}')
     try:
-        with av.open(str(part), 'w') as container:
+        with explain_write(path): path.parent.mkdir(parents=True, exist_ok=True)
+        with explain_write(path), av.open(str(part), 'w') as container:
             shape = _encode_all(av, container, frames, fps, pixel_aspect, times)
             if shape is None: raise ValueError(f"need at least one frame for {path.name}, got none")
         os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    finally:
+        if part.exists(): part.unlink()
     return path
 
 # %% ../../nbs/data/14_video_io.ipynb #38e3ac51
