@@ -17,7 +17,7 @@ from .batches.fingerprint import check_inputs
 from .config import load_cfg
 from .core import write_atomic,write_json
 from .metrics import summarise,temporal_iou
-from .processes import LockHeld
+from .processes import explain_memory,short_errors
 from .training.checkpoint import load_ckpt
 from .training.distributed import DistributedContext,init_distributed,main_process_lock
 from .training.loop import build_model
@@ -90,6 +90,7 @@ def _with_null(metrics):
     return {name: None if isinstance(value, float) and math.isnan(value) else value for name,value in metrics.items()}
 
 # %% ../nbs/base/10_evaluate.ipynb #aa070002
+@explain_memory('measuring a run')
 def evaluate(
     run:str|Path, # A trained run's folder
     data:RunData|None=None, # What `prepare` gave, where it is at hand
@@ -114,6 +115,7 @@ def evaluate(
     return metrics
 
 # %% ../nbs/base/10_evaluate.ipynb #c3a0cc56
+@short_errors('fspn_evaluate')
 def evaluate_cli(
     args:list[str]|None=None, # Command line; None: the process's own
 )->None:
@@ -125,8 +127,7 @@ def evaluate_cli(
     p.add_argument('--nodes', type=int, default=1, help='machines')
     a = p.parse_args(args)
     dist = init_distributed(a.processes, a.device, a.nodes)
-    try: metrics = evaluate(a.run, device=a.device if dist.fabric is None else str(dist.fabric.device), dist=dist)
-    except LockHeld as e: raise SystemExit(str(e)) from None # one line says it all
+    metrics = evaluate(a.run, device=a.device if dist.fabric is None else str(dist.fabric.device), dist=dist)
     if dist.is_main_process: print(json.dumps(_with_null(metrics), indent=1))
 
 # %% ../nbs/base/10_evaluate.ipynb #521bbc7c

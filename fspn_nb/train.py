@@ -18,7 +18,7 @@ from .batches.fingerprint import check_inputs,write_inputs
 from .config import RunCfg,load_cfg,run_id,save_cfg,validate
 from .core import escape,progress,repo_root,reports_dir,write_atomic,write_json
 from .metrics import spearman
-from .processes import LockHeld,tune_malloc
+from .processes import explain_memory,short_errors,tune_malloc
 from .training.checkpoint import (CheckpointTimer,Preempted,backup_path,check_disk_space,missing_files,newest_ckpt,
     rng_state,save_ckpt,sigterm_flag)
 from .training.distributed import DistributedContext,any_rank,init_distributed,main_process_lock
@@ -159,6 +159,7 @@ def run_folder(
     return reports_dir(str(out))/cfg.dataset/(data.run_id if data else run_id(cfg))
 
 # %% ../nbs/base/09_train.ipynb #50835b84
+@explain_memory('training')
 def fit(
     cfg:RunCfg, # The run
     out:str|Path='', # Folder for all runs; '': `reports/runs`
@@ -205,6 +206,7 @@ def _parser():
     return p
 
 # %% ../nbs/base/09_train.ipynb #d2b25ca4
+@short_errors('fspn_train')
 def train_cli(
     args:list[str]|None=None, # Command line; None: the process's own
 )->None:
@@ -213,7 +215,6 @@ def train_cli(
     cfg,dist = load_cfg(a.config),init_distributed(a.processes, a.device, a.nodes)
     device = a.device if dist.fabric is None else str(dist.fabric.device)
     try: run = fit(cfg, a.out, device, dist=dist, max_checkpoint_overhead=a.max_overhead)
-    except LockHeld as e: raise SystemExit(str(e)) from None # one line says it all
     except Preempted as e:
         print(e, file=sys.stderr)
         raise

@@ -16,6 +16,7 @@ from .check_files import changed_files,frame_file_rows,frame_number_rows
 from .finediving import read_finediving
 from .mtl_aqa import read_mtl_aqa
 from .stats import shared_dives
+from ..processes import short_errors
 from ..protocols import PROTOCOLS
 
 # %% ../../nbs/data/12_check.ipynb #bb5a5007
@@ -228,6 +229,7 @@ def _can_write(path):
     return not Path(path).is_dir() and os.access(Path(path).absolute().parent, os.W_OK)
 
 # %% ../../nbs/data/12_check.ipynb #d70b52a7
+@short_errors('fspn_check')
 def check_cli(
     args:list[str]|None=None, # Command line; None: the process's own
 )->int: # 0: fit for use, 1: something is missing or wrong
@@ -239,6 +241,6 @@ def check_cli(
     against = (name,other) if other else None
     try: findings = check_release(a.dataset, a.root, a.annotations, a.decode, against, a.workers)
     except ValueError as e: p.error(str(e))
+    print(summarize_findings(findings)) # first: it took long, and the disk may be full
     if a.csv: write_atomic(a.csv, findings.to_csv(index=False))
-    print(summarize_findings(findings))
     return int(findings.severity.isin(['missing','wrong']).any())

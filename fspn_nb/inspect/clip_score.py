@@ -26,6 +26,7 @@ from .clip_run import open_run,run_facts
 from .gradcam import exemplars_of,two_parts
 from .heat import box_shares,video_heat
 from ..models.i3d import fuse_conv_bn
+from ..processes import explain_memory
 from ..protocols import SPORTS
 from ..training.predict import predict
 from ..models.backbone import feature_extractor,load_backbone
@@ -173,6 +174,7 @@ def _points(data, clip):
     return 'points',lambda label: transform.inverse(np.asarray(label, float), clip.difficulty)
 
 # %% ../../nbs/inspect/08_clip_score.ipynb #84b8eb4b
+@explain_memory('scoring a clip')
 def score_clip(
     clip:Clip, # From `read_clip` or `synthetic_clip`
     run, # A run's folder

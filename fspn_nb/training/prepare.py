@@ -26,6 +26,7 @@ from ..config import RunCfg,run_id,validate
 from ..data.records import Release
 from ..file_hashes import frame_hashes
 from ..methods import METHODS
+from ..processes import explain_memory
 from ..models.backbone import feature_extractor,load_backbone,weights_hash
 from ..protocols import PROTOCOLS,Protocol,ProtocolVariant,protocol_variant
 from .distributed import DistributedContext,main_process_first
@@ -204,6 +205,7 @@ def _read_release(cfg, dist, reuse):
         return main_process_first(dist, lambda: load_samples(cfg))
 
 # %% ../../nbs/training/04_prepare.ipynb #c4d5f94b
+@explain_memory('reading and encoding videos')
 def prepare(
     cfg:RunCfg, # The run
     device:str='auto', # As in `pick_device`
