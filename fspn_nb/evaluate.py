@@ -15,9 +15,10 @@ from torch import nn
 
 from .batches.fingerprint import check_inputs
 from .config import load_cfg
-from .core import write_atomic,write_json
+from .core import write_json
 from .metrics import summarise,temporal_iou
 from .processes import explain_memory,short_errors
+from .stored_files import write_checked
 from .training.checkpoint import load_ckpt
 from .training.distributed import DistributedContext,init_distributed,main_process_lock
 from .training.loop import build_model
@@ -103,7 +104,8 @@ def evaluate(
         data = data or prepare(load_cfg(run/'config.json'), device, dist=dist)
         model = load_model(run, data)
         results = [predictions(model, data, split) for split in ('test','val') if len(data.splits[split])]
-        write = lambda name,table: write_atomic(run/name, table.to_csv(index=False)) if data.dist.is_main_process else None
+        durable = lambda path,text: write_checked(path, text, durable=True) # the grid removes the weights after this
+        write = lambda name,table: durable(run/name, table.to_csv(index=False)) if data.dist.is_main_process else None
         write('predictions.csv', pd.concat([table for table,_ in results])) # kept, whatever becomes of the metrics
         test,extras = results[0]
         metrics = _metrics(test, data)
@@ -111,7 +113,7 @@ def evaluate(
             steps = pd.concat([parsing_table(*result, data) for result in results])
             write('parsing.csv', steps)
             metrics['tiou'] = round(float(steps[steps.split == 'test'].tiou.mean()), 4)
-        if data.dist.is_main_process: write_json(run/'metrics.json', _with_null(metrics)) # all ranks have the same results
+        if data.dist.is_main_process: write_json(run/'metrics.json', _with_null(metrics), durable) # all ranks have the same results
     return metrics
 
 # %% ../nbs/base/10_evaluate.ipynb #c3a0cc56

@@ -139,8 +139,8 @@ def test_the_examples_in_the_notebooks_work(name):
 
 
 @pytest.mark.parametrize('field, value, message', [
-    ('train', {'epochs': '3'}, "train: epochs: need .*int.*, got '3'"), ('allow_missing', 'false', 'allow_missing: need .*bool'), ('seed', True, 'seed: need .*int'), ('seed', 1.5, 'seed: need .*int'),
-    ('clip', {'starts': ['0']}, 'clip: starts: need tuple'), ('clip', {'starts': 5}, 'clip: starts: need tuple'), ('train', {'lr': 'x'}, 'train: lr: need .*float'), ('weights', None, 'weights: need .*str'), ('model', 3, 'model: need')])
+    ('train', {'epochs': '3'}, "train.epochs: need .*int.*, got '3'"), ('allow_missing', 'false', 'allow_missing: need .*bool'), ('seed', True, 'seed: need .*int'), ('seed', 1.5, 'seed: need .*int'),
+    ('clip', {'starts': ['0']}, 'clip.starts: need tuple'), ('clip', {'starts': 5}, 'clip.starts: need tuple'), ('train', {'lr': 'x'}, 'train.lr: need .*float'), ('weights', None, 'weights: need .*str'), ('model', 3, 'model: need')])
 def test_a_configuration_file_holds_values_of_their_types(field, value, message, tmp_path):
     path = save_cfg(finediving('smoke'), tmp_path/'config.json')
     values = json.loads(path.read_text())

@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 import numpy as np
 import pandas as pd
+import fspn_nb
 from ..actor import best_path,crop,detectors,motion_boxes,track,yolox
 from . import sources
 from ..config import ActorCfg
@@ -26,6 +27,7 @@ from ..core import write_atomic
 from ..file_hashes import file_hash
 from ..data import clips
 from ..data.records import Release,Sample
+from ..stored_files import damage,is_newer,read_checked
 
 # %% ../../nbs/batches/04_fingerprint.ipynb #8ef9bf30
 def short_hash(
@@ -110,6 +112,11 @@ def _detail_path(run, total):
     "The table of samples of the runs with the fingerprint `total`"
     return Path(run).parent.parent/'inputs'/f'{total}.csv.gz'
 
+def _decompressed(path):
+    "The text in a gzip file; None where there is none, or a damaged one"
+    try: return gzip.decompress(path.read_bytes()).decode()
+    except (OSError, EOFError, ValueError, zlib.error): return None
+
 def write_inputs(
     run:Path, # A run's folder, <out>/<dataset>/<run_id>
     inputs:RunInputs, # Of that run
@@ -117,13 +124,15 @@ def write_inputs(
     "Keep the table of samples, unless it is there"
     path = _detail_path(run, inputs.total)
     text = inputs.samples.to_csv(index=False, lineterminator='\n')
-    return path if path.is_file() else write_atomic(path, gzip.compress(text.encode(), mtime=0))
+    if path.is_file():
+        if _decompressed(path) == text: return path
+        print(f'{path.name}, the samples that runs were made from, was damaged: made anew')
+    return write_atomic(path, gzip.compress(text.encode(), mtime=0))
 
 # %% ../../nbs/batches/04_fingerprint.ipynb #48149150
 def _read_detail(run, total):
     "The table that `write_inputs` wrote; None where there is none, or a damaged one"
-    try: text = gzip.decompress(_detail_path(run, total).read_bytes()).decode()
-    except (OSError, EOFError, ValueError, zlib.error): return None
+    if (text := _decompressed(_detail_path(run, total))) is None: return None
     table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
     numbers = {name: [float(cell or 'nan') for cell in table[name]] for name in ('score','difficulty')}
     return table.assign(**numbers)
@@ -177,10 +186,15 @@ def check_inputs(
 )->None:
     "Raise a `ValueError` that names what differs where `run` was made from other data than those at hand"
     file = Path(run)/'provenance.json'
-    if new and not file.is_file(): return
-    try: old = json.loads(file.read_text(encoding='utf-8')).get('inputs')
-    except (OSError, ValueError, AttributeError) as e:
-        raise ValueError(f'{run}: need a provenance.json that says what the run was made from, got {type(e).__name__}; {_CURE}') from e
+    if new and (not file.is_file() or damage(file)): return # a damaged one is made anew: the checkpoint says what it was trained on
+    try: record = json.loads(read_checked(file, _CURE))
+    except (OSError, ValueError) as e:
+        reason = damage(file) or type(e).__name__
+        raise ValueError(f'{run}: need a provenance.json that says what the run was made from, got {reason}; {_CURE}') from e
+    old,version = (record.get('inputs'),record.get('fspn_nb', '')) if isinstance(record, dict) else (None,'')
+    if isinstance(old, dict) and (unknown := {*old}-{*KINDS,'total'}) and is_newer(version):
+        raise ValueError(f'{run}: written by fspn_nb {version}, this is {fspn_nb.__version__}, which does not know the inputs '
+                         f'{", ".join(sorted(unknown))}: update fspn_nb, or pass another `out`')
     if not isinstance(old, dict):
         raise ValueError(f'{run}: need a run whose provenance.json says which data went in, got one of an older version, '
                          f'which did not record it; {_CURE}')
