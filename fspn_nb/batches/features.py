@@ -11,10 +11,12 @@ import numpy as np
 import psutil
 import shutil
 import torch
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from safetensors.torch import load_file,save
+from safetensors import SafetensorError,safe_open
+from safetensors.torch import save
 from torch import Tensor
 from .fingerprint import clip_code_hash,short_hash
 from .sources import FeatureDataset,dive_clips
@@ -88,6 +90,15 @@ def _kind_size(kind, clip):
     return 4*1024*(len(clip.starts)*side**2 if kind == 'feature_maps' else 20)
 
 # %% ../../nbs/batches/05_features.ipynb #c4eae62e
+def _checksum(tensors):
+    "CRC-32 of names, types, shapes and numbers"
+    total = 0
+    for name,value in sorted(tensors.items()):
+        total = zlib.crc32(value.numpy(), zlib.crc32(f'{name}{value.dtype}{tuple(value.shape)}'.encode(), total))
+    return f'{total:08x}'
+
+def _with_checksum(tensors): return save(tensors, dict(crc32=_checksum(tensors))) # the format itself has none
+
 def _missing(jobs): return [job for job in jobs if not job[1].exists()]
 
 def _write_features(jobs, features, kind, workers):
@@ -99,7 +110,7 @@ def _write_features(jobs, features, kind, workers):
 
 def _write_all(todo, features, desc, workers):
     "Write `features(sample)` for each (sample, path) of `todo`"
-    def _write(job): write_atomic(job[1], save(features(job[0])))
+    def _write(job): write_atomic(job[1], _with_checksum(features(job[0])))
     if not todo: return
     if not workers:
         for job in progress(todo, desc): _write(job)
@@ -112,17 +123,39 @@ def _write_all(todo, features, desc, workers):
             raise
 
 # %% ../../nbs/batches/05_features.ipynb #0df78734
+def _read_file(path):
+    "The tensors in the file `path`; None where it is damaged or gone"
+    try:
+        with safe_open(path, 'pt') as file: tensors,header = {name: file.get_tensor(name) for name in file.keys()},file.metadata() or {}
+    except (SafetensorError, OSError): return None
+    return tensors if 'crc32' not in header or header['crc32'] == _checksum(tensors) else None
+
 def _read_features(paths, skip=()):
-    "The tensors in the files `paths` without those named in `skip`, stacked by name"
-    stacked = {}
+    "The tensors in the files `paths` without those named in `skip`, stacked by name, and the paths of damaged files"
+    stacked,damaged = {},[]
     for i,path in enumerate(paths):
-        for name,row in load_file(path).items():
+        if (tensors := _read_file(path)) is None:
+            damaged.append(path)
+            continue
+        for name,row in tensors.items():
             if name in skip: continue
-            rows = stacked.setdefault(name, row.new_empty((len(paths), *row.shape)) if i == 0 else None)
+            rows = stacked.setdefault(name, row.new_empty((len(paths), *row.shape)) if i == len(damaged) else None)
             if rows is None or rows.shape[1:] != row.shape:
                 raise ValueError(f'{path}: need the same features as in {paths[0].name}, got {name} {tuple(row.shape)}; delete the file')
             rows[i] = row
-    return stacked
+    return stacked,damaged
+
+def _read_or_make(jobs, features, kind, workers, skip=()):
+    "The stacked tensors of `jobs`, as in `_read_features`: those that are missing are made, damaged ones made anew"
+    paths = [path for _,path in jobs]
+    for _ in range(2):
+        _write_features(jobs, features, kind, workers)
+        stacked,damaged = _read_features(paths, skip)
+        if not damaged: return stacked
+        for path in damaged: path.unlink(missing_ok=True)
+        print(f'{kind}: {len(damaged)} of {len(paths)} files ({damaged[0].name}{", ..." if damaged[1:] else ""}) were damaged: made anew')
+    raise OSError(f'{damaged[0]}: need a disk that gives back what was written, got damaged features twice; '
+                  'point FSPN_CACHE to another disk')
 
 # %% ../../nbs/batches/05_features.ipynb #9c7588dc
 def cache_kind(
@@ -146,8 +179,7 @@ def cache_kind(
         scene = dive_clips(sample, cfg.clip)[0]
         features = encode(scene, maps=True) if kind == 'feature_maps' else encode(recut(scene, cfg.clip.starts))
         return {kind: features.float().cpu().contiguous()}
-    _write_features(jobs, _features, kind, workers)
-    return _read_features(paths)[kind]
+    return _read_or_make(jobs, _features, kind, workers)[kind]
 
 # %% ../../nbs/batches/05_features.ipynb #25078ca7
 def cache_features(
@@ -164,9 +196,8 @@ def cache_features(
     "Features of all `samples`: read from the cache where they are there, else computed and kept"
     folder = Path(folder or data_cache()/'features')
     paths = [folder/feature_key(sample, cfg, boxes[sample.uid], weights, frames[sample.uid]) for sample in samples]
-    _write_features(list(zip(samples, paths)), lambda sample: dive_features(sample, cfg, boxes[sample.uid], encode),
-                    'I3D features', workers)
     whole = all(boxes[sample.uid] is None for sample in samples) # then the actor is the scene: memory holds one tensor
-    streams = _read_features(paths, skip=('actor',) if whole else ())
+    streams = _read_or_make(list(zip(samples, paths)), lambda sample: dive_features(sample, cfg, boxes[sample.uid], encode),
+                            'I3D features', workers, ('actor',) if whole else ())
     extra = {kind: cache_kind(samples, cfg, encode, weights, folder, kind, frames, workers) for kind in kinds}
     return FeatureDataset(streams['scene'], streams['scene' if whole else 'actor'], **extra)
