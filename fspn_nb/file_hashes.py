@@ -6,12 +6,13 @@
 __all__ = ['file_hash', 'files_hash', 'is_young', 'group_hashes', 'frame_hashes', 'code_hash']
 
 # %% ../nbs/base/11_file_hashes.ipynb #19d4cf39
-import hashlib,json,os,sys,sysconfig,time
+import hashlib,os,sys,sysconfig,time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import CodeType,FunctionType
 from .core import data_cache,progress,write_json
+from .stored_files import read_sealed,seal
 
 # %% ../nbs/base/11_file_hashes.ipynb #2a8ca6d5
 def file_hash(
@@ -26,7 +27,8 @@ def files_hash(
 )->str: # 16 hexadecimal digits
     "SHA-256 of what `paths` hold, one after the other"
     total = hashlib.sha256()
-    for path in paths: total.update(hashlib.sha256(Path(path).read_bytes()).digest())
+    for path in paths:
+        with open(path, 'rb', buffering=0) as f: total.update(hashlib.sha256(f.read()).digest()) # a `Path` and a buffer cost more than the hash
     return total.hexdigest()[:16]
 
 # %% ../nbs/base/11_file_hashes.ipynb #4c6fce2e
@@ -43,9 +45,9 @@ def _file_states(folder, groups, now):
     "{name: (hash of what the file system says of its files, whether one of them is young)} for the `groups` in `folder`"
     with os.scandir(folder) as entries: # a listing tells the states on Windows only; a broadcast has 300,000 frames, of which few are asked for
         listed = {entry.name: entry for entry in entries} if os.name == 'nt' else {}
-    states = {}
+    states,start = {},os.path.join(folder, '')
     for name,files in groups.items():
-        stats = [listed[file].stat() if file in listed else os.stat(os.path.join(folder, file)) for file in files]
+        stats = [listed[file].stat() if file in listed else os.stat(start+file) for file in files]
         rows = [(file, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file,s in zip(files, stats)]
         young = any(is_young(s, now) for s in stats)
         states[name] = hashlib.sha256(repr(rows).encode()).hexdigest()[:16],young
@@ -54,9 +56,12 @@ def _file_states(folder, groups, now):
 # %% ../nbs/base/11_file_hashes.ipynb #d51e2080
 def _read_memory(path):
     "{name: [state, hash]} in the JSON file `path`; empty where there is none, or a damaged one"
-    try: kept = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError): return {}
-    return kept if isinstance(kept, dict) else {}
+    try: return read_sealed(path)['files']
+    except (ValueError, KeyError):
+        print(f'{Path(path).name}, the remembered hashes of files, was damaged or of an older version: made anew')
+        Path(path).unlink(missing_ok=True)
+    except OSError: pass
+    return {}
 
 # %% ../nbs/base/11_file_hashes.ipynb #76b46631
 def group_hashes(
@@ -72,10 +77,10 @@ def group_hashes(
         states = {name: state for part in parts for name,state in part.items()}
         kept = {name: entry[1] for name,entry in _read_memory(memory).items() if name in states and entry[0] == states[name][0]}
         todo = [name for name in groups if name not in kept]
-        read = pool.map(lambda name: files_hash(Path(groups[name][0])/file for file in groups[name][1]), todo)
+        read = pool.map(lambda name: files_hash(os.path.join(groups[name][0], file) for file in groups[name][1]), todo)
         new = dict(zip(todo, progress(read, f'files of {len(todo)} videos', len(todo)) if len(todo) > 500 else read))
     trusted = {name: [states[name][0], value] for name,value in new.items() if not states[name][1]}
-    if trusted: write_json(memory, _read_memory(memory)|trusted)
+    if trusted: write_json(memory, seal(dict(files=_read_memory(memory)|trusted)))
     return kept|new
 
 # %% ../nbs/base/11_file_hashes.ipynb #bb540560

@@ -7,7 +7,7 @@ __all__ = ['LockOwner', 'this_process', 'lock_owner', 'LockHeld', 'hold_lock', '
            'as_finished', 'peak_memory', 'explain_memory', 'short_errors', 'tune_malloc']
 
 # %% ../nbs/base/12_processes.ipynb #b255e70f
-import ctypes,json,multiprocessing,os,platform,shlex,sys,time
+import ctypes,multiprocessing,os,platform,shlex,sys,time
 from concurrent.futures import Executor,ProcessPoolExecutor,ThreadPoolExecutor,as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -20,6 +20,7 @@ import psutil
 from filelock import FileLock,SoftFileLock,Timeout
 
 from .core import escape,explain_write,write_json
+from .stored_files import read_sealed,seal
 
 # %% ../nbs/base/12_processes.ipynb #a23a5c5f
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def lock_owner(
     lock:Path, # A lock file
 )->LockOwner|None: # None where nothing is written, or a process of this machine that is gone
     "Who holds `lock`, as far as that is written down"
-    try: owner = LockOwner(**json.loads(_owner_file(Path(lock)).read_text(encoding='utf-8')))
+    try: owner = LockOwner(**read_sealed(_owner_file(Path(lock))))
     except (OSError, ValueError, TypeError): return None
     return owner if owner.host != platform.node() or psutil.pid_exists(owner.pid) else None
 
@@ -96,7 +97,7 @@ def hold_lock(
         print(escape(f'{message} (waiting)'))
         system_lock.acquire()
     try:
-        if not nested: write_json(_owner_file(lock), asdict(this_process()))
+        if not nested: write_json(_owner_file(lock), seal(asdict(this_process())))
         yield
     finally:
         if not nested: _remove_files(lock, system_lock)
