@@ -15,7 +15,7 @@ from test_formats import EDITS, edit
 
 from fspn_nb.data.aqa7 import write_aqa7
 from fspn_nb.data.check import FINDING_COLUMNS,FINDING_KINDS,check_cli,check_release,summarize_findings
-from fspn_nb.data.check_files import check_image
+from fspn_nb.data.check_files import _plain_size,_whole_jpeg,check_image
 from fspn_nb.data.clips import load_frames
 from fspn_nb.data.finediving import FINEDIVING_FRAMES,read_finediving,write_finediving
 from fspn_nb.data.mtl_aqa import read_mtl_aqa,write_mtl_aqa,write_video_frames
@@ -444,6 +444,30 @@ def test_no_file_breaks_the_look(tmp_path):
     for other in (tmp_path, tmp_path/'none', tmp_path/'1.jpg'/'x'): assert check_image(other)[0] == 'unreadable'
     (tmp_path/'loop').symlink_to('loop')
     assert check_image(tmp_path/'loop')[0] == 'unreadable'
+
+
+def test_the_quick_header_says_what_pillow_says(tmp_path, monkeypatch):
+    "Thousands of damaged headers: where the quick walk gives a size, Pillow opens the file and gives the same; the verdict is the same with either"
+    rng, path = random.Random(0), tmp_path/'1.jpg'
+    grey, colour = Image.new('L', (33, 24), 7), Image.new('RGB', (32, 24), (9, 99, 200))
+    good = [encoded(colour), encoded(grey), encoded(colour, progressive=True), encoded(colour, comment='70', subsampling=0, optimize=True), encoded(colour, restart_marker_rows=1)]
+    assert [_plain_size(data) for data in good] == [(32, 24), (33, 24), (32, 24), (32, 24), (32, 24)]
+    answered = 0
+    for i in range(3000):
+        data = bytearray(good[i % 5])
+        head = data.index(b'\xff\xda')+12
+        for _ in range(rng.randrange(1, 4)): data[rng.randrange(2, head)] = rng.choice([0, 1, 2, 8, 0xc0, 0xda, 0xff, rng.randrange(256)])
+        if i % 7 == 0: del data[(at := rng.randrange(2, head)):at+rng.randrange(1, 4)]
+        if size := _plain_size(data):
+            with Image.open(io.BytesIO(data), formats=('JPEG',)) as image: assert (image.size, 'APP1' in image.app, bool(image.tile)) == (size, False, True)
+            answered += 1
+        if i % 10: continue
+        path.write_bytes(data)
+        quick = _whole_jpeg(path)
+        with monkeypatch.context() as m:
+            m.setattr('fspn_nb.data.check_files._plain_size', lambda head: None)
+            assert _whole_jpeg(path) == quick
+    assert 300 < answered < 2700
 
 
 def test_copies_among_ten_thousand_files(tmp_path):

@@ -8,6 +8,7 @@ __all__ = ['RELEASED_FILES', 'changed_files', 'check_image', 'frame_number_rows'
 # %% ../../nbs/data/11_check_files.ipynb #265bc89a
 import hashlib
 import io
+import os
 import re
 from PIL import Image
 from concurrent.futures import ThreadPoolExecutor
@@ -44,17 +45,40 @@ def changed_files(
     return [name for name in there if name not in same]
 
 # %% ../../nbs/data/11_check_files.ipynb #61518b6d
-_TAIL,_LARGE = 4096,2**24 # Bytes looked at behind; pixels of a picture that is always decoded
+_PLAIN = {0xc4, 0xdd, 0xfe} # Huffman tables, restart interval, comment: skipped by Pillow
+
+def _plain_size(head):
+    "(width, height) in the first bytes `head` of a JPEG; None where its header has anything that Pillow has to judge"
+    at,size = 2,None
+    while at+4 <= len(head) and head[at] == 0xff:
+        mark,n = head[at+1],int.from_bytes(head[at+2:at+4])
+        if not 2 <= n <= len(head)-at-2: return None # the segment goes on beyond `head`
+        part = head[at+4:at+2+n]
+        if mark == 0xda: return size # the picture begins
+        if mark in (0xc0,0xc2) and n in (11,17) and not size and (part[0],3*part[5]+8) == (8,n): # 8 bits, 1 or 3 colours
+            size = int.from_bytes(part[3:5]),int.from_bytes(part[1:3])
+            if not all(size): return None
+        elif mark == 0xdb: # quantization tables
+            if len(part)%65 or any(byte > 15 for byte in part[::65]): return None
+        elif mark not in _PLAIN and (mark,n) != (0xe0,16): return None # another segment than the 16 bytes of JFIF
+        at += 2+n
+    return None
+
+# %% ../../nbs/data/11_check_files.ipynb #8edc568a
+_HEAD,_TAIL,_LARGE = 1024,4096,2**24 # Bytes looked at before and behind; pixels of a picture that is always decoded
 
 def _whole_jpeg(path):
     "(width, height) of a JPEG with a readable header and an end mark at its end; None for any other file, which has to be decoded"
     with open_picture(path) as file:
-        if file.read(2) != b'\xff\xd8': return None
+        head = file.read(_HEAD)
+        if not head.startswith(b'\xff\xd8'): return None
         file.seek(max(0, file.seek(0, 2)-_TAIL))
         if not file.read().rstrip(b'\0').endswith(b'\xff\xd9'): return None
-        file.seek(0)
+        size,pixels,exif = _plain_size(head),True,False
         try:
-            with Image.open(file, formats=('JPEG',)) as image: size,pixels,exif = image.size,image.tile,'APP1' in image.app
+            if not size: # read as a whole: Pillow asks for every second byte
+                file.seek(0)
+                with Image.open(io.BytesIO(file.read()), formats=('JPEG',)) as image: size,pixels,exif = image.size,image.tile,'APP1' in image.app
         except Exception: return None # a damaged header can raise anything
     return size if pixels and not exif and size[0]*size[1] <= _LARGE else None
 
@@ -143,9 +167,9 @@ def _film_hash(s):
 # %% ../../nbs/data/11_check_files.ipynb #8478897d
 def _sample_rows(s, decode):
     "(rows, film hash) for the frame files of sample `s`, neighbours for jitter included"
-    names,by_kind,sizes = (*s.before,*s.files,*s.after),{},{}
+    names,by_kind,sizes,start = (*s.before,*s.files,*s.after),{},{},os.path.join(s.folder, '')
     for name in names:
-        kind,detail,size = check_image(s.folder/name, decode)
+        kind,detail,size = check_image(start+name, decode)
         if kind: by_kind.setdefault(kind, []).append((name,detail))
         sizes.setdefault(size, []).append(name)
     rows,unreadable = [],sizes.pop(None, ())
