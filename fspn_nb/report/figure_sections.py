@@ -16,7 +16,8 @@ from ..analysis.compare import SCORES
 from ..analysis.method_tables import vote_points
 from ..analysis.parse_quality import parse_table,seed_means
 from ..analysis.runs import read_predictions
-from ..analysis.significance import epoch_selection,seed_mean_ci,table_interval
+from ..analysis.significance import seed_mean_ci,table_interval
+from ..analysis.watched_epochs import epoch_selection
 from ..metrics import cs_area
 from ..paper import paper_table
 from .figures import plot_cs,plot_scatter,save_figure
