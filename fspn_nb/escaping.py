@@ -90,7 +90,8 @@ def unquote_formula(
 def _map_text(table, function):
     "`table` with `function` applied to the cells of its columns of text"
     text = [name for name in table.columns if pd.api.types.is_object_dtype(table[name]) or pd.api.types.is_string_dtype(table[name])]
-    return table.assign(**{name: table[name].map(function) for name in text}) if text else table
+    mapped = {name: pd.Series(map(function, table[name]), table.index, table[name].dtype) for name in text}
+    return table.assign(**mapped) if mapped else table
 
 def csv_text(
     table:pd.DataFrame, # Columns named by text

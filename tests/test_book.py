@@ -130,7 +130,7 @@ def test_latex_has_no_markdown_and_balanced_braces(built):
 
 @pytest.mark.parametrize('text', ['100 % of R_l2 & {x}', '\\section{a}', '[0](finediving/a/)', '`-p tables "II"`', '<1> ~ ^ |'])
 def test_escaped_text_has_no_bare_command(text):
-    bare = re.sub(r'\\(textbackslash|textasciitilde|textasciicircum|textless|textgreater|textbar|textquotedbl)\{\}', '', escape_tex(text))
+    bare = re.sub(r'\\(textbackslash|textasciitilde|textasciicircum|textless|textgreater|textbar|textquotedbl|textasciigrave)\{\}', '', escape_tex(text))
     assert not re.search(r'(?<!\\)[%&_#$~^{}]|\\[a-z]', bare)
 
 

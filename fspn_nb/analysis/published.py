@@ -169,7 +169,8 @@ def pack_runs(
         tables = {run: own[name] for run,(_,own) in records.items() if name in own}
         if tables: texts[f'{name}.csv.gz'] = _write_rows(join_tables(tables))
     if baselines := _joined_baselines(roots): texts['baselines.csv'] = baselines
-    return [_save(Path(published)/name, text) for name,text in texts.items()]
+    # runs.csv last: a run that it names has its rows in all other files, also where this is cut short
+    return [_save(Path(published)/name, text) for name,text in reversed(texts.items())][::-1]
 
 # %% ../../nbs/analysis/06_published.ipynb #2a575c08
 def _split_table(path):

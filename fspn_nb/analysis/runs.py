@@ -166,7 +166,7 @@ _NO_DATASET,_NO_RUN = ('tables','figures','clips','inputs'),('inputs','locks','c
 def _may_be_run(path):
     "Whether `path`, <dataset>/<name>, is the folder of a run: no file, nothing hidden or half-written, no list of inputs, no lock"
     skipped = path.name in _NO_RUN or path.name.startswith(('.','_')) or path.suffix in ('.lock','.part','.tmp')
-    return path.is_dir() and not skipped and path.parent.name not in _NO_DATASET
+    return path.is_dir() and not skipped and path.parent.name not in _NO_DATASET and not path.parent.name.startswith('.')
 
 # %% ../../nbs/analysis/01_runs.ipynb #e5640838
 def collect(

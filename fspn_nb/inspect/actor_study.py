@@ -16,6 +16,7 @@ from torch import nn
 from ..analysis.runs import average_seeds,collect,read_predictions
 from ..config import override,run_id
 from ..core import write_atomic
+from ..escaping import csv_text
 from ..evaluate import load_model
 from ..experiments.parameters import notebook_parameters,parse_changes
 from ..experiments.session import RunContext,start
@@ -143,5 +144,5 @@ def save_both(
     caption:str, # Above the Markdown
 )->list: # The .csv and the .md
     "Write a table twice, the same bytes every time"
-    csv = table.to_csv(index=False, float_format='%.10g', lineterminator='\n')
+    csv = csv_text(table, float_format='%.10g')
     return [write_atomic(path.with_name(path.name+s), t) for s,t in (('.csv', csv), ('.md', to_md(shown, caption)))]

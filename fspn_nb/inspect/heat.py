@@ -15,6 +15,7 @@ from torch import Tensor,nn
 from ..actor.crop import crop_actor,square_box
 from ..config import ClipCfg
 from ..data.clips import resize_crop,to_clips
+from ..escaping import figure_text
 from .gradcam import heat
 from ..metrics import bootstrap_ci
 from ..models.i3d import I3D,same_pad
@@ -240,7 +241,7 @@ def plot_failures(
         for ax,t in zip(row, ((np.arange(n)+.5)*len(frames)/n).astype(int)):
             _look(ax, np.asarray(frames[t]), maps[t], _top(maps), boxes[t])
         share = 'no heat' if np.isnan(entry.in_box) else f'{entry.in_box:.0%} of the heat in the box'
-        label = f'{entry.uid}: {entry.why}; true {entry.true:.1f}, predicted {entry.pred:.1f}, {share}'
+        label = f'{figure_text(entry.uid)}: {entry.why}; true {entry.true:.1f}, predicted {entry.pred:.1f}, {share}'
         row[0].set_title(' ', fontsize='small') # keeps the room
         row[0].text(0, 1.05, label, fontsize='small', transform=row[0].transAxes).set_in_layout(False)
     fig.suptitle(f'Failures by rule, {title}', fontsize='medium')

@@ -9,6 +9,7 @@ __all__ = ['share_table', 'scene_shift', 'readable_shares', 'heat_caption', 'plo
 # %% ../../nbs/inspect/05_heat_shares.ipynb #2c8d9cb1
 import matplotlib.pyplot as plt
 import numpy as np,pandas as pd
+from ..escaping import escape_md,one_line
 from .actor_study import LABELS,Study
 from .attention import HeatResults,shown_frames
 from .heat import pick_failures,plot_failures,plot_heat,share_summary
@@ -66,12 +67,12 @@ def readable_shares(
 def heat_caption(
     study:Study, # After `train_all`
     results:HeatResults, # From `collect_heat`
-)->str: # One paragraph
+)->str: # One paragraph of Markdown
     "What must be known to read the shares of heat"
     p,g = study.done[0].data.provenance,scene_shift(results)
     data = 'synthetic, not comparable with the paper' if p['data'] == 'synthetic' else 'real'
     return (f"Share of the heat of the score (Grad-CAM at Mixed_5c) inside the actor's box, mean over "
-            f"{len(results.geometry)} test dives. Data: {data}; boxes: {p['actor']}; "
+            f"{len(results.geometry)} test dives. Data: {data}; boxes: {escape_md(p['actor'])}; "
             f"{run_note(study, study.runs[0].protocol)}. Floor: a map that is the same everywhere; best: all heat in "
             f"the cell that the box covers most. Brackets: 95 % bootstrap interval over dives. "
             f"Scene stream, with the actor branch minus without: {100*g['gap']:+.1f} [{100*g['lo']:+.1f}, "
@@ -122,7 +123,7 @@ def draw_typical(
     uid,data = typical_dive(results),study.done[0].data
     geometry,sample = results.geometry[uid],data.release.samples[results.index[uid]]
     frames,_ = shown_frames(data, results.index[uid])
-    note = f'dive {uid} ({sample.action}): median share in the box of {len(results.geometry)} test dives\n{run_note(study, study.runs[0].protocol)}'
+    note = f'dive {one_line(uid)} ({one_line(sample.action)}): median share in the box of {len(results.geometry)} test dives\n{run_note(study, study.runs[0].protocol)}'
     return plot_heat(frames, geometry.project(results.heat_maps[LABELS['fspn'], uid]), geometry.boxes,
                      _even(n, len(frames)), data.release.source, note, data.cfg.actor.pad)
 

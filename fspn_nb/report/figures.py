@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np,pandas as pd
 from ..core import write_atomic
+from ..escaping import figure_text
 from ..metrics import cs_area,cumulative_score,relative_l2,spearman
 
 # %% ../../nbs/report/02_figures.ipynb #e081eabd
@@ -28,7 +29,7 @@ def data_words(
     "`data` and `note` as words for a title"
     if data not in ('real','synthetic'):
         raise ValueError(f"need data='real' or 'synthetic', so that the title can say it, got {data!r}")
-    return f'{data} data'+(f'\n{note}' if note else '')
+    return '\n'.join([f'{data} data', *(figure_text(line, 300) for line in note.split('\n') if note)])
 
 # %% ../../nbs/report/02_figures.ipynb #d5bfcd4b
 def _limits(preds):
@@ -44,7 +45,7 @@ def _panel(ax, name, df, lim):
     ax.axline((lim[0], lim[0]), slope=1, color=RED, lw=1.2)
     rho = spearman(df.pred, df.true)
     error = f'{100*relative_l2(df.pred, df.true):.3f}' if np.ptp(df.true) else '-'
-    ax.set_title(f"{name}\n$\\rho$ = {'-' if np.isnan(rho) else f'{rho:.3f}'}, $R_{{\\ell_2}}$ x100 = {error}", fontsize='small')
+    ax.set_title(f"{figure_text(name)}\n$\\rho$ = {'-' if np.isnan(rho) else f'{rho:.3f}'}, $R_{{\\ell_2}}$ x100 = {error}", fontsize='small')
     ax.set(xlim=lim, ylim=lim, aspect='equal', xticks=range(0, 121, 20), yticks=range(0, 121, 20))
     ax.set(xlim=lim, ylim=lim)
 
@@ -84,7 +85,7 @@ def plot_cs(
         raise ValueError(f'need at least one method and at most {len(_LINES)} to tell their lines apart, got {len(preds)}')
     fig,ax = plt.subplots(figsize=(7.2, max(3.2, 1.1+.2*len(preds))), layout='constrained')
     for (color,dash),(name,df) in zip(_LINES, preds.items()):
-        label = f'{name} ({cs_area(df.pred, df.true, top):.1f} %)'
+        label = f'{figure_text(name)} ({cs_area(df.pred, df.true, top):.1f} %)'
         ax.plot(grid, cumulative_score(df.pred, df.true, grid), color=color, ls=dash, label=label)
     ax.set(xlabel=f'error threshold ({unit})', ylabel='videos within it (%)', xlim=(0, top), ylim=(0, 101))
     ax.set_title(f'Cumulative score, {words}', fontsize='medium')
@@ -113,7 +114,7 @@ def _band(ax, p, color, name, cuts):
     for at,style in cuts:
         for t in at: ax.axvline(t, **style)
     ax.set(xlim=(0, len(p)), ylim=(0, 1), yticks=[0, 1])
-    ax.set_ylabel(name, rotation=0, ha='right', va='center')
+    ax.set_ylabel(figure_text(name), rotation=0, ha='right', va='center')
 
 # %% ../../nbs/report/02_figures.ipynb #49f8e898
 def _probs(probs, names):
@@ -172,12 +173,12 @@ def plot_table(
     _dots(ax, df[~no_video], metric, BLUE, 'o', 'ours')
     _dots(ax, df[no_video], metric, _GREY, 's', 'no frame seen')
     ax.plot(df[f'{metric}_paper'], df.index, 'o', mfc='none', mec=RED, mew=1.5, ms=9, label='paper')
-    ax.set_yticks(df.index, df.label.str.removeprefix('no video: ')+' ('+df.block+')', fontsize='small')
+    ax.set_yticks(df.index, (df.label.str.removeprefix('no video: ')+' ('+df.block+')').map(figure_text), fontsize='small')
     for i in np.flatnonzero(df.protocol.ne(df.protocol.shift()))[1:]: ax.axhline(i-.5, color='.85', lw=1)
     ax.set_xlabel(f'{name}, 95 % interval')
     fig.legend(loc='outside lower center', ncols=3, frameon=False, fontsize='small')
     kinds = ' and '.join(sorted(set(df.data.dropna())))
-    words = f"{kinds} data, {table.attrs['samples']}" if kinds else 'no finished run'
+    words = figure_text(f"{kinds} data, {table.attrs['samples']}", 300) if kinds else 'no finished run'
     fig.suptitle(f"Table {table.attrs['name']}, {words}", fontsize='medium', x=.02, ha='left')
     return fig
 
@@ -185,7 +186,7 @@ def plot_table(
 def _class_points(ax, x, df, metric, color):
     "One method: dots of ours with intervals, rings of the paper's values"
     bars = np.clip(np.nan_to_num([df[metric]-df[f'{metric}_lo'], df[f'{metric}_hi']-df[metric]]), 0, None)
-    ax.errorbar(x[df.index], df[metric], bars, fmt='o', color=color, ms=4, capsize=2, label=f'{df.label.iloc[0]}, ours')
+    ax.errorbar(x[df.index], df[metric], bars, fmt='o', color=color, ms=4, capsize=2, label=f'{figure_text(df.label.iloc[0])}, ours')
     ax.plot(x[df.index], df[f'{metric}_paper'], 'o', mfc='none', mec=color, ms=8, mew=1.4)
 
 # %% ../../nbs/report/02_figures.ipynb #01e1b5ac
@@ -208,7 +209,7 @@ def plot_classes(
     ax.set(ylabel=f'{name}, 95 % interval', xlim=(-.5, len(blocks)-.5))
     ax.grid(axis='y', alpha=.25)
     kinds = ' and '.join(sorted(set(table.data.dropna())))
-    words = f"{kinds} data, {table.attrs['samples']}" if kinds else 'no finished run'
+    words = figure_text(f"{kinds} data, {table.attrs['samples']}", 300) if kinds else 'no finished run'
     ax.set_title(f"Table {table.attrs['name']}, {words} (rings: the paper)", fontsize='medium', loc='left')
     fig.legend(loc='outside lower center', ncols=4, frameon=False, fontsize='small')
     return fig

@@ -14,6 +14,7 @@ from ..analysis.run_groups import left_out,main_runs,samples_words
 from ..analysis.runs import SAME_RUN,collect
 from ..analysis.seed_spread import seed_line,spread_alike
 from ..config import load_cfg,override
+from ..escaping import escape_md
 from ..experiments.variants import find_runs,grid_base
 from ..protocols import PROTOCOLS
 
@@ -91,11 +92,11 @@ def provenance_line(
     runs:pd.DataFrame, # Of `collect`, only those that the table uses
     how:str=HOW, # How a number and its interval are made
     others:pd.DataFrame|None=None, # All runs of the folder, from `collect`; they tell how far seeds lie apart. None: `runs`
-)->str: # One paragraph
+)->str: # One paragraph of Markdown
     "What the numbers of a table rest on"
     if not len(runs): return 'No finished run.'
     names = ('data','mode','weights','preset','checkpoint_selection')
-    facts = {name: ', '.join(sorted(map(str, runs[name].unique()))) for name in names}
+    facts = {name: escape_md(', '.join(sorted(map(str, runs[name].unique())))) for name in names}
     seeds = sorted({int(seed) for seed in runs.seed})
     alone = runs[runs.groupby(SAME_RUN).seed.transform('nunique') == 1]
     spread = ' '+seed_line(spread_alike(alone, runs if others is None else others)) if len(alone) else ''

@@ -19,6 +19,7 @@ from ..analysis.class_averages import add_averages
 from ..analysis.runs import collect,read_predictions,used_and_annotated
 from ..data.clips import frame_indices,load_frames
 from ..data.records import samples_frame
+from ..escaping import figure_text
 from ..evaluate import load_model
 from ..experiments.session import RunContext
 from ..metrics import score_baselines,temporal_iou
@@ -41,10 +42,10 @@ def first_video(
 def video_title(
     sample, # A `Sample`
     kind:str, # 'real' | 'synthetic'
-)->str: # One line
+)->str: # One line, as matplotlib takes it
     "What a film strip shows"
     dd = '' if sample.difficulty is None else f', difficulty {sample.difficulty}'
-    return f'{sample.uid}: {sample.action}{dd}, {sample.score:.2f} points ({kind})'
+    return figure_text(f'{sample.uid}: {sample.action}{dd}, {sample.score:.2f} points ({kind})', 150)
 
 # %% ../../nbs/report/06_run_report.ipynb #0f73985b
 def baselines_of(

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from ..analysis.compare import SCORES
 from ..analysis.parse_quality import MEAN_TRANSITIONS,valid_transitions
+from ..escaping import figure_text
 from ..metrics import temporal_iou
 from .figures import BLUE,_GREY,RED,data_words
 
@@ -68,7 +69,7 @@ def plot_channels(
     places = range(len(points))
     fig,panels = _sweep(f'Channels of the stages, {data_words(data, note)}', 'channels of each stage', places, points)
     for ax in panels.values():
-        ax.set_xticks(places, [label.replace('-', '\n') for label in points.label], fontsize='small')
+        ax.set_xticks(places, [figure_text(label).replace('-', '\n') for label in points.label], fontsize='small')
         ax.set_xlim(-.5, len(points)-.5)
     return fig
 
@@ -121,7 +122,7 @@ def plot_ablation(
     metrics = drawn_metrics(df)
     fig,axs = plt.subplots(1, len(metrics), figsize=(4.1*len(metrics), 1.5+.32*len(df)), sharey=True, layout='constrained', squeeze=False)
     for ax,metric in zip(axs[0], metrics): _ablation_panel(ax, df, metric, level)
-    axs[0,0].set_yticks(df.index, df.label)
+    axs[0,0].set_yticks(df.index, df.label.map(figure_text))
     handles = {label: handle for ax in axs[0] for handle,label in zip(*ax.get_legend_handles_labels())}
     fig.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=4, frameon=False, fontsize='small')
     fig.suptitle(f'{_table_title(table.table[0])}, {data_words(data, note)}', fontsize='medium')
@@ -190,7 +191,7 @@ def plot_tiou(
         else: ax.text(.02, y, 'one cut: no middle step', fontsize='x-small', va='center', color=_GREY)
     _baseline_lines(ax, baselines)
     ax.set(yticks=range(len(labels)), ylim=(-.6, len(labels)-.4), xlim=(0, 1), xlabel='overlap (dots: seeds, bar: mean)')
-    ax.set_yticklabels(labels, fontsize='small')
+    ax.set_yticklabels(map(figure_text, labels), fontsize='small')
     fig.legend(loc='outside upper right', ncols=3, frameon=False, fontsize='x-small')
     fig.suptitle(words, fontsize='medium', x=.02, ha='left')
     return fig

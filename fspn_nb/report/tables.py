@@ -13,6 +13,7 @@ from ..analysis.run_groups import samples_words
 from ..analysis.runs import SAME_RUN,SCORE_PAIRS,average_seeds,read_predictions
 from ..analysis.seed_spread import seed_line,spread_alike
 from ..core import write_atomic
+from ..escaping import csv_text,escape_md
 from ..methods import METHODS
 from ..paper import paper_table
 from ..protocols import PROTOCOLS
@@ -36,11 +37,11 @@ def caption(
     name:str, # The paper's table, 'IX'
     runs:pd.DataFrame, # From `collect`
     others:pd.DataFrame|None=None, # All runs of their folder; they tell how far seeds lie apart. None: `runs`
-)->str: # One paragraph
+)->str: # One paragraph of Markdown
     "What must be known to read our numbers: data and how much of it, mode, weights, preset, seeds, epoch rule, interval, broken runs"
     sound,broken = runs[runs.problem == ''],runs[runs.problem != '']
     names = ('data','mode','weights','preset','checkpoint_selection')
-    facts = {name: ', '.join(sorted(map(str, sound[name].unique()))) or 'none' for name in names}
+    facts = {name: escape_md(', '.join(sorted(map(str, sound[name].unique()))) or 'none') for name in names}
     seeds = ', '.join(map(str, sorted({int(seed) for seed in sound.seed}))) or 'none'
     counts = '; '.join(samples_words(own) for _,own in sound.groupby('data'))
     text = (f"Table {name}, ours beside the paper. Data: {_DATA.get(facts['data'], _MIXED)}{f' ({counts})' if counts else ''}. "
@@ -48,7 +49,7 @@ def caption(
             f"epoch rule: {facts['checkpoint_selection']}; seeds: {seeds}. "
             'Ours is the mean over seeds; brackets hold the 95 % bootstrap interval over test dives of the lowest seed.')
     text += _seed_words(sound, runs if others is None else others)
-    return text+(f" Broken runs left out: {', '.join(broken.run)}." if len(broken) else '')
+    return text+(f" Broken runs left out: {', '.join(map(escape_md, broken.run))}." if len(broken) else '')
 
 # %% ../../nbs/report/01_tables.ipynb #a7c1e501
 def method_titles()->dict[str,str]: # Method -> title
@@ -139,14 +140,14 @@ def readable(
 # %% ../../nbs/report/01_tables.ipynb #81c76690
 def undefined_notes(
     table:pd.DataFrame|None, # With columns label, seeds, both metrics and reason, perhaps block
-)->list[str]: # One line per row that has runs, but not both metrics
+)->list[str]: # One line of Markdown per row that has runs, but not both metrics
     "Why a metric of ours is missing where there are runs"
     if table is None or not {'reason','seeds','rho','r_l2_x100'} <= set(table): return []
     lines = []
     for row in table[table.seeds.fillna('') != ''].itertuples():
         missing = [short for short,value in (('rho', row.rho), ('R', row.r_l2_x100)) if pd.isna(value)]
-        where = f'{row.label}, {row.block}' if 'block' in table else row.label
-        reason = row.reason or 'equal predictions, equal scores, or a single test video'
+        where = escape_md(f'{row.label}, {row.block}' if 'block' in table else row.label)
+        reason = escape_md(row.reason or 'equal predictions, equal scores, or a single test video')
         if missing: lines.append(f"{where}: no {' and no '.join(missing)} ({reason}).")
     return lines
 
@@ -168,11 +169,12 @@ def predictions_by_method(
 # %% ../../nbs/report/01_tables.ipynb #c5708d01
 def to_md(
     df:pd.DataFrame, # Any frame
-    caption:str='', # Goes above the table
+    caption:str='', # Markdown that goes above the table
+    formatted:tuple[str,...]=(), # Columns that are Markdown already, such as links
 )->str: # Ends with a newline
     "`df` as a Markdown table"
-    text = df.map(lambda value: '-' if pd.isna(value) else f'{value:.4g}' if isinstance(value, float)
-                  else str(value).replace('|', '\\|'))
+    cell = lambda value: '-' if pd.isna(value) else f'{value:.4g}' if isinstance(value, float) else escape_md(value)
+    text = df.map(cell).assign(**{name: df[name] for name in formatted}).rename(columns=escape_md)
     return (f'{caption}\n\n' if caption else '')+text.to_markdown(index=False, disable_numparse=True)+'\n'
 
 # %% ../../nbs/report/01_tables.ipynb #e4a1e84d
@@ -184,11 +186,11 @@ def save_table(
     "Write `table` twice, the same bytes every time"
     path = Path(path)
     md = to_md(readable(table) if shown is None else shown, table.attrs.get('caption', ''))
-    notes = [f'- {row.label}, {row.block}: {row.note}' for row in table.itertuples() if isinstance(row.note, str) and row.note]
+    notes = [f'- {escape_md(row.label)}, {escape_md(row.block)}: {row.note}' for row in table.itertuples() if isinstance(row.note, str) and row.note]
     undefined = [f'- {line}' for line in undefined_notes(table)]
     if undefined: md += '\nA dash in our columns:\n\n'+'\n'.join(undefined)+'\n'
     if notes: md += '\nOn the printed values:\n\n'+'\n'.join(notes)+'\n'
-    csv = table.to_csv(index=False, float_format='%.10g', lineterminator='\n')
+    csv = csv_text(table, float_format='%.10g')
     return [write_atomic(path.with_name(path.name+suffix), text) for suffix,text in (('.csv', csv), ('.md', md))]
 
 # %% ../../nbs/report/01_tables.ipynb #c106fc6f
