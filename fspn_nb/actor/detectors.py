@@ -15,6 +15,7 @@ from . import best_path,motion_boxes
 from .best_path import nms
 from .yolox import Onnx,_checked,_key
 from ..data.safe_pickle import checkpoint_globals
+from ..untrusted import load_checkpoint
 
 # %% ../../nbs/actor/04_detectors.ipynb #da8ba010
 class Motion:
@@ -32,10 +33,10 @@ class Motion:
 def _open_checkpoint(path):
     "The content of a checkpoint of plain tensors; a `ValueError` if it cannot be opened"
     try:
-        with torch.serialization.safe_globals(checkpoint_globals()): return torch.load(path, map_location='cpu', weights_only=True)
+        with torch.serialization.safe_globals(checkpoint_globals()): return load_checkpoint(path)
     except Exception as e: # a damaged archive can raise anything
         asked = re.search(r'GLOBAL (\S+) was not', str(e))
-        reason = f'it asks for {asked[1]}' if asked else type(e).__name__
+        reason = f'it asks for {asked[1]}' if asked else str(e) if type(e) is ValueError else type(e).__name__
         raise ValueError(f"{path}: need a checkpoint of tensors, got one that cannot be opened ({reason}); "
                          "save model.state_dict() of torchvision's ssd300_vgg16") from e
 

@@ -6,7 +6,8 @@
 __all__ = ['STRIDES', 'grid_cells', 'decode_cells', 'letterbox', 'Onnx']
 
 # %% ../../nbs/actor/03_yolox.ipynb #c3d80e03
-import ast,hashlib,inspect,json,textwrap
+import ast,hashlib,inspect,json,textwrap,threading
+from functools import cache
 from pathlib import Path
 import numpy as np
 import torch
@@ -76,6 +77,17 @@ def _short(error):
     return ' '.join(str(error).split())[:120]
 
 # %% ../../nbs/actor/03_yolox.ipynb #60a8b19b
+_SIDE,_MEMORY = 2048,2**30 # Largest input, pixels (released networks have 416 and 640); bytes for the numbers of all networks
+_SECONDS = 60 # Longest time for one frame; the largest YOLOX takes 2
+
+@cache
+def _limit_memory():
+    "From now on the networks of this process have `_MEMORY` bytes between them"
+    import onnxruntime as ort
+    memory = ort.OrtMemoryInfo('Cpu', ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    keys = ('initial_chunk_size_bytes','max_dead_bytes_per_chunk','arena_extend_strategy')
+    ort.create_and_register_allocator(memory, ort.OrtArenaCfg(dict(max_mem=_MEMORY, **dict.fromkeys(keys, -1))))
+
 def _open_session(path):
     "An onnxruntime session for the file `path`"
     if not path.is_file():
@@ -85,8 +97,12 @@ def _open_session(path):
     except ImportError as e:
         raise ValueError("need onnxruntime for actor source 'onnx', and it is not installed; "
                          "pip install 'fspn_nb[onnx]', or choose actor source 'motion'") from e
+    if path.stat().st_size > _MEMORY: raise ValueError(f'{path}: need a network of at most {_MEMORY} bytes, got {path.stat().st_size}; take a smaller YOLOX')
+    _limit_memory()
     options = ort.SessionOptions()
     options.intra_op_num_threads,options.log_severity_level = torch.get_num_threads(),4
+    options.add_session_config_entry('session.use_env_allocators', '1') # that of _limit_memory
+    options.add_session_config_entry('session.model_external_initializers_file_folder_path', str(path.absolute()/'none')) # weights in other files: nowhere
     try: return ort.InferenceSession(path.read_bytes(), options, providers=['CPUExecutionProvider'])
     except Exception as e: # the runtime has a dozen error types of its own
         raise ValueError(f'{path}: need a network in ONNX, got a file that cannot be opened as one ({_short(e)}); '
@@ -99,8 +115,8 @@ def _session(path):
     session = _open_session(path)
     shapes = [list(node.shape) for node in session.get_inputs()]
     square = len(shapes) == 1 and len(shapes[0]) == 4 and shapes[0][1] == 3 and shapes[0][2] == shapes[0][3]
-    if not square or not isinstance(shapes[0][2], int) or shapes[0][2]%32:
-        raise ValueError(f'{path}: need one input (1,3,s,s) with s a multiple of 32, got {shapes}; '
+    if not square or not isinstance(shapes[0][2], int) or shapes[0][2]%32 or not 0 < shapes[0][2] <= _SIDE:
+        raise ValueError(f'{path}: need one input (1,3,s,s) with s a multiple of 32 and at most {_SIDE}, got {shapes}; '
                          'export a YOLOX with a fixed square input')
     return session,shapes[0][2]
 
@@ -118,10 +134,19 @@ def _check_rows(rows, path):
 # %% ../../nbs/actor/03_yolox.ipynb #dd9d5ffd
 def _raw(session, x, path):
     "(n,5+C) raw output for one input; a `ValueError` if it is none of a YOLOX"
-    try: out = session.run(None, {session.get_inputs()[0].name:x.numpy()})
+    import onnxruntime as ort
+    options = ort.RunOptions()
+    timer = threading.Timer(_SECONDS, setattr, (options, 'terminate', True)) # a loop need not end
+    timer.start()
+    try: out = session.run(None, {session.get_inputs()[0].name:x.numpy()}, options)
     except Exception as e:
+        if options.terminate: raise ValueError(f'{path}: need a network that takes less than {_SECONDS} seconds for a frame, got one that takes longer; '
+                                               'take a smaller YOLOX') from e
+        if 'vailable memory' in str(e): raise ValueError(f'{path}: need a network that makes do with {_MEMORY} bytes of memory, got one that does not; '
+                                                         'take a smaller YOLOX') from e
         raise ValueError(f'{path}: need a network that takes float32, got one that fails ({_short(e)}); '
                          'export it anew') from e
+    finally: timer.cancel()
     n,rows = sum((x.shape[-1]//s)**2 for s in STRIDES),np.asarray(out[0])
     if rows.ndim != 3 or rows.shape[1] != n or rows.shape[2] < 6:
         raise ValueError(f'{path}: need an output (1,{n},5+classes), as a YOLOX has, got {rows.shape}; '

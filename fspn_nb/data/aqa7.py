@@ -63,7 +63,8 @@ def _rows(path, split, problems):
     "[(class id, sample id, score as it stands)] of one list"
     name,rows = f'consolidated_{split}_list',[]
     table = load_mat(path, name)
-    if table.shape[1] != 3 or not len(table): raise wrong_value(f'{path}, {name}', 'rows of class id, sample id and score', table)
+    if table.shape[1] != 3 or not 0 < len(table) <= 7*999: # seven classes with ids of three digits
+        raise wrong_value(f'{path}, {name}', '1 to 6993 rows of class id, sample id and score', table)
     for i,values in enumerate(table.tolist(), 1):
         with collect_errors(problems, f'{path.name}, row {i}'): rows.append(_row(values, f'{path}, row {i}'))
     return rows

@@ -113,7 +113,7 @@ def _row_without_video(piece, height, rate, line):
     there = _frames_there(piece.folder)
     n = sum(i in there for i in piece.numbers)
     if n == len(piece.numbers) and line.get('status') != _BEGUN:
-        with Image.open(piece.folder/there[piece.numbers[0]]) as image: h = image.size[1]
+        with Image.open(piece.folder/there[piece.numbers[0]], formats=('JPEG','PNG','WEBP')) as image: h = image.size[1]
         if None not in (rate,line.get('rate')) and rate != 'film' and abs(Fraction(rate)-Fraction(line['rate'])) > .01:
             return _row(piece, 'failed', n, f"frames numbered at {line['rate']:g} per second are there; move or remove its folder")
         why = '; '.join(filter(None, ['' if h == height else f'frames of height {h} are there', line.get('why', '')]))

@@ -28,7 +28,7 @@ def _check_key(key, where):
     "`key` as (video, index)"
     if not isinstance(key, tuple) or len(key) != 2: raise wrong_value(where, 'keys (video, index)', key)
     video,index = checked(key[0], 'text', where),checked(key[1], 'whole', where)
-    if index < 0 or video in ('.','..') or set(video) & set('/\\:'):
+    if index < 0 or video.strip(' .') != video or set(video) & set('/\\:'): # '.', '..', and what Windows makes of '.. '
         raise wrong_value(where, 'a folder name and an index >= 0 as key', video if index >= 0 else index)
     return video,index
 

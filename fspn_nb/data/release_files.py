@@ -153,16 +153,19 @@ def append_jsonl(
 )->None:
     "Add a line to `path`, all of it or nothing"
     data = json.dumps(row).encode()+b'\n'
-    with _appending, explain_write(path, len(data)), open(path, 'ab', 0) as file:
-        end = file.tell()
-        if file.write(data) == len(data): return
-        file.truncate(end)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with _appending, explain_write(path, len(data)):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, 'ab', 0) as file:
+            end = file.tell()
+            if file.write(data) == len(data): return
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 def read_jsonl(
     path:Path, # As in `append_jsonl`; it need not be there
 )->list[dict]:
     "The lines of `path`; a `ValueError` for one that is no JSON object"
+    if Path(path).is_symlink(): raise ValueError(f'need a file of its own, got the link {path}, which may lead out of the release; remove it')
     text = Path(path).read_text(encoding='utf-8') if Path(path).is_file() else ''
     whole,newline,rest = text.rpartition('\n')
     try:

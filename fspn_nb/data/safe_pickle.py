@@ -7,10 +7,12 @@ __all__ = ['checkpoint_globals', 'load_pickle', 'wrong_value', 'checked', 'check
            'collect_errors', 'try_or_collect']
 
 # %% ../../nbs/data/03_safe_pickle.ipynb #3477d16f
-import argparse,io,math,pickle,pickletools,re
+import argparse,io,math,pickle,re
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 import numpy as np
+from ..untrusted import check_pickle
 
 # %% ../../nbs/data/03_safe_pickle.ipynb #e1eec8dc
 class _DType:
@@ -26,10 +28,14 @@ class _DType:
     def __setstate__(self, state): self.dtype = self.dtype.newbyteorder(state[1])
 
 # %% ../../nbs/data/03_safe_pickle.ipynb #01e84302
+_LEFT = ContextVar('bytes that arrays may still have', default=2**30)
+
 def _raw_bytes(raw):
     "The bytes of an array or a number as a protocol keeps them: bytes, a bytearray (5) or text (Python 2); None for anything else"
-    if type(raw) is str: return raw.encode('latin1')
-    return bytes(raw) if type(raw) in (bytes, bytearray) else None
+    if type(raw) not in (str, bytes, bytearray): return None
+    if len(raw) > _LEFT.get(): raise ValueError('its arrays have more bytes than the file') # bytes that a file names a thousand times
+    _LEFT.set(_LEFT.get()-len(raw))
+    return raw.encode('latin1') if type(raw) is str else bytes(raw)
 
 class _Array(np.ndarray):
     "Array that fills itself from pickled bytes only if type, shape and size agree"
@@ -88,6 +94,7 @@ for _builtins in ('builtins','__builtin__'): # Python 3, Python 2; the strings a
 # %% ../../nbs/data/03_safe_pickle.ipynb #cfbf8c05
 def checkpoint_globals()->list[tuple]: # (stand-in, full name), for `torch.serialization.safe_globals`
     "What PyTorch's reader needs to open arrays of numbers and parsed arguments, and nothing else"
+    _LEFT.set(2**30)
     pairs = [(stand_in, f'{module}.{name}') for (module,name),stand_in in _ALLOWED.items() if module.startswith('numpy')]
     return [*pairs, (_Array,'an array that was read'), (argparse.Namespace,'argparse.Namespace')]
 
@@ -112,15 +119,6 @@ class _Unpickler(pickle.Unpickler):
             raise ValueError(_refusal(module, name))
         return _ALLOWED[module,name]
 
-# %% ../../nbs/data/03_safe_pickle.ipynb #ec599c9c
-def _check_opcodes(
-    data:bytes, # A pickle
-):
-    "Walks through `data` without executing it; raises where it is cut off or claims absurd memory"
-    for op,arg,pos in pickletools.genops(data):
-        if op.name in ('PUT','LONG_BINPUT') and arg > len(data): raise ValueError(f"memo slot {arg} at byte {pos} of {len(data)}")
-        if op.name == 'NEXT_BUFFER': raise ValueError('its arrays lie outside of the file: save it again without buffer_callback')
-
 # %% ../../nbs/data/03_safe_pickle.ipynb #b0b369a7
 def load_pickle(
     path, # A pickle of dicts, lists, tuples, strings, numbers and numpy arrays of numbers
@@ -134,7 +132,8 @@ def load_pickle(
     size = path.stat().st_size
     if size > limit: raise ValueError(f"{path}: need at most {limit} bytes, got {size}; this is not an annotation file")
     try:
-        _check_opcodes(data:=path.read_bytes())
+        check_pickle(data:=path.read_bytes())
+        _LEFT.set(2*len(data)+1000) # text may take two bytes where latin1 takes one
         return _Unpickler(io.BytesIO(data), encoding='latin1').load() # the encoding of Python 2's bytes
     except Exception as e: # a damaged pickle can raise anything
         why = ' '.join(f"{type(e).__name__}: {e}"[:300].split())
@@ -170,7 +169,7 @@ def _whole(x, where):
     return int(x)
 
 def _text(x, where):
-    if not isinstance(x, str) or not x.isprintable() or not 0 < len(x.encode()) <= 200:
+    if not isinstance(x, str) or not x.isprintable() or not 0 < len(x.encode()) <= 200 or x[0] in '=+-@': # a formula in a spreadsheet
         raise wrong_value(where, 'a short printable text', x)
     return x
 

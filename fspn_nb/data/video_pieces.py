@@ -14,6 +14,7 @@ from .aqa7 import read_aqa7
 from .finediving import FINEDIVING_FRAMES,read_finediving
 from .mtl_aqa import MTL_AQA_FRAMES,read_mtl_aqa
 from ..protocols import PROTOCOLS
+from ..untrusted import FILM_PICTURES,FILM_PIXELS,check_film
 
 # %% ../../nbs/data/13_video_pieces.ipynb #7e8b9130
 _WHERE = dict(
@@ -113,7 +114,13 @@ _JUMPS = ('mpegts','mpeg') # recordings of broadcasts, whose clock may jump
 
 def _open(path):
     "The container in the file at `path`"
-    return import_av().open(str(path.resolve()), options=dict(protocol_whitelist='file', format_whitelist=_FORMATS))
+    check_film(path)
+    pixels = dict(max_pixels=str(FILM_PIXELS)) # for the decoders
+    options = dict(protocol_whitelist='file', format_whitelist=_FORMATS)
+    container = import_av().open(str(path.resolve()), options=options|pixels)
+    for stream in container.streams.video:
+        if stream.codec_context is not None: stream.codec_context.options = pixels
+    return container
 
 # %% ../../nbs/data/13_video_pieces.ipynb #14babbd0
 @dataclass(frozen=True)
@@ -160,6 +167,7 @@ def _packet_times(container):
     for packet in container.demux(container.streams.video) if rows else ():
         if not packet.size or packet.is_discard: continue # the end; what an edit list cuts off
         stamp = packet.dts if packet.pts is None else packet.pts
+        if len(rows[packet.stream.index]) == FILM_PICTURES: raise ValueError(f'more than {FILM_PICTURES} pictures')
         rows[packet.stream.index].append((None if stamp is None else float(stamp*packet.time_base), packet.is_keyframe, packet.is_corrupt))
     return {index:tuple(zip(*packets)) for index,packets in rows.items() if packets}
 

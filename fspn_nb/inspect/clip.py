@@ -18,7 +18,7 @@ from ..actor.crop import actor_boxes,smooth_boxes
 from ..actor.detectors import SOURCES,get_detector
 from ..actor.track import video_boxes
 from ..config import RunCfg
-from ..data.clips import PICTURE_ENDINGS,frame_ids,read_picture
+from ..data.clips import PICTURE_ENDINGS,frame_ids,picture_size,read_picture
 from ..data.records import Sample
 from ..data.video_io import ANNOTATION_RATE,describe_faults,video_frames
 from ..data.video_pieces import read_film
@@ -41,6 +41,7 @@ class Clip:
 
 # %% ../../nbs/inspect/06_clip.ipynb #d96cf7a8
 LEAST,MOST,HEIGHT = 16,1000,256 # Frames, frames, lines
+_PIXELS = 2**28 # In all frames of a clip: a thousand of 256 x 1,048
 
 def _stack(shots, name):
     "The pictures of `shots` as one array, if they are one film of a sensible length"
@@ -52,11 +53,16 @@ def _stack(shots, name):
         if len(frames) == MOST:
             raise ValueError(f'{name}: need one action in at most {MOST} frames, got more; cut it out first, from just '
                              f'before the take-off to just after the landing')
+        if (len(frames)+1)*shot[..., 0].size > _PIXELS:
+            raise ValueError(f'{name}: need at most {_PIXELS} pixels in all, got {len(frames)+1} frames of {shot.shape[1]} x {shot.shape[0]} and '
+                             'more; crop the clip, or cut it out shorter')
         frames.append(shot)
     if len(frames) < LEAST:
         raise ValueError(f'{name}: need at least {LEAST} frames, which is one clip of the backbone, got {len(frames)}; '
                          f'use a longer clip or more frames per second')
-    return np.stack(frames)
+    stacked = np.empty((len(frames), *frames[0].shape), np.uint8)
+    for i in range(len(frames)): stacked[i],frames[i] = frames[i],None # never two copies of a long clip
+    return stacked
 
 # %% ../../nbs/inspect/06_clip.ipynb #2f32ae05
 def _in_order(path):
@@ -77,7 +83,8 @@ def _pictures(path):
     "The frames of a GIF, or the pictures of a folder, one by one"
     if not path.is_dir():
         try:
-            with Image.open(path) as img:
+            with open(path, 'rb') as file: picture_size(file.read(10))
+            with Image.open(path, formats=('GIF',)) as img:
                 for item in ImageSequence.Iterator(img): yield _small(item)
             return
         except Exception as e: # a damaged picture can raise anything

