@@ -282,7 +282,7 @@ def test_a_network_that_never_finds_anybody_stops_the_run(dives, monkeypatch):
     from fspn_nb.actor import boxes
     samples,load,folder = dives
     samples = [*samples, replace(samples[0], uid='01/3')]
-    monkeypatch.setattr(boxes, 'detect_boxes', lambda group, detector, actors: detect_boxes(group, detector, folder, actors, load=load))
+    monkeypatch.setattr(boxes, 'detect_boxes', lambda group, detector, actors, hashes: detect_boxes(group, detector, folder, actors, load=load))
     class Blind(Counting):
         def __call__(self, frames): return [NONE]*len(frames)
     with pytest.raises(ValueError, match='need people in 3 dives, and counting found nobody in 31 frames; take other weights'): boxes._detected(samples, Blind('blind-2'))

@@ -24,13 +24,13 @@ def athletes_of(
     return 2 if 'sync' in f'{sample.uid} {sample.action}'.lower() else 1
 
 # %% ../../nbs/actor/08_boxes.ipynb #54166655
-def _detected(samples, detector):
+def _detected(samples, detector, hashes=None):
     "Smoothed boxes of all `samples` by `detector`, and one message per group"
     boxes,messages = {},[]
     for num_athletes in (1,2):
         group = [sample for sample in samples if athletes_of(sample) == num_athletes]
         if not group: continue
-        raw,report = detect_boxes(group, detector, actors=num_athletes)
+        raw,report = detect_boxes(group, detector, actors=num_athletes, hashes=hashes)
         if detector.name != 'motion' and report['whole'] == 1 and len(group) > 2:
             raise ValueError(f"need people in {len(group)} dives, and {detector.name} found nobody in {report['frames']} frames; "
                              "take other weights (are the input's range and colours right?), or actor source 'motion' or 'none'")
@@ -60,10 +60,11 @@ def load_actor_boxes(
     release:Release, # Samples and their root
     actor:ActorCfg, # 'auto' takes the release's own truth where it has one, else motion
     device='cpu', # Where a detector runs, if it can
+    hashes:dict|None=None, # uid to hash, from `frame_hashes`: files of 3,000 dives are asked for their state once, not twice
 )->tuple[str,dict[str,np.ndarray|None],list[str]]: # Name of the source; box per frame, or None, for each uid; messages
     "Actor boxes for every sample of `release`"
     source,truth = box_source(release, actor),release.root/'truth'/'boxes.csv'
-    if source in SOURCES: return source, *_detected(release.samples, get_detector(source, actor.weights, device))
+    if source in SOURCES: return source, *_detected(release.samples, get_detector(source, actor.weights, device), hashes)
     if source == 'none': return source, {sample.uid: None for sample in release.samples}, []
     boxes,messages = _from_table(release.samples, source, truth if source == 'truth' else Path(actor.boxes).expanduser())
     return source, boxes, messages if source == 'boxes' else []

@@ -100,11 +100,12 @@ def detect_boxes(
     actors:int=1, # 1, or 2 for synchronised diving
     every:int=1, # Look at every n-th frame
     load=load_frames, # (sample, positions) -> frames (T,H,W,3) uint8
+    hashes:dict|None=None, # uid to hash, from `frame_hashes`; None: read here
 )->tuple[dict[str,np.ndarray],dict]: # uid to (n,4) boxes, one per frame file; report with the shares of frames that fell back
     "Boxes of all `samples`: read where they are kept, detected and kept where they are not"
     folder = Path(folder or data_cache()/'boxes')
-    frames = frame_hashes(samples)
-    paths = {sample.uid:folder/box_file(sample, detector, actors, every, frames[sample.uid]) for sample in samples}
+    hashes = hashes or frame_hashes(samples)
+    paths = {sample.uid:folder/box_file(sample, detector, actors, every, hashes[sample.uid]) for sample in samples}
     kept = {sample.uid:_read_kept(paths[sample.uid], len(sample.files)) for sample in samples}
     todo = [sample for sample in samples if kept[sample.uid] is None]
     damaged = [sample.uid for sample in todo if paths[sample.uid].exists()]

@@ -29,6 +29,7 @@ from ..methods import METHODS
 from ..processes import explain_memory
 from ..models.backbone import feature_extractor,load_backbone,weights_hash
 from ..protocols import PROTOCOLS,Protocol,ProtocolVariant,protocol_variant
+from ..stored_files import damage
 from .distributed import DistributedContext,main_process_first
 from ..zoo import method_code
 
@@ -185,7 +186,8 @@ def check_folders(
     known = {}
     for cfg in cfgs:
         run = Path(out)/cfg.dataset/run_id(cfg)
-        if (run/'provenance.json').is_file(): check_folder(cfg, run, known)
+        file = run/'provenance.json' # a damaged one is made anew by the training
+        if file.is_file() and not damage(file): check_folder(cfg, run, known)
 
 # %% ../../nbs/training/04_prepare.ipynb #734e63a5
 def _provenance(dataset, cfg, boxes, weights, inputs):
@@ -223,7 +225,7 @@ def prepare(
     release = _read_release(cfg, dist, reuse)
     frames = main_process_first(dist, lambda: frame_hashes(release.samples))
     detected = reuse and reuse.boxes[0] in SOURCES and release.samples == reuse.release.samples # they follow from the frames
-    boxes = reuse.boxes if detected else main_process_first(dist, lambda: load_actor_boxes(release, cfg.actor, device))
+    boxes = reuse.boxes if detected else main_process_first(dist, lambda: load_actor_boxes(release, cfg.actor, device, frames))
     inputs = _fingerprint(cfg, release, boxes, frames, weights)
     if reuse and inputs.hashes|dict(method='') != reuse.inputs.hashes|dict(method=''): # a file was changed meanwhile
         return prepare(cfg, str(device), dist=dist)
