@@ -94,6 +94,7 @@ class TrainCfg:
     in_batch_exemplars:bool=False # Exemplars come from the same batch: half the backbone passes, fewer different pairs (D-139)
     micro_batch:int=0 # Clips at a time through the backbone, with activation checkpointing; 0: all at once. Results do not depend on it
     compile:bool=False # torch.compile the backbone: pays on a GPU, needs a C++ compiler
+    shards:int=1 # Parts of a batch, a thread each, for a head on kept features on a CPU; the number decides the last bits, not the cores
 
 @dataclass(frozen=True)
 class EvalCfg:
@@ -134,18 +135,17 @@ CHOICES = {
     'model.residual': ('scene','actor'), 'model.decoding': ('argmax','expected'), 'eval.checkpoint_selection': ('last','best_val'),
     'train.optimiser': ('adam','adamw'), 'train.schedule': ('constant','one_cycle'), 'train.backbone': ('frozen','finetune'),
     'train.precision': ('fp32','bf16'), 'train.feature_precision': ('fp32','bf16')}
-_COUNTS = ('train.epochs','train.batch_size','eval.num_exemplars','clip.frames','clip.length','clip.size','model.sub_actions',
-           'model.stages','model.blocks','model.heads','model.num_bins','model.fusion_dim','model.tokens_per_step') # at least 1
+_COUNTS = ('train.epochs','train.batch_size','train.shards','eval.num_exemplars','clip.frames','clip.length','clip.size', # at least 1
+           'model.sub_actions','model.stages','model.blocks','model.heads','model.num_bins','model.fusion_dim','model.tokens_per_step')
 
 # %% ../nbs/base/05_config.ipynb #77a23aa8
 def _check_pairs(cfg):
     "Raise a `ValueError` for fields of `cfg` that do not go together"
-    name,source,selection = cfg.model.name,cfg.actor.source,cfg.eval.checkpoint_selection
+    name,source,selection,clips,starts = cfg.model.name,cfg.actor.source,cfg.eval.checkpoint_selection,cfg.model.clips,len(cfg.clip.starts)
     if METHODS[name].finetune_only and cfg.train.backbone != 'finetune':
         raise ValueError(f"{name} works inside the backbone: need train.backbone='finetune', got {cfg.train.backbone!r}; "
                          'ask for backbone finetune, or for a method that reads clip features')
-    if cfg.model.clips != len(cfg.clip.starts):
-        raise ValueError(f'model.clips must be the number of clip.starts, got {cfg.model.clips} and {len(cfg.clip.starts)}')
+    if clips != starts: raise ValueError(f'model.clips must be the number of clip.starts, got {clips} and {starts}')
     if selection == 'best_val' and not cfg.train.val_fraction: raise ValueError(f'{selection} needs train.val_fraction above 0')
     if source == 'boxes' and not cfg.actor.boxes: raise ValueError('actor.source=boxes needs a CSV file in actor.boxes')
     if source == 'onnx' and not cfg.actor.weights: raise ValueError("actor.source=onnx needs the detector's file in actor.weights")
@@ -228,11 +228,11 @@ def run_id(
     cfg:RunCfg, # A run
 )->str: # 'fspn-w_dn-frozen-s0-1a2b3c4d'
     "A name for `cfg` that another configuration cannot have"
-    flat = flatten(cfg)|{'data_root': bool(cfg.data_root)}
-    flat |= {name: Path(flat[name]).name for name in ('weights','actor.boxes','actor.weights')}
-    if cfg.train.feature_precision == 'fp32': del flat['train.feature_precision'] # runs of versions that knew no other keep their name
-    key = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
-    return f'{cfg.model.name}-{cfg.protocol}-{cfg.train.backbone}-s{cfg.seed}-{key}'
+    flat = flatten(cfg)
+    flat |= {name: Path(flat[name]).name for name in ('weights','actor.boxes','actor.weights')}|{'data_root': bool(cfg.data_root)}
+    newer = {'train.feature_precision': 'fp32', 'train.shards': 1} # runs of versions that knew nothing else keep their name
+    text = json.dumps({name: value for name,value in flat.items() if (name, value) not in newer.items()}, sort_keys=True)
+    return f'{cfg.model.name}-{cfg.protocol}-{cfg.train.backbone}-s{cfg.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}'
 
 # %% ../nbs/base/05_config.ipynb #c54c46b0
 def save_cfg(

@@ -207,11 +207,11 @@ def _fit_quietly(cfg, out):
 def train_side_by_side(
     session:RunContext, # From `start`
     datas:dict, # From `read_data`
-    workers:int|None=None, # Processes; None: as many as PyTorch has threads
+    workers:int|None=None, # Processes; None: as many as PyTorch has threads, divided by `train.shards`
 )->dict[str,float]: # Seconds of each run that was trained, by its run id
     "Train those runs of `session` that are worth a process of their own; the others are left for `train_all`"
     todo = [cfg for cfg in session.runs if _worth_a_process(cfg, datas[session.variant(cfg).action], session.reports)]
-    workers,seconds = min(workers or torch.get_num_threads(), len(todo)),{}
+    workers,seconds = min(workers or torch.get_num_threads()//max([cfg.train.shards for cfg in todo], default=1), len(todo)),{}
     if workers < 2: return {}
     with worker_pool(workers) as pool:
         answers = as_finished(pool, _fit_quietly, [(cfg, session.reports) for cfg in todo])

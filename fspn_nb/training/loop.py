@@ -38,6 +38,18 @@ def _make_head(data):
         head.on_train_start(cfg.train.epochs*steps_per_epoch(data))
     return head
 
+# %% ../../nbs/training/06_loop.ipynb #77527844
+def _set_shards(head, data):
+    "Let `head` work on `train.shards` parts of a batch at once; a `ValueError` where it cannot"
+    cfg,n = data.cfg,data.cfg.train.shards
+    if n == 1: return
+    if not hasattr(getattr(head, 'encoder', None), 'shards'):
+        raise ValueError(f'need train.shards=1 for {cfg.model.name}, which computes a batch as a whole, got {n}; FSPN and its variants take more')
+    if data.backbone is not None or data.device.type != 'cpu' or cfg.train.precision != 'fp32':
+        raise ValueError(f'need a head on kept features on a CPU in fp32 for train.shards={n}, got train.backbone={cfg.train.backbone!r}, '
+                         f'train.precision={cfg.train.precision!r} on {data.device}; use train.shards=1')
+    head.encoder.shards = n
+
 # %% ../../nbs/training/06_loop.ipynb #0b629115
 def build_model(
     data:RunData, # Training labels, candidate sets, backbone
@@ -46,6 +58,7 @@ def build_model(
     cfg = data.cfg
     seed_all(cfg.seed)
     head = _make_head(data)
+    _set_shards(head, data)
     if data.backbone is None: return head.to(data.device)
     if data.dist.world_size > 1 and hasattr(head, 'extract_features'):
         raise ValueError(f'{cfg.model.name} normalises over a batch inside the backbone: need one process, got '
