@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 import numpy as np,pandas as pd
 from .runs import SCORE_PAIRS,read_predictions
-from .significance import holm,paired_test,seed_mean_ci
+from .significance import holm,paired_test,retrain_test,seed_mean_ci
 from ..metrics import relative_l2,spearman
 from ..paper import paper_figure_points,paper_table
 from ..protocols import PROTOCOLS
 from ..zoo import list_models
+from ..stored_files import read_table
 
 # %% ../../nbs/analysis/03_compare.ipynb #741ff6ff
 def stack_predictions(
@@ -67,12 +68,12 @@ def compare_seeds(
     full, # Of another cell, the same seeds and videos
     true, # Judge scores (n,), points
     tests:int=5000, # Swaps of a paired test
-)->dict: # rho_gain and r_l2_x100_gain (`preds` minus `full`), each with its _p
-    "Difference of both metrics between two cells, with the p of a paired permutation test"
+)->dict: # rho_gain and r_l2_x100_gain (`preds` minus `full`), each with _p (other trainings and videos) and _p_videos (other videos only)
+    "Difference of both metrics between two cells, tested against another training; NaN in _p where a cell has one seed"
     row = {}
     for name,f,factor in score_functions(true):
-        gain,p = paired_test(f, preds, full, true, n=tests)
-        row |= {f'{name}_gain': factor*gain, f'{name}_p': p}
+        gain,videos = paired_test(f, preds, full, true, n=tests)
+        row |= {f'{name}_gain': factor*gain, f'{name}_p': retrain_test(f, preds, full, true)[1], f'{name}_p_videos': videos}
     return row
 
 # %% ../../nbs/analysis/03_compare.ipynb #dc04e432
@@ -103,7 +104,7 @@ class Scorer:
         return self._known[key]
 
 # %% ../../nbs/analysis/03_compare.ipynb #f7757388
-_ENDINGS = ('','_lo','_hi','_sd','_paper','_diff','_gain','_p','_p_holm')
+_ENDINGS = ('','_lo','_hi','_sd','_paper','_diff','_gain','_p','_p_holm','_p_videos')
 _COLUMNS = ['table','label','experiment','protocol', *(name+ending for name in SCORES for ending in _ENDINGS),
             'seeds','n','runs','command','missing','note']
 
@@ -153,7 +154,7 @@ def ablation_table(
     name:str, # 'I' to 'VIII', 'Fig. 7' or 'beyond'
     cells:pd.DataFrame, # Cells and their runs: table, row, experiment, protocol, seed, run ('' where there is none), command
     scorer:Scorer, # Of the reports folder
-)->pd.DataFrame: # One row per printed row, then ours; both scores with _lo, _hi, _sd, _paper, _diff, _gain (minus full FSPN), _p, _p_holm
+)->pd.DataFrame: # One row per printed row, then ours; both scores with _lo, _hi, _sd, _paper, _diff, and of `compare_seeds` _gain (minus full FSPN), _p, _p_holm, _p_videos
     "Our cells of a table beside the paper's, each compared with the full FSPN"
     own,paper = cells[cells.table == name],_paper_rows(name)
     extra = [dict(label=row, method='', note='') for row in dict.fromkeys(own.row) if row not in set(paper.label)]
@@ -168,7 +169,7 @@ def ablation_table(
 # %% ../../nbs/analysis/03_compare.ipynb #e66feba2
 def order_of(
     table:pd.DataFrame, # From `ablation_table`
-)->dict: # pairs (of printed rows that we have), agree (in the paper's order); rows (compared), below (lower rho), sure (Holm p < .05)
+)->dict: # pairs (of printed rows that we have), agree (in the paper's order); rows (compared), below (lower rho), sure (Holm p < .05), untested (one seed)
     "How much of a table's ranking our runs repeat, and which rows the full FSPN is ahead of"
     both = table[table.rho.notna() & table.rho_paper.notna()]
     a,b = np.triu_indices(len(both), 1)
@@ -176,15 +177,17 @@ def order_of(
     compared = table[table.rho_gain.notna()]
     lower = compared.rho_gain < 0
     return dict(pairs=int((paper != 0).sum()), agree=int((ours*paper > 0).sum()), rows=len(compared),
-                below=int(lower.sum()), sure=int((lower & (compared.rho_p_holm < .05)).sum()))
+                below=int(lower.sum()), sure=int((lower & (compared.rho_p_holm < .05)).sum()),
+                untested=int(compared.rho_p_holm.isna().sum()))
 
 # %% ../../nbs/analysis/03_compare.ipynb #bbcc8109
+_MADE_BY = 'remove it, and run the notebook or the grid that writes it again'
 _TABLE_FILES = dict(IX='table_09', X='table_10', XI='table_11')
 
 # %% ../../nbs/analysis/03_compare.ipynb #147c8d5f
 def _baselines_of_table(path):
     "The rows of a run notebook's table that see no frame, as `score_baselines` gives them"
-    table = pd.read_csv(path)
+    table = read_table(path, _MADE_BY)
     table = table[table.method.str.startswith('no video: ')]
     baselines = table[['protocol','n']].assign(baseline=table.method.str.removeprefix('no video: '))
     for name,source,factor in SCORE_PAIRS:
@@ -198,7 +201,7 @@ def read_baselines(
 )->pd.DataFrame|None: # As `score_baselines`; None where there are none
     "Scores of predictors that see no frame, as the grid or the run notebook of `dataset` left them"
     folder = Path(root)/dataset
-    if files := sorted(folder.glob('baselines_*.csv')): return pd.concat([pd.read_csv(path) for path in files], ignore_index=True)
+    if files := sorted(folder.glob('baselines_*.csv')): return pd.concat([read_table(path, _MADE_BY) for path in files], ignore_index=True)
     path = folder/f'{_TABLE_FILES[PROTOCOLS[dataset].table]}.csv'
     baselines = _baselines_of_table(path) if path.is_file() else None
     return baselines if baselines is not None and len(baselines) else None

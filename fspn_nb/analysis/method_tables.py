@@ -14,6 +14,7 @@ from ..metrics import on_rows
 from ..paper import paper_table
 from ..protocols import SPORTS
 from ..zoo import list_models
+from ..stored_files import read_table
 
 # %% ../../nbs/analysis/07_method_tables.ipynb #44fc61d1
 def method_cells(
@@ -90,7 +91,7 @@ def seed_intervals(
 # %% ../../nbs/analysis/07_method_tables.ipynb #d165260a
 def _read_votes(root, runs):
     "The votes.csv of each run, checked to be for the same test videos"
-    sheets = [pd.read_csv(root/run/'votes.csv', dtype=dict(uid=str, action=str)).set_index('uid') for run in runs]
+    sheets = [read_table(root/run/'votes.csv', dtype=dict(uid=str, action=str)).set_index('uid') for run in runs]
     for run,sheet in zip(runs, sheets):
         if set(sheet.index) != set(sheets[0].index):
             raise ValueError(f'need votes for the same test videos, got others in {run} than in {runs[0]}')

@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..config import load_cfg,make_config
 from ..core import diff
+from ..stored_files import read_table
 from ..metrics import bootstrap_ci,spearman,temporal_iou
 from ..training.prepare import RunData
 
@@ -177,7 +178,7 @@ def _read_parsing(run):
     "parsing.csv of a run, and its test dives with their true cuts, sorted by name"
     file = run/'parsing.csv'
     if not file.is_file(): raise FileNotFoundError(f'{file}: need the parse of a run, got none; leave methods without a parser out')
-    steps = pd.read_csv(file)
+    steps = read_table(file)
     return steps,steps[steps.split == 'test'].sort_values('uid')[['uid','true_1','true_2']].reset_index(drop=True)
 
 # %% ../../nbs/analysis/04_parse_quality.ipynb #87200d74

@@ -17,6 +17,7 @@ from pathlib import Path
 from ..escaping import one_line,unquote_formulas
 from ..metrics import fisher_mean,on_rows,relative_l2,spearman
 from ..protocols import PROTOCOLS,SPORTS
+from ..stored_files import damage
 
 # %% ../../nbs/analysis/01_runs.ipynb #47d665cd
 _PREDICTION_COLUMNS = ('uid','true','pred','difficulty','action','split','seed')
@@ -26,6 +27,7 @@ def _content(folder):
     "The bytes of the `predictions.csv` in `folder`"
     path = Path(folder)/'predictions.csv'
     if not path.is_file(): raise ValueError('predictions.csv is missing')
+    if reason := damage(path): raise ValueError(f'predictions.csv cannot be read: {reason}; evaluate the run again')
     return path.read_bytes()
 
 def _read_csv(data):
@@ -70,6 +72,7 @@ def _json(path):
     try: value = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f'{path.name} is not JSON ({e})') from e
     if not isinstance(value, dict): raise ValueError(f'{path.name} must hold a dictionary, got a {type(value).__name__}')
+    if reason := damage(path): raise ValueError(f'{path.name} is not what was written: {reason}; run the same command again')
     return value
 
 # %% ../../nbs/analysis/01_runs.ipynb #5ec7fa1e
@@ -147,7 +150,7 @@ def read_run(
     _check_sections(cfg, provenance)
     metrics,known = _typed(metrics),_facts_of(_content(folder))
     _check_metrics(metrics, known)
-    shared = json.dumps({k: v for k,v in cfg.items() if k not in ('seed','protocol')}, sort_keys=True)
+    shared = json.dumps({k: v for k,v in cfg.items() if k not in ('seed','protocol','fspn_nb')}, sort_keys=True)
     facts = {name if name != 'label' else 'target': metrics[name] for name in (*_FACTS,*_SCORES)}
     dataset = folder.parent.name
     return dict(run=f'{dataset}/{folder.name}', dataset=dataset, config=_short_hash(shared), **facts,

@@ -21,7 +21,8 @@ from ..batches.features import cache_features
 from ..batches.fingerprint import check_inputs
 from ..file_hashes import frame_hashes
 from ..config import RunCfg,validate
-from ..core import progress,reports_dir,write_atomic
+from ..core import progress,reports_dir
+from ..stored_files import damaged_files,read_checked,read_table,write_checked
 from ..data.records import samples_frame
 from ..evaluate import evaluate,load_model,predictions
 from .parameters import notebook_parameters,parse_changes,parse_seeds
@@ -46,9 +47,9 @@ def log_predictions(
     "Keep the predictions of ten epochs along a training in watched.csv (for `train.fit(on_epoch_end=log_predictions)`)"
     if epoch % max(1, data.cfg.train.epochs//10): return
     file,columns = Path(run)/'watched.csv',['epoch','split','uid','true','pred']
-    old = [pd.read_csv(file).query('epoch < @epoch')] if file.exists() else []
+    old = [read_table(file, 'delete the folder of the run to train it anew').query('epoch < @epoch')] if file.exists() else []
     new = [predictions(model, data, split)[0].assign(epoch=epoch) for split in ('val','test') if len(data.splits[split])]
-    write_atomic(file, pd.concat([rows[columns] for rows in (*old, *new)]).to_csv(index=False))
+    write_checked(file, pd.concat([rows[columns] for rows in (*old, *new)]).to_csv(index=False))
 
 # %% ../../nbs/experiments/04_grid.ipynb #551523a2
 EXEMPLAR_COUNTS = (1,5,10,15,20,25) # M of Fig. 8
@@ -69,8 +70,11 @@ def exemplar_sweep(
 def is_finished(
     run:Path, # A run's folder
 )->bool:
-    "Whether the last file of a run of the grid is there"
-    return (Path(run)/'metrics.json').is_file()
+    "Whether the last file of a run of the grid is there, and all its files are as they were written"
+    if not (Path(run)/'metrics.json').is_file(): return False
+    damaged = damaged_files(run)
+    for name,reason in damaged.items(): print(f'{Path(run).name}: {name} was damaged ({reason}): the run is made anew')
+    return not damaged
 
 def run_one(
     cfg:RunCfg, # A run of the grid
@@ -86,11 +90,11 @@ def run_one(
     with run_lock(run):
         if is_finished(run):
             check_inputs(run, data.inputs)
-            return run,json.loads((run/'metrics.json').read_text(encoding='utf-8')),data
+            return run,json.loads(read_checked(run/'metrics.json')),data
         fit(cfg, out, device, data, on_epoch_end=log_predictions if 'watch' in extras else None)
         if 'votes' in extras:
             table = exemplar_sweep(load_model(run, data), data)
-            write_atomic(run/'votes.csv', table.to_csv(index=False))
+            write_checked(run/'votes.csv', table.to_csv(index=False), durable=True)
         metrics = evaluate(run, data)
         if not keep_weights:
             for file in run.glob('*.pt'): file.unlink()
@@ -208,7 +212,7 @@ def write_baselines(
     train,test = (samples[samples.split == split] for split in ('train','test'))
     baselines = score_baselines(train, test, protocols=PROTOCOLS[base.dataset].no_video_baselines)
     file = reports_dir(str(out))/base.dataset/f'baselines_{len(test)}.csv'
-    return write_atomic(file, baselines.to_csv(index=False, float_format='%.10g', lineterminator='\n'))
+    return write_checked(file, baselines.to_csv(index=False, float_format='%.10g', lineterminator='\n'))
 
 # %% ../../nbs/experiments/04_grid.ipynb #f71528ce
 GRID_PARAMETERS = dict(tables=list, seeds=list, data_root=str, preset=str, n_train=int, n_test=int, epochs=int, backbone=str, weights=str,

@@ -6,7 +6,7 @@
 __all__ = ['CLIP_PARAMETERS', 'find_run', 'open_run', 'run_facts', 'parse_parameters']
 
 # %% ../../nbs/inspect/07_clip_run.ipynb #914c713b
-import json,os
+import contextlib,json,os
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
@@ -18,6 +18,7 @@ from ..core import repo_root,reports_dir
 from ..experiments.parameters import input_path,notebook_parameters
 from .clip import Clip,read_clip,synthetic_clip
 from ..protocols import protocol_variant
+from ..stored_files import damage,read_checked
 from ..train import fit
 from ..models.backbone import load_backbone
 from ..training.prepare import RunData,pick_device,read_inputs
@@ -38,7 +39,9 @@ def find_run(
     runs = []
     for file in (file for folder in folders for file in Path(folder).glob('*/fspn*/config.json')):
         try: cfg = load_cfg(file)
-        except ValueError: continue # of another version
+        except ValueError as e: # damaged, or of another version
+            print(f'{file.parent.name} is left out: {e}')
+            continue
         weights = file.with_name('last.pt' if cfg.eval.checkpoint_selection == 'last' else 'best_val.pt')
         if weights.is_file() and file.with_name('metrics.json').is_file():
             rank = cfg.preset != 'smoke',_suits(cfg, action, difficulty),cfg.preset == 'paper',weights.stat().st_mtime
@@ -67,19 +70,27 @@ def open_run(
     release = load_samples(cfg)
     parts = split_indices(release.samples, cfg.train.val_fraction, cfg.seed)
     backbone = load_backbone('random')[0] if cfg.train.backbone == 'finetune' else None # trained weights come with the run
-    try: kept = json.loads((run/'provenance.json').read_text(encoding='utf-8'))
+    try: kept = json.loads(read_checked(run/'provenance.json'))
     except (OSError, ValueError) as e:
         raise ValueError(f'{run.name}: need a provenance.json that says what the run was trained on, got '
-                         f'{type(e).__name__}; train the run again') from e
+                         f'{damage(run/"provenance.json") or type(e).__name__}; train the run again') from e
     inputs = read_inputs(cfg, release, backbone is None)
     return RunData(cfg, release, parts, read_labels(release.samples, cfg), CandidateSets((), ()), None, backbone, device, kept, inputs)
 
 # %% ../../nbs/inspect/07_clip_run.ipynb #305166f0
 def _json_of(path):
-    "The dictionary in `path`, empty where there is none"
+    "The dictionary in `path`, empty where there is none, or a damaged one, which is named"
+    if reason := damage(path):
+        print(f'{path.parent.name}: what {path.name} says is left out, {reason}; evaluate the run again')
+        return {}
     try: value = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError): return {}
     return value if isinstance(value, dict) else {}
+
+def _readable(files):
+    "The configurations in `files`, without damaged ones and those of other versions"
+    for file in files:
+        with contextlib.suppress(ValueError): yield load_cfg(file)
 
 def run_facts(
     run, # A run's folder
@@ -87,7 +98,7 @@ def run_facts(
     "What the run was trained on and how well it ranked its test videos"
     run = Path(run).expanduser()
     cfg,metrics,provenance = _config(run),_json_of(run/'metrics.json'),_json_of(run/'provenance.json')
-    alike = [load_cfg(file) for file in run.parent.glob('*/config.json') if file.with_name('metrics.json').is_file()]
+    alike = _readable(file for file in run.parent.glob('*/config.json') if file.with_name('metrics.json').is_file())
     counts = provenance.get('counts', {})
     annotated = used_and_annotated(provenance, cfg.dataset, cfg.protocol, provenance.get('data', ''))[1]
     facts = dict(preset=cfg.preset, epochs=cfg.train.epochs, seed=cfg.seed,
