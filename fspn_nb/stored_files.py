@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['CHECKSUMS', 'is_newer', 'explain_version', 'from_dict', 'seal', 'read_sealed', 'write_checked', 'damage',
-           'damaged_files', 'read_checked', 'read_table', 'write_settings', 'read_settings']
+           'damaged_files', 'read_checked', 'read_table', 'write_settings', 'read_settings', 'remove_unfinished']
 
 # %% ../nbs/base/04_stored_files.ipynb #282dfd46
-import io,json,re,zlib
-from contextlib import contextmanager
+import io,json,re,time,zlib
+from contextlib import contextmanager,suppress
 from dataclasses import asdict,fields,is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import get_args,get_origin,get_type_hints
 
 import pandas as pd
+import psutil
 
 import fspn_nb
 from .core import escape,write_atomic,write_json
+from .untrusted import RUN_FILE_BYTES,parse_json
 
 # %% ../nbs/base/04_stored_files.ipynb #987e3a05
 def is_newer(
@@ -75,7 +78,8 @@ def read_sealed(
     path:Path, # A JSON file of a sealed dictionary
 )->dict: # Without 'crc32'
     "What `seal` sealed; a `ValueError` where it was damaged, or never sealed"
-    try: values = json.loads(Path(path).read_text(encoding='utf-8'))
+    if (size := Path(path).stat().st_size) > RUN_FILE_BYTES: raise ValueError(f'{path}: need at most {RUN_FILE_BYTES} bytes, got {size}')
+    try: values = parse_json(Path(path).read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f'{path}: need a JSON file, got something else ({e})') from e
     own = values.pop('crc32', None) if isinstance(values, dict) else None
     if own is None or own != _json_checksum(values): raise ValueError(f'{path}: need a record with its checksum, got a damaged one')
@@ -114,14 +118,16 @@ def damage(
     path:Path, # A file
 )->str: # '' for a sound file, or one that is not there
     "What is wrong with the content of `path`"
-    try: data = (path := Path(path)).read_bytes()
+    try:
+        if (size := (path := Path(path)).stat().st_size) > RUN_FILE_BYTES: return f'{size} bytes, and at most {RUN_FILE_BYTES} are read'
+        data = path.read_bytes()
     except FileNotFoundError: return ''
     known = _known_checksums(path.parent).get(path.name)
     if known: return '' if _content_checksum(path.name, data) in known else 'its checksum differs: damaged, or edited by hand'
     if known is not None: return f'the checksums in {CHECKSUMS} are damaged'
     if not data.strip(b'\0'): return 'it is empty' # zeros: what a power cut leaves
-    try: path.suffix == '.json' and json.loads(data)
-    except ValueError: return 'it is no JSON'
+    try: path.suffix == '.json' and parse_json(data)
+    except ValueError as e: return 'it is no JSON' if isinstance(e, json.JSONDecodeError) else f'it is no JSON: {e}'
     return ''
 
 def damaged_files(
@@ -168,7 +174,21 @@ def read_settings(
 ):
     "What `check` makes of the `cls` in `path`; a `ValueError` where the file was damaged, edited in a run's folder, or is of another version"
     data = read_checked(path, _EDITED)
-    try: values = json.loads(data)
+    try: values = parse_json(data)
     except ValueError as e: raise ValueError(f'{path}: need the JSON of a run, got something else ({e})') from e
     version = values.pop('fspn_nb', '') if isinstance(values, dict) else ''
     with explain_version(version): return check(from_dict(cls, values, path))
+
+# %% ../nbs/base/04_stored_files.ipynb #533e7201
+@cache
+def remove_unfinished(
+    folder:Path, # Of runs or of the cache; two levels below it are looked at too, once per process
+    seconds:float=600, # Age below which a file is left alone
+)->Path: # `folder`
+    "Remove the unfinished files of `write_atomic` that programs left which were killed"
+    names = re.compile(r'\..*\.(\d+)-[0-9a-f]{8}\.part')
+    for part in (path for level in ('','*/','*/*/') for path in Path(folder).glob(f'{level}.*.part')):
+        pid = names.fullmatch(part.name)
+        with suppress(OSError): # another start removes it at the same moment
+            if pid and not psutil.pid_exists(int(pid[1])) and time.time()-part.stat().st_mtime > seconds: part.unlink()
+    return Path(folder)

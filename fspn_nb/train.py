@@ -132,7 +132,6 @@ def _start_folder(trainer, damaged):
     run,data,cfg = trainer.run,trainer.data,trainer.data.cfg
     if damaged: print(f'{run.name}: {"; ".join(damaged)}: made anew')
     if damaged and trainer.history: _write_log(trainer)
-    for path in run.glob('.*.part'): path.unlink(missing_ok=True) # left by a kill; no other process writes here now
     save_cfg(cfg, run/'config.json', write_checked)
     write_inputs(run, data.inputs)
     parameters = sum(param.numel() for param in trainer.model.parameters())

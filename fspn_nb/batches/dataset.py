@@ -14,7 +14,8 @@ from pathlib import Path
 from torch import Tensor
 from .exemplars import CandidateSets,find_candidates
 from ..config import RunCfg
-from ..core import rng_for
+from ..core import data_cache,rng_for
+from ..stored_files import remove_unfinished
 from ..data.aqa7 import ranges_of,read_aqa7
 from ..data.clips import frame_indices
 from ..data.finediving import read_finediving
@@ -42,6 +43,7 @@ def load_samples(
 )->Release: # Never empty in train or test
     "Read the release of `cfg`, or write the synthetic one first"
     made = cfg.synthetic
+    remove_unfinished(data_cache())
     if cfg.data_root: root = Path(cfg.data_root).expanduser()
     else: root = synth_release(None, cfg.dataset, made.n_train, made.n_test, made.seed)
     action = protocol_variant(cfg.dataset, cfg.protocol).action

@@ -22,7 +22,7 @@ from ..batches.fingerprint import check_inputs
 from ..file_hashes import frame_hashes
 from ..config import RunCfg,validate
 from ..core import progress,reports_dir
-from ..stored_files import damaged_files,read_checked,read_table,write_checked
+from ..stored_files import damaged_files,read_checked,read_table,remove_unfinished,write_checked
 from ..data.records import samples_frame
 from ..evaluate import evaluate,load_model,predictions
 from .parameters import notebook_parameters,parse_changes,parse_seeds
@@ -188,7 +188,7 @@ def run_grid(
 )->pd.DataFrame: # The plan, with status 'there' | 'trained' | 'elsewhere' | 'failed', seconds, rho, problem
     "Train the runs of the named tables that are not finished yet"
     stop_in_bare_script() # before anything is printed twice
-    root,device = reports_dir(str(out)),str(pick_device(device))
+    root,device = remove_unfinished(reports_dir(str(out))),str(pick_device(device))
     plan = plan_grid(base, tables, seeds, scale_epochs)
     cfgs = [config_of(base, row.experiment, row.seed, row.protocol, scale_epochs) for row in plan.itertuples()]
     known,blank = {},('',0.,float('nan'),'')

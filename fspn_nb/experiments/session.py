@@ -26,6 +26,7 @@ from .parameters import changed_settings,input_path,notebook_parameters,parse_ch
 from ..metrics import undefined_reason
 from ..processes import as_finished,worker_pool
 from ..protocols import PROTOCOLS,ProtocolVariant
+from ..stored_files import remove_unfinished
 from ..train import fit,launch,run_folder
 from ..zoo import method_code
 from ..models.backbone import load_backbone
@@ -125,7 +126,7 @@ def start(
     runs = plan_runs(base, p['methods'], p.get('protocol', p.get('classes')), p['seeds'],
                      p.get('per_difficulty', False), p['epochs'])
     print(*_plan_lines(preset, runs), sep='\n')
-    return RunContext(dataset, base, runs, reports_dir(p['out']), p['device'], time.perf_counter(), p['processes'])
+    return RunContext(dataset, base, runs, remove_unfinished(reports_dir(p['out'])), p['device'], time.perf_counter(), p['processes'])
 
 # %% ../../nbs/experiments/03_session.ipynb #1f905992
 def _print_deviations(printed, data):
@@ -216,10 +217,9 @@ def train_side_by_side(
     with worker_pool(workers) as pool:
         answers = as_finished(pool, _fit_quietly, [(cfg, session.reports) for cfg in todo])
         for i,answer in progress(answers, f'{len(todo)} runs, {workers} at a time', len(todo)):
-            name = run_id(todo[i])
-            if isinstance(answer, BrokenProcessPool): print(f'{name}: its worker process died; it is trained after the others')
+            if isinstance(answer, BrokenProcessPool): print(f'{run_id(todo[i])}: its worker process died; it is trained after the others')
             elif isinstance(answer, Exception): raise answer
-            else: seconds[name] = answer
+            else: seconds[run_id(todo[i])] = answer
     return seconds
 
 # %% ../../nbs/experiments/03_session.ipynb #a3bf75c9

@@ -18,7 +18,7 @@ from ..core import repo_root,reports_dir
 from ..experiments.parameters import input_path,notebook_parameters
 from .clip import Clip,read_clip,synthetic_clip
 from ..protocols import protocol_variant
-from ..stored_files import damage,read_checked
+from ..stored_files import damage,read_checked,remove_unfinished
 from ..train import fit
 from ..models.backbone import load_backbone
 from ..training.prepare import RunData,pick_device,read_inputs
@@ -120,7 +120,7 @@ def parse_parameters(
     "The clip and the run that `score_clip` was asked for"
     p = notebook_parameters(names, CLIP_PARAMETERS)
     input_path(p['actor_file'], 'actor_file')
-    reports,action,dd = reports_dir(p['out']),p['action'].strip(),p['difficulty']
+    reports,action,dd = remove_unfinished(reports_dir(p['out'])),p['action'].strip(),p['difficulty']
     clip = read_clip(p['clip'], action, dd) if p['clip'] else None
     if p['run']: run = Path(p['run']).expanduser()
     elif os.environ.get('IN_TEST'): run = fit(finediving('smoke'), reports, 'cpu')

@@ -124,6 +124,7 @@ def main_process_lock(
         except (LockHeld, OSError) as e: refused = e
         stop = bool(refused) if dist.fabric is None else any_rank(dist, bool(refused))
         if stop: raise refused or LockHeld(f'run {Path(run).name}: the main process was refused, it says why')
+        for part in Path(run).glob('.*.part') if dist.is_main_process else (): part.unlink(missing_ok=True) # left by a kill: nobody else writes here now
         yield
 
 # %% ../../nbs/training/01_distributed.ipynb #f79f9498
