@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHECKSUMS', 'is_newer', 'explain_version', 'from_dict', 'seal', 'read_sealed', 'write_checked', 'damage',
-           'damaged_files', 'read_checked', 'read_table', 'write_settings', 'read_settings', 'remove_unfinished']
+           'damaged_files', 'write_checksums', 'read_checked', 'read_table', 'write_settings', 'read_settings',
+           'remove_unfinished']
 
 # %% ../nbs/base/04_stored_files.ipynb #282dfd46
 import io,json,re,time,zlib
@@ -97,7 +98,7 @@ def _known_checksums(folder):
     "{name: checksums} of the files in `folder`; no checksum for each of them where the list itself is damaged"
     try: return read_sealed(folder/CHECKSUMS)
     except FileNotFoundError: return {}
-    except ValueError: return {path.name: [] for path in folder.iterdir() if path.suffix in ('.csv','.json') and path.name != CHECKSUMS}
+    except ValueError: return {path.name: [] for path in _listed(folder)}
 
 # %% ../nbs/base/04_stored_files.ipynb #18f73464
 def write_checked(
@@ -114,28 +115,43 @@ def write_checked(
     return write_atomic(path, data, durable=durable)
 
 # %% ../nbs/base/04_stored_files.ipynb #4fc6503b
-def damage(
-    path:Path, # A file
-)->str: # '' for a sound file, or one that is not there
-    "What is wrong with the content of `path`"
+def _damage(path, known):
+    "`damage`, for the checksums `known` of the folder"
     try:
-        if (size := (path := Path(path)).stat().st_size) > RUN_FILE_BYTES: return f'{size} bytes, and at most {RUN_FILE_BYTES} are read'
+        if (size := path.stat().st_size) > RUN_FILE_BYTES: return f'{size} bytes, and at most {RUN_FILE_BYTES} are read'
         data = path.read_bytes()
     except FileNotFoundError: return ''
-    known = _known_checksums(path.parent).get(path.name)
-    if known: return '' if _content_checksum(path.name, data) in known else 'its checksum differs: damaged, or edited by hand'
-    if known is not None: return f'the checksums in {CHECKSUMS} are damaged'
+    sums = known.get(path.name)
+    if sums: return '' if _content_checksum(path.name, data) in sums else 'its checksum differs: damaged, or edited by hand'
+    if sums is not None: return f'the checksums in {CHECKSUMS} are damaged'
     if not data.strip(b'\0'): return 'it is empty' # zeros: what a power cut leaves
     try: path.suffix == '.json' and parse_json(data)
     except ValueError as e: return 'it is no JSON' if isinstance(e, json.JSONDecodeError) else f'it is no JSON: {e}'
     return ''
 
+def damage(
+    path:Path, # A file
+)->str: # '' for a sound file, or one that is not there
+    "What is wrong with the content of `path`"
+    return _damage(Path(path), _known_checksums(Path(path).parent))
+
 def damaged_files(
     folder:Path, # Any
 )->dict[str,str]: # {name: what is wrong}
     "The CSV and JSON files in `folder` that were damaged or edited after they were written"
-    files = sorted(path for path in Path(folder).glob('*.*') if path.suffix in ('.csv','.json') and path.name != CHECKSUMS)
-    return {path.name: reason for path in files if (reason := damage(path))}
+    known = _known_checksums(Path(folder))
+    return {path.name: reason for path in _listed(folder) if (reason := _damage(path, known))}
+
+def _listed(folder):
+    "The files in `folder` that have checksums"
+    return sorted(path for path in Path(folder).glob('*.*') if path.suffix in ('.csv','.json','.gz') and path.name != CHECKSUMS)
+
+def write_checksums(
+    folder:Path, # Whose files were just written
+)->Path: # Its checksums.json
+    "Checksums of all CSV and JSON files in `folder` at once"
+    sums = {path.name: [_content_checksum(path.name, path.read_bytes())] for path in _listed(folder)}
+    return write_json(Path(folder)/CHECKSUMS, seal(sums))
 
 # %% ../nbs/base/04_stored_files.ipynb #a5afb375
 def read_checked(

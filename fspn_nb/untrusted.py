@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PICKLE_OPCODES', 'TUPLE_ITEMS', 'WEIGHTS_BYTES', 'TREE_DEPTH', 'TREE_ENTRIES', 'FILM_PICTURES', 'FILM_PIXELS',
-           'JSON_BYTES', 'check_pickle', 'check_checkpoint', 'check_tensors', 'load_checkpoint', 'check_film',
-           'read_json']
+           'RUN_FILE_BYTES', 'check_pickle', 'check_checkpoint', 'check_tensors', 'load_checkpoint', 'check_film',
+           'parse_json']
 
 # %% ../nbs/base/13_untrusted.ipynb #0a17c003
 import json,os,pickletools,re,struct,zipfile
@@ -151,13 +151,11 @@ def check_film(
             if total > FILM_PICTURES: raise ValueError(f'an index of {total:,} pictures, and at most {FILM_PICTURES:,} are read')
 
 # %% ../nbs/base/13_untrusted.ipynb #0a17c016
-JSON_BYTES = 2**24 # Largest file; the provenance of a run has 0.1 MB
+RUN_FILE_BYTES = 2**26 # Largest JSON or CSV file of a run; the predictions for FineDiving have 0.2 MB
 
-def read_json(
-    path, # A file
+def parse_json(
+    data:str|bytes, # JSON
 ): # What it holds
-    "The content of a JSON file; a `ValueError` for anything else, or for more than `JSON_BYTES`"
-    path = Path(path)
-    if path.stat().st_size > JSON_BYTES: raise ValueError(f'{path.stat().st_size} bytes, and at most {JSON_BYTES} are read')
-    try: return json.loads(path.read_text(encoding='utf-8'))
+    "`json.loads` whose errors are all `ValueError`"
+    try: return json.loads(data)
     except RecursionError: raise ValueError('too many brackets inside one another') from None

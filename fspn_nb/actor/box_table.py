@@ -42,7 +42,9 @@ def _read_table(path):
     try: text = path.read_bytes().decode('utf-8-sig')
     except UnicodeDecodeError as e:
         raise ValueError(f'{path}: need a CSV table in UTF-8, got other bytes ({e}); save it as CSV (UTF-8)') from e
-    mark,names = _header(text[:_HEADER].partition('\n')[0].strip(), path)
+    first = text[:_HEADER].partition('\n')[0]
+    if len(first) == _HEADER: raise ValueError(f'{path}: need a header of less than {_HEADER} characters, got a longer one; leave out other columns')
+    mark,names = _header(first.strip(), path)
     try: table = pd.read_csv(io.StringIO(text), sep=mark, dtype=str, skipinitialspace=True)
     except ValueError as e: raise ValueError(f'{path}: need a CSV table, got one that cannot be read ({e}); save it anew') from e
     if not isinstance(table.index, pd.RangeIndex): # pandas makes row names of surplus fields

@@ -10,7 +10,8 @@ import argparse
 import os
 import pandas as pd
 from pathlib import Path
-from ..core import escape,write_atomic
+from ..core import write_atomic
+from ..escaping import csv_text,one_line
 from .aqa7 import read_aqa7
 from .check_files import changed_files,frame_file_rows,frame_number_rows
 from .finediving import read_finediving
@@ -61,7 +62,7 @@ _SEVERITIES = ('missing','wrong','note')
 
 def _table(dataset, rows):
     "Rows (uid, kind, detail, file) as the table of findings, the worst first"
-    full = [(dataset,uid,kind,FINDING_KINDS[kind][0],escape(detail),escape(file),FINDING_KINDS[kind][1]) for uid,kind,detail,file in rows]
+    full = [(dataset,uid,kind,FINDING_KINDS[kind][0],one_line(detail),one_line(file),FINDING_KINDS[kind][1]) for uid,kind,detail,file in rows]
     df = pd.DataFrame(full, columns=list(FINDING_COLUMNS))
     return df.iloc[df.severity.map(_SEVERITIES.index).argsort(kind='stable')].reset_index(drop=True)
 
@@ -242,5 +243,5 @@ def check_cli(
     try: findings = check_release(a.dataset, a.root, a.annotations, a.decode, against, a.workers)
     except ValueError as e: p.error(str(e))
     print(summarize_findings(findings)) # first: it took long, and the disk may be full
-    if a.csv: write_atomic(a.csv, findings.to_csv(index=False))
+    if a.csv: write_atomic(a.csv, csv_text(findings))
     return int(findings.severity.isin(['missing','wrong']).any())

@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from ..core import escape
+from ..escaping import one_line
 
 # %% ../../nbs/data/01_records.ipynb #60282a1d
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _visible(folder, most=1000):
     try:
         with os.scandir(folder) as entries: names = [entry.name for entry in islice(entries, most+1)]
     except OSError: names = []
-    return sorted(name for name in names[:most] if name[0] != '.'),len(names) > most
+    return sorted(one_line(name) for name in names[:most] if name[0] != '.'),len(names) > most
 
 # %% ../../nbs/data/01_records.ipynb #e0942461
 def describe_folder(

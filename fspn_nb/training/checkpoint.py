@@ -18,6 +18,7 @@ import fspn_nb
 from ..config import RunCfg
 from ..core import write_atomic
 from ..stored_files import damaged_files,is_newer
+from ..untrusted import load_checkpoint
 
 # %% ../../nbs/training/02_checkpoint.ipynb #8a48abb1
 def checksum(
@@ -66,9 +67,10 @@ def load_ckpt(
     inputs:dict|None=None, # `RunInputs.hashes` of its data; None: not compared
 )->dict: # The state
     "Read a checkpoint; a `ValueError` names a damaged file, or the other run or data that it belongs to"
-    try: state = torch.load(path, map_location='cpu', weights_only=True)
+    try: state = load_checkpoint(path)
     except FileNotFoundError: raise
-    except Exception as e: raise _damaged(path, type(e).__name__) from e # whatever a damaged zip or pickle raises
+    except Exception as e: # whatever a damaged zip or pickle raises
+        raise _damaged(path, str(e) if type(e) is ValueError else type(e).__name__) from e
     if not isinstance(state, dict) or not {'run_id','checksum'} & {*state}:
         raise ValueError(f'{path}: need a checkpoint of this trainer, got something without a run_id')
     if state.pop('checksum', None) != checksum(state): raise _damaged(path, 'its checksum differs') # before anything in it is believed
