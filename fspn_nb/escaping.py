@@ -20,7 +20,7 @@ def one_line(
     return _STEERING.sub(lambda match: match[0].encode('unicode_escape').decode(), str(text))
 
 # %% ../nbs/base/15_escaping.ipynb #0ee7bfa9
-_PROSE = r'\\(?=[!-/:-@\[-`{-~])|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\](?=[(\[:])|\$'
+_PROSE = r'\\(?=[!-/:-@\[-`{-~])|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\[(?=\^)|\](?=[(\[:])|\$'
 _MARKUP = {True: re.compile(_PROSE), False: re.compile(_PROSE+r'|[|*`]|~(?=~)|(?<!\w)_|_(?!\w)')}
 
 def escape_md(

@@ -18,14 +18,16 @@ from ..analysis.parse_quality import parse_table,seed_means
 from ..analysis.runs import read_predictions
 from ..analysis.significance import seed_mean_ci,table_interval
 from ..analysis.watched_epochs import epoch_selection
+from ..escaping import escape_md
 from ..metrics import cs_area
 from ..paper import paper_table
 from .figures import plot_cs,plot_scatter,save_figure
-from .run_index import RunIndex,figure_note,provenance_line
+from .run_index import RunIndex,cells_with,figure_note,provenance_line
 from .study_figures import plot_tiou,plot_votes
 from .table_sections import _GRID
 from .tables import _cell,method_titles
 from .writers import ReportSection,_text
+from ..stored_files import read_table
 
 # %% ../../nbs/report/09_figure_sections.ipynb #319fe3dd
 def draw_section(
@@ -119,12 +121,11 @@ def printed_methods(
     runs = runs.assign(place=runs.method.map(order), label=runs.method.map(method_titles()))
     return runs.sort_values(['place','seed'])[['label','seed','run']]
 
-# %% ../../nbs/report/09_figure_sections.ipynb #43dc9d2c
-def _with_file(cells, root, file):
-    "The rows of `cells` whose run has `file`"
-    return cells[np.array([(root/run/file).is_file() for run in cells.run], bool)]
-
 # %% ../../nbs/report/09_figure_sections.ipynb #c57490da
+def _empty(title, reason, unread, command):
+    "A section without a table"
+    return ReportSection('', title, f'{reason} {escape_md(unread)}'.strip(), command=command)
+
 def _votes_line(table):
     "Which M is best, and which cannot be told from it"
     if table.rho.isna().all(): return 'No number of exemplars has a rho, so none is best.'
@@ -140,8 +141,8 @@ def votes_section(
     "With how many exemplars a test video should be compared"
     title,command = 'Fig. 8: number of exemplars',_GRID.format('Fig. 8')
     cells = index.cells[(index.cells.table == 'Fig. 8') & (index.cells.run != '')].sort_values('seed')
-    cells = _with_file(cells, index.root, 'votes.csv')
-    if not len(cells): return ReportSection('', title, 'No finished run that kept its votes.', command=command)
+    cells,unread = cells_with(cells, index.root, 'votes.csv')
+    if not len(cells): return _empty(title, 'No finished run that kept its votes.', unread, command)
     runs = cells.run.tolist()
     table = vote_points(runs, index.scorer).assign(seeds=','.join(map(str, cells.seed)))
     columns = dict(M=table.exemplars.astype(str))
@@ -149,7 +150,7 @@ def votes_section(
         columns[short] = [_cell(row, name, digits) for _,row in table.iterrows()]
     shown = pd.DataFrame(columns|dict(seeds=table.seeds, n=table.n))
     caption = provenance_line(index.select(runs), others=index.runs)
-    section = ReportSection('fig_08', title, caption, table, shown, [_votes_line(table)], [], command)
+    section = ReportSection('fig_08', title, caption, table, shown, [_votes_line(table), *filter(None, [unread])], [], command)
     words = "Both metrics against the number of exemplars; dashed: the near end of the best one's interval."
     return draw_section(index, section, out, plot_votes, words)
 
@@ -180,20 +181,22 @@ def epochs_section(
     "Last epoch, best on validation, best on test"
     title,command = 'Which epoch counts',_GRID.format('IX')
     cells = index.cells[(index.cells.protocol == 'w_dn') & (index.cells.run != '')].drop_duplicates('run')
-    cells = _with_file(cells, index.root, 'watched.csv').sort_values(['experiment','seed'])
-    if not len(cells): return ReportSection('', title, 'No finished run that was watched.', command=command)
-    read = lambda row: pd.read_csv(index.root/row.run/'watched.csv', dtype=dict(uid=str)).assign(method=row.experiment,
+    cells,unread = cells_with(cells, index.root, 'watched.csv')
+    if not len(cells): return _empty(title, 'No finished run that was watched.', unread, command)
+    cells = cells.sort_values(['experiment','seed'])
+    read = lambda row: read_table(index.root/row.run/'watched.csv', dtype=dict(uid=str)).assign(method=row.experiment,
         seed=row.seed)
     parts = [read(row) for row in cells.itertuples()]
     runs = cells.rename(columns=dict(experiment='method', run='runs'))[['method','seed','runs']]
     table = epoch_selection(pd.concat(parts)).merge(runs, on=['method','seed'])
     caption = provenance_line(index.select(table.runs), _RULES, index.runs)
-    return ReportSection('epochs', title, caption, table, _readable_epochs(table), [*_epoch_lines(table)], [], command)
+    lines = [*_epoch_lines(table), *filter(None, [unread])]
+    return ReportSection('epochs', title, caption, table, _readable_epochs(table), lines, [], command)
 
 # %% ../../nbs/report/09_figure_sections.ipynb #0475b46b
 def _overlap_interval(index, runs):
     "Interval of the temporal IoU, mean over seeds and test videos"
-    tables = [pd.read_csv(index.root/run/'parsing.csv', dtype=dict(uid=str)) for run in runs]
+    tables = [read_table(index.root/run/'parsing.csv', dtype=dict(uid=str)) for run in runs]
     overlaps = [table[table.split == 'test'].set_index('uid').tiou for table in tables]
     mean = np.mean([overlap.reindex(overlaps[0].index) for overlap in overlaps], 0)
     return table_interval(lambda i, axis=-1: mean[i].mean(-1), len(mean), index.scorer.n)
@@ -227,8 +230,8 @@ def parsing_section(
     "Temporal IoU of each variant that parses, and of rules that see nothing"
     title,command = 'Where the parser cuts',_GRID.format('I,V,beyond')
     cells = index.cells[(index.cells.protocol == 'w_dn') & (index.cells.run != '')].drop_duplicates('run')
-    cells = _with_file(cells, index.root, 'parsing.csv')
-    if not len(cells): return ReportSection('', title, 'No finished run that parses.', command=command)
+    cells,unread = cells_with(cells, index.root, 'parsing.csv')
+    if not len(cells): return _empty(title, 'No finished run that parses.', unread, command)
     cells = cells.assign(label=cells.row.where(~cells.table.str.startswith('Fig'), cells.table+', '+cells.row))
     each = parse_table(cells[['label','seed','run']], index.root, n=0)
     means,used = _parse_means(index, cells, each),index.select(cells.run)
@@ -239,4 +242,4 @@ def parsing_section(
     plt.close(fig)
     figures = [('tiou', 'Each variant, seed by seed, between the rules that see no frame.')]
     caption = provenance_line(used, others=index.runs)
-    return ReportSection('parsing', title, caption, means, _readable_parse(means), [line], figures, command)
+    return ReportSection('parsing', title, caption, means, _readable_parse(means), [line, *filter(None, [unread])], figures, command)
