@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'stack_predictions', 'score_functions', 'score_seeds', 'compare_seeds', 'Scorer', 'ablation_table',
-           'order_of', 'read_baselines']
+           'order_of', 'read_baselines', 'joined_baselines']
 
 # %% ../../nbs/analysis/03_compare.ipynb #0ce6e773
 import re
@@ -205,3 +205,15 @@ def read_baselines(
     path = folder/f'{_TABLE_FILES[PROTOCOLS[dataset].table]}.csv'
     baselines = _baselines_of_table(path) if path.is_file() else None
     return baselines if baselines is not None and len(baselines) else None
+
+# %% ../../nbs/analysis/03_compare.ipynb #ea379242
+def joined_baselines(
+    roots, # Folders of runs
+)->str: # CSV text, sorted; '' where there are none
+    "No-video baselines of all datasets below `roots` as one table; the last folder that has one counts"
+    read = {(root,dataset): read_baselines(root, dataset) for root in roots for dataset in PROTOCOLS}
+    tables = [table.assign(dataset=dataset) for (_,dataset),table in read.items() if table is not None]
+    if not tables: return ''
+    keys = ['dataset','n','protocol','baseline']
+    table = pd.concat(tables).drop_duplicates(keys, keep='last').sort_values(keys, kind='stable')
+    return table[[*keys,*(name for name in table if name not in keys)]].to_csv(index=False, float_format='%.10g', lineterminator='\n')

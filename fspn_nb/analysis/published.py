@@ -7,6 +7,7 @@ __all__ = ['TABLES', 'to_cell', 'from_cell', 'flatten_json', 'unflatten_json', '
            'pack_runs', 'published_dir', 'unpack_runs', 'run_links']
 
 # %% ../../nbs/analysis/06_published.ipynb #e66ad413
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -16,13 +17,13 @@ import os
 import re
 import shutil
 import tempfile
+import zlib
 from pathlib import Path,PurePosixPath,PureWindowsPath
-import pandas as pd
-from .compare import read_baselines
+from .compare import joined_baselines
 from .runs import collect
 from ..core import data_cache,repo_root,write_atomic,write_json
 from ..escaping import quote_formula,unquote_formula
-from ..protocols import PROTOCOLS
+from ..stored_files import damaged_files,read_checked,read_table,write_checksums
 
 # %% ../../nbs/analysis/06_published.ipynb #2c5904bb
 def to_cell(
@@ -105,7 +106,7 @@ def read_record(
         cells |= flatten_json(drop_folders(json.loads((folder/f'{name}.json').read_text(encoding='utf-8'))), name)
     for name in TABLES:
         if not (folder/f'{name}.csv').is_file(): continue
-        tables[name] = _read_rows((folder/f'{name}.csv').read_text(encoding='utf-8'))
+        tables[name] = _read_rows(read_checked(folder/f'{name}.csv').decode())
         cells[f'files.{name}'] = ' '.join(tables[name][0])
     return cells,tables
 
@@ -130,27 +131,20 @@ def _gzip(text):
     return out.getvalue()
 
 # %% ../../nbs/analysis/06_published.ipynb #b2faaeef
+_CURE = 'take it from the repository again, or pack the runs again'
+
 def _read(path):
     "The text of a file, `.gz` or not"
-    data = Path(path).read_bytes()
-    return (gzip.decompress(data) if str(path).endswith('.gz') else data).decode()
+    data = read_checked(path, _CURE)
+    try: return (gzip.decompress(data) if str(path).endswith('.gz') else data).decode()
+    except (OSError, EOFError, ValueError, zlib.error) as e: raise ValueError(f'{path}: need a published file, got a damaged one ({e}); {_CURE}') from e
 
 # %% ../../nbs/analysis/06_published.ipynb #ffe77eec
 def _save(path, text):
     "Write `text` unless the file holds it already: another zlib would compress it to other bytes"
-    if path.is_file() and _read(path) == text: return path
+    with contextlib.suppress(ValueError): # a damaged file is written again
+        if path.is_file() and _read(path) == text: return path
     return write_atomic(path, _gzip(text) if path.suffix == '.gz' else text)
-
-# %% ../../nbs/analysis/06_published.ipynb #85634782
-def _joined_baselines(roots):
-    "No-video baselines of all datasets below `roots` as one CSV text; the last folder that has one counts"
-    read = {(root,dataset): read_baselines(root, dataset) for root in roots for dataset in PROTOCOLS}
-    tables = [table.assign(dataset=dataset) for (_,dataset),table in read.items() if table is not None]
-    if not tables: return ''
-    keys = ['dataset','n','protocol','baseline']
-    table = pd.concat(tables).drop_duplicates(keys, keep='last').sort_values(keys, kind='stable')
-    return table[[*keys,*(name for name in table if name not in keys)]].to_csv(index=False, float_format='%.10g',
-        lineterminator='\n')
 
 # %% ../../nbs/analysis/06_published.ipynb #7940bf9c
 def pack_runs(
@@ -168,9 +162,11 @@ def pack_runs(
     for name in TABLES:
         tables = {run: own[name] for run,(_,own) in records.items() if name in own}
         if tables: texts[f'{name}.csv.gz'] = _write_rows(join_tables(tables))
-    if baselines := _joined_baselines(roots): texts['baselines.csv'] = baselines
+    if baselines := joined_baselines(roots): texts['baselines.csv'] = baselines
     # runs.csv last: a run that it names has its rows in all other files, also where this is cut short
-    return [_save(Path(published)/name, text) for name,text in reversed(texts.items())][::-1]
+    files = [_save(Path(published)/name, text) for name,text in reversed(texts.items())][::-1]
+    write_checksums(published)
+    return files
 
 # %% ../../nbs/analysis/06_published.ipynb #2a575c08
 def _split_table(path):
@@ -208,7 +204,7 @@ def _write_all(published, root):
         _check_names(published, [dataset,run], cells)
         _write_folder(root/name, cells, {kind: own[name] for kind,own in tables.items() if name in own})
     if not (published/'baselines.csv').is_file(): return
-    baselines = pd.read_csv(published/'baselines.csv', dtype=str, keep_default_na=False)
+    baselines = read_table(published/'baselines.csv', _CURE, dtype=str, keep_default_na=False)
     for (dataset,n),own in baselines.groupby(['dataset','n']):
         write_atomic(root/dataset/f'baselines_{n}.csv', own.drop(columns='dataset').to_csv(index=False, lineterminator='\n'))
 
@@ -226,13 +222,18 @@ def unpack_runs(
     published = Path(published or published_dir())
     files = sorted(path for path in published.iterdir() if path.suffix in ('.csv','.gz'))
     key = hashlib.sha256(b''.join(path.name.encode()+path.read_bytes() for path in files)).hexdigest()[:12]
-    root = Path(cache or data_cache()/'published')/key
-    if root.is_dir(): return root
+    root = Path(cache or data_cache()/'published')/f'{key}_checked' # folders of older versions have no checksums
+    damaged = [folder/name for folder in (*root.glob('*/'), *root.glob('*/*/')) for name in damaged_files(folder)]
+    if root.is_dir() and not damaged: return root
     root.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f'{key}_', suffix='.part', dir=root.parent))
     _write_all(published, part)
+    for folder in (*part.glob('*/'), *part.glob('*/*/')): write_checksums(folder)
+    if damaged: print(f'unpacked runs: {len(damaged)} files ({damaged[0].relative_to(root)}{", ..." if damaged[1:] else ""}) were damaged: made anew')
+    for folder in sorted({file.parent for file in damaged}):
+        for file in (part/folder.relative_to(root)).glob('*.*'): os.replace(file, folder/file.name)
     try: os.rename(part, root)
-    except OSError: shutil.rmtree(part) # another process was faster
+    except OSError: shutil.rmtree(part) # it is there: mended, or made by another process
     return root
 
 # %% ../../nbs/analysis/06_published.ipynb #aa690a20

@@ -13,6 +13,7 @@ from ..analysis.run_groups import samples_words
 from ..analysis.runs import SAME_RUN,SCORE_PAIRS,average_seeds,read_predictions
 from ..analysis.seed_spread import seed_line,spread_alike
 from ..core import write_atomic
+from ..stored_files import write_checked
 from ..escaping import csv_text,escape_md
 from ..methods import METHODS
 from ..paper import paper_table
@@ -191,7 +192,7 @@ def save_table(
     if undefined: md += '\nA dash in our columns:\n\n'+'\n'.join(undefined)+'\n'
     if notes: md += '\nOn the printed values:\n\n'+'\n'.join(notes)+'\n'
     csv = csv_text(table, float_format='%.10g')
-    return [write_atomic(path.with_name(path.name+suffix), text) for suffix,text in (('.csv', csv), ('.md', md))]
+    return [write_checked(path.with_name(f'{path.name}.csv'), csv), write_atomic(path.with_name(f'{path.name}.md'), md)]
 
 # %% ../../nbs/report/01_tables.ipynb #c106fc6f
 def wide(
