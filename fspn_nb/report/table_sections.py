@@ -48,6 +48,7 @@ def _sizes(methods, dataset):
     finally: torch.set_num_threads(threads)
 
 # %% ../../nbs/report/08_table_sections.ipynb #c8264f80
+def _without_p(n): return f'; {n} without p, as one seed says nothing about another training' if n else ''
 def order_lines(
     table:pd.DataFrame, # From `ablation_table`
 )->list[str]: # None where there is nothing to compare
@@ -57,7 +58,7 @@ def order_lines(
         lines.append(f"{order['agree']} of {order['pairs']} pair{'s'*(order['pairs'] > 1)} of rows in the paper's order of rho.")
     if order['rows']:
         lines.append(f"The full FSPN has the higher rho in {order['below']} of {order['rows']} comparisons, "
-                     f"{order['sure']} of them beyond chance (Holm p < .05).")
+                     f"{order['sure']} of them beyond chance (Holm p < .05){_without_p(order['untested'])}.")
     above = table[table.rho_gain > 0]
     if len(above):
         sure = ', '.join(above.label[above.rho_p_holm < .05]) or 'none'
@@ -65,7 +66,7 @@ def order_lines(
     return lines
 
 # %% ../../nbs/report/08_table_sections.ipynb #a0dd236c
-_ONE_SEED = ' One seed each: p asks about other test videos; what another training would give, the caption says.'
+_ONE_SEED = ' No p: one seed each; train three (`-p seeds 0,1,2`).'
 
 def _order_caution(table):
     "What the order of rows with one seed says, as a list of at most one line"
@@ -126,7 +127,7 @@ def _add_reasons(table, dataset):
     return table.assign(missing=reasons, command=commands)
 
 # %% ../../nbs/report/08_table_sections.ipynb #ee86f23f
-def _is(p): return _p(p) if p < .001 else f'= {_p(p)}'
+def _is(p, name='p'): return 'no p' if pd.isna(p) else f'{name} {_p(p)}' if p < .001 else f'{name} = {_p(p)}'
 
 # %% ../../nbs/report/08_table_sections.ipynb #f5aa18c8
 def _lead_lines(index, runs, titles):
@@ -135,17 +136,17 @@ def _lead_lines(index, runs, titles):
         fspn,mlp = (runs[(runs.protocol == protocol) & (runs.method == name)].set_index('seed').run for name in ('fspn','i3d_mlp'))
         if not len(both := sorted(set(fspn.index) & set(mlp.index))): continue
         gain = index.scorer.gain(fspn[both].tolist(), mlp[both].tolist())
-        yield (f"{title}: FSPN minus I3D+MLP is {gain['rho_gain']:+.4f} in rho (p {_is(gain['rho_p'])}) and "
-               f"{gain['r_l2_x100_gain']:+.3f} in R x100 (p {_is(gain['r_l2_x100_p'])})."+_ONE_SEED*(len(both) == 1))
+        yield (f"{title}: FSPN minus I3D+MLP is {gain['rho_gain']:+.4f} in rho ({_is(gain['rho_p'])}) and "
+               f"{gain['r_l2_x100_gain']:+.3f} in R x100 ({_is(gain['r_l2_x100_p'])})."+_ONE_SEED*(len(both) == 1))
 
 # %% ../../nbs/report/08_table_sections.ipynb #541c80ef
-_AGAINST = [f'{score}{end}' for score in SCORES for end in ('_gain','_p','_p_holm')]
+_AGAINST = [f'{score}{end}' for score in SCORES for end in ('_gain','_p','_p_holm','_p_videos')]
 
 # %% ../../nbs/report/08_table_sections.ipynb #d2db903b
 def beside_fspn(
     index:RunIndex, # From `open_index`
     runs:pd.DataFrame, # From `main_runs`, of one dataset
-)->pd.DataFrame: # protocol, method; both metrics with _gain (minus FSPN), _p and _p_holm (within the protocol)
+)->pd.DataFrame: # protocol, method; both metrics with _gain (minus FSPN), _p, _p_holm (within the protocol) and _p_videos
     "Each method against FSPN, tested on the same test videos"
     rows = []
     for (protocol,method),g in runs[runs.method != 'fspn'].groupby(['protocol','method'], sort=False):
@@ -167,11 +168,11 @@ def rank_lines(
     for protocol,g in table.groupby('protocol', sort=False):
         low,sure = g.rho_gain < 0,g.rho_p_holm < .05
         above = g[~low].sort_values('rho_gain', ascending=False)
-        ahead = [f'{names.get(row.method, row.method)} ({row.rho_gain:+.4f}, Holm p {_is(row.rho_p_holm)})'
+        ahead = [f'{names.get(row.method, row.method)} ({row.rho_gain:+.4f}, {_is(row.rho_p_holm, "Holm p")})'
                  for row in above.itertuples()]
         lines.append(f"{titles[protocol]}: above FSPN in rho: {', '.join(ahead) or 'none'}. "
                      f"FSPN is above {int(low.sum())} of {len(g)} methods, "
-                     f"above {int((low & sure).sum())} of them beyond chance (Holm p < .05).")
+                     f"above {int((low & sure).sum())} of them beyond chance (Holm p < .05){_without_p(g.rho_p_holm.isna().sum())}.")
     return lines
 
 # %% ../../nbs/report/08_table_sections.ipynb #25d244f9
@@ -199,7 +200,7 @@ def _block_section(index, dataset, runs):
     shown = shown.replace('-', '')
     for short,rows in missing.items(): shown.loc[rows, f'{short} ours'] = '-'
     shown.insert(5, 'rho minus FSPN', [_text(value, '+.4f') for value in table.rho_gain])
-    shown.insert(6, 'p (Holm)', [_p(value) for value in table.rho_p_holm])
+    shown.insert(6, 'p (Holm)', [_p(*pair) for pair in zip(table.rho_p_holm, table.rho_gain)])
     caption = f'{provenance_line(runs, others=index.runs)}{_family_line(runs)} {PAIRED}'
     lines = [*_lead_lines(index, runs, titles), *rank_lines(beside, titles)]
     name = PROTOCOLS[dataset].table

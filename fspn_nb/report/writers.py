@@ -24,9 +24,9 @@ def _text(value, form):
     return '' if pd.isna(value) else format(value, form)
 
 # %% ../../nbs/report/04_writers.ipynb #b749c978
-def _p(value):
-    "A p-value as text"
-    return '' if pd.isna(value) else '< 0.001' if value < .001 else f'{value:.3f}'
+def _p(value, gain=float('nan')):
+    "A p-value as text; a dash where there is a difference `gain` without one"
+    return '-' if pd.isna(value) and pd.notna(gain) else '' if pd.isna(value) else '< 0.001' if value < .001 else f'{value:.3f}'
 
 # %% ../../nbs/report/04_writers.ipynb #d1643469
 def _score_columns(table, name, short, digits):
@@ -51,7 +51,7 @@ def readable_ablation(
     "`table` as a person wants it"
     columns = dict(row=table.label)|_score_columns(table, 'rho', 'rho', 4)
     columns['rho minus FSPN'] = [_text(value, '+.4f') for value in table.rho_gain]
-    columns['p (Holm)'] = [_p(value) for value in table.rho_p_holm]
+    columns['p (Holm)'] = [_p(*pair) for pair in zip(table.rho_p_holm, table.rho_gain)]
     columns |= _score_columns(table, 'r_l2_x100', 'R x100', 3)|_size_columns(table)
     out = pd.DataFrame(columns|dict(seeds=table.seeds, n=[_text(value, '') for value in table.n]))
     return out.loc[:, (out != '').any()]
