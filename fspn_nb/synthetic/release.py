@@ -12,8 +12,10 @@ import numpy as np
 import pandas as pd
 from ..core import check_space,data_cache,explain_write,progress,write_atomic,write_json
 from ..data import grammar
+from ..file_hashes import files_hash,group_hashes
 from ..processes import explain_memory,hold_lock,worker_pool
 from ..protocols import PROTOCOLS
+from ..stored_files import read_sealed,seal
 from . import (big_air_motion,catalogue,dive_motion,dive_render,dive_scenery,formats,hill_scenery,
     judging,pair_motion,skeleton,sport_plans,sport_render,sport_scenery,vault_motion)
 from .formats import FORMATS,Job
@@ -108,6 +110,16 @@ def write_truth(
 MARKER = 'synthetic.json' # last file of a finished synthetic release
 
 # %% ../../nbs/synthetic/15_release.ipynb #cac33d5d
+def _read_marker(root):
+    "What the marker of a release says; one of an older version has no checksums, and is believed"
+    path = Path(root)/MARKER
+    try:
+        old = json.loads(path.read_bytes())
+        if isinstance(old, dict) and 'key' in old and not {'crc32','files'} & {*old}: return old
+        return read_sealed(path)
+    except ValueError as e: raise ValueError(f'need the {MARKER} that was written with the release, got a damaged one in {root}; '
+                                             'delete this folder to have it drawn anew') from e
+
 def _finished(root, key):
     "True if `root` holds the release `key`, False if it is free; anything else is an error"
     root = Path(root)
@@ -115,25 +127,66 @@ def _finished(root, key):
     if not (root/MARKER).is_file():
         raise ValueError(f"need an empty folder for a synthetic release, got {root}, which holds something else; "
                          "choose another folder")
-    existing = json.loads((root/MARKER).read_text(encoding='utf-8'))['key']
+    existing = _read_marker(root)['key']
     if existing != key:
         raise ValueError(f"need the synthetic release {key}, got {existing} in {root}; choose another folder, "
                          "or delete this one to have it drawn anew")
     return True
 
 # %% ../../nbs/synthetic/15_release.ipynb #d8bdbf9b
-def _build(part, dataset, jobs, key, size, workers):
-    "Draws everything that belongs to a release into the folder `part`"
-    fmt,(first,*others) = FORMATS[dataset],[(dataset, part, job, size) for job in jobs]
-    _draw(first)
-    written = sum(file.stat().st_size for file in part.rglob('*') if file.is_file())
-    check_space(part, .5*written*len(others))
-    if others: _draw_all(others, _workers(len(jobs), workers))
+def _annotate(part, dataset, jobs, size):
+    "Writes annotations and truth into the folder `part`"
+    fmt = FORMATS[dataset]
     videos = [fmt.make(job, size, False) for job in jobs]
     fmt.annotate(part, jobs, videos)
     write_truth(part, {fmt.uid(job):(video, fmt.shown(job, video)) for job,video in zip(jobs, videos)})
+
+def _build(part, dataset, jobs, key, size, workers):
+    "Draws everything that belongs to a release into the folder `part`"
+    first,*others = [(dataset, part, job, size) for job in jobs]
+    folders = [_draw(first)]
+    written = sum(file.stat().st_size for file in part.rglob('*') if file.is_file())
+    check_space(part, .5*written*len(others))
+    if others: folders += _draw_all(others, _workers(len(jobs), workers))
+    _annotate(part, dataset, jobs, size)
+    names = {FORMATS[dataset].uid(job): folder.relative_to(part).as_posix() for job,folder in zip(jobs, folders)}
+    hashes = {name: files_hash(folder/file for file in files) for name,(folder,files) in _files_below(part).items()}
     counts = {split: sum(job.split == split for job in jobs) for split in ('train','test')}
-    write_json(part/MARKER, dict(key=key, dataset=dataset, size=list(size), **counts))
+    write_json(part/MARKER, seal(dict(key=key, dataset=dataset, size=list(size), folders=names, files=hashes, **counts)))
+
+# %% ../../nbs/synthetic/15_release.ipynb #1b06e4cf
+def _files_below(root):
+    "{folder below `root`: (its path, names of the files in it)}, hidden files and the marker left out"
+    folders = {}
+    for path,_,names in os.walk(root):
+        files = sorted(name for name in names if not name.startswith('.'))
+        if files and Path(path) != Path(root): folders[Path(path).relative_to(root).as_posix()] = Path(path),files
+    return folders
+
+def _damaged_folders(root):
+    "Names of the folders of a release whose files are not those that were drawn"
+    known = _read_marker(root).get('files', {})
+    there = {name: group for name,group in _files_below(root).items() if name in known}
+    place = hashlib.sha256(str(Path(root).absolute()).encode(errors='surrogateescape')).hexdigest()[:12]
+    hashes = group_hashes(there, data_cache()/'checksums'/f'release_{place}.json')
+    return [name for name,value in known.items() if hashes.get(name) != value]
+
+def _mend(root, dataset, jobs, size, workers):
+    "Draw anew what is damaged in the release in `root`"
+    part,uid = root.with_name(f'.{root.name}.{os.getpid()}.part'),FORMATS[dataset].uid
+    with hold_lock(root.with_name(f'.{root.name}.lock'), f'synthetic release {root.name}', wait=True):
+        if not (damaged := _damaged_folders(root)): return # another process was faster
+        print(f'synthetic release {root.name}: {len(damaged)} folders ({damaged[0]}{", ..." if damaged[1:] else ""}) were damaged: drawn anew')
+        record = _read_marker(root)
+        todo = [(dataset, part, job, size) for job in jobs if record['folders'][uid(job)] in damaged]
+        try:
+            if todo: _draw_all(todo, _workers(len(todo), workers))
+            if {*damaged}-{*record['folders'].values()}: _annotate(part, dataset, jobs, size)
+            for name in damaged:
+                for file in (part/name).iterdir(): write_atomic(root/name/file.name, file.read_bytes())
+        finally: shutil.rmtree(part, ignore_errors=True)
+        drawn = {name: files_hash(folder/file for file in files) for name,(folder,files) in _files_below(root).items() if name in damaged}
+        write_json(root/MARKER, seal(record|dict(files=record['files']|drawn)))
 
 # %% ../../nbs/synthetic/15_release.ipynb #84efd7f6
 def _draw_into(root, dataset, jobs, key, size, workers):
@@ -164,6 +217,7 @@ def synth_release(
     jobs,key = plan_release(n_train, n_test, seed, dataset),release_key(n_train, n_test, seed, size, dataset)
     root = data_cache()/f'{dataset}_synth_{key}' if root is None else Path(root).expanduser()
     reused = _finished(root, key) or not _draw_into(root, dataset, jobs, key, size, workers)
+    if reused and _damaged_folders(root): _mend(root, dataset, jobs, size, workers)
     protocol,each = PROTOCOLS[dataset],' of each class' if dataset == 'aqa7' else ''
     print(f"synthetic {protocol.title} release {'reused' if reused else 'drawn'}: "
           f"{n_train} train and {n_test} test {protocol.noun}s{each}, seed {seed}")
