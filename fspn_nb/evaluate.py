@@ -16,6 +16,7 @@ from torch import nn
 from .batches.fingerprint import check_inputs
 from .config import load_cfg
 from .core import write_json
+from .escaping import csv_text
 from .metrics import summarise,temporal_iou
 from .processes import explain_memory,short_errors
 from .stored_files import write_checked
@@ -105,7 +106,7 @@ def evaluate(
         model = load_model(run, data)
         results = [predictions(model, data, split) for split in ('test','val') if len(data.splits[split])]
         durable = lambda path,text: write_checked(path, text, durable=True) # the grid removes the weights after this
-        write = lambda name,table: durable(run/name, table.to_csv(index=False)) if data.dist.is_main_process else None
+        write = lambda name,table: durable(run/name, csv_text(table)) if data.dist.is_main_process else None
         write('predictions.csv', pd.concat([table for table,_ in results])) # kept, whatever becomes of the metrics
         test,extras = results[0]
         metrics = _metrics(test, data)

@@ -101,6 +101,7 @@ def _typed(metrics):
     if missing: raise ValueError(f"metrics.json lacks {', '.join(missing)}")
     other = [name for name in _FACTS if name != 'seed' and not isinstance(metrics[name], str)]
     if other: raise ValueError(f"metrics.json holds something else than text in {', '.join(other)}")
+    if metrics['data'] not in ('real','synthetic'): raise ValueError(f"metrics.json needs real or synthetic data, got {metrics['data']!r}")
     try:
         scores = {name: float('nan') if metrics[name] is None else float(metrics[name]) for name in _SCORES}
         return metrics|scores|{name: int(metrics[name]) for name in ('n','seed')}
@@ -150,6 +151,8 @@ def read_run(
     _check_sections(cfg, provenance)
     metrics,known = _typed(metrics),_facts_of(_content(folder))
     _check_metrics(metrics, known)
+    if (protocol := PROTOCOLS.get(folder.parent.name)) and metrics['protocol'] not in protocol.variants:
+        raise ValueError(f"metrics.json needs a protocol of {', '.join(protocol.variants)}, got {metrics['protocol']!r}")
     shared = json.dumps({k: v for k,v in cfg.items() if k not in ('seed','protocol','fspn_nb')}, sort_keys=True)
     facts = {name if name != 'label' else 'target': metrics[name] for name in (*_FACTS,*_SCORES)}
     dataset = folder.parent.name

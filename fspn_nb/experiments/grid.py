@@ -22,6 +22,7 @@ from ..batches.fingerprint import check_inputs
 from ..file_hashes import frame_hashes
 from ..config import RunCfg,validate
 from ..core import progress,reports_dir
+from ..escaping import csv_text,unquote_formulas
 from ..stored_files import damaged_files,read_checked,read_table,remove_unfinished,write_checked
 from ..data.records import samples_frame
 from ..evaluate import evaluate,load_model,predictions
@@ -47,9 +48,10 @@ def log_predictions(
     "Keep the predictions of ten epochs along a training in watched.csv (for `train.fit(on_epoch_end=log_predictions)`)"
     if epoch % max(1, data.cfg.train.epochs//10): return
     file,columns = Path(run)/'watched.csv',['epoch','split','uid','true','pred']
-    old = [read_table(file, 'delete the folder of the run to train it anew').query('epoch < @epoch')] if file.exists() else []
+    read = lambda: unquote_formulas(read_table(file, 'delete the folder of the run to train it anew'))
+    old = [read().query('epoch < @epoch')] if file.exists() else []
     new = [predictions(model, data, split)[0].assign(epoch=epoch) for split in ('val','test') if len(data.splits[split])]
-    write_checked(file, pd.concat([rows[columns] for rows in (*old, *new)]).to_csv(index=False))
+    write_checked(file, csv_text(pd.concat([rows[columns] for rows in (*old, *new)])))
 
 # %% ../../nbs/experiments/04_grid.ipynb #551523a2
 EXEMPLAR_COUNTS = (1,5,10,15,20,25) # M of Fig. 8
@@ -94,7 +96,7 @@ def run_one(
         fit(cfg, out, device, data, on_epoch_end=log_predictions if 'watch' in extras else None)
         if 'votes' in extras:
             table = exemplar_sweep(load_model(run, data), data)
-            write_checked(run/'votes.csv', table.to_csv(index=False), durable=True)
+            write_checked(run/'votes.csv', csv_text(table), durable=True)
         metrics = evaluate(run, data)
         if not keep_weights:
             for file in run.glob('*.pt'): file.unlink()

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from ..config import RunCfg,run_id,save_cfg
 from ..core import write_atomic,write_json
+from ..escaping import csv_text
 from ..experiments.grid import EXEMPLAR_COUNTS
 from ..metrics import summarise,temporal_iou
 from ..protocols import protocol_variant
@@ -97,5 +98,5 @@ def fake_run(
     if cfg.model.name.startswith('fspn') and cfg.model.use_iap and cfg.dataset == 'finediving': files['parsing'] = _parse(df, cfg)
     if watched: files['watched'] = _watched(df, cfg, miss)
     if votes: files['votes'] = _voted(df, cfg, miss)
-    for name,table in files.items(): write_atomic(folder/f'{name}.csv', table.to_csv(index=False))
+    for name,table in files.items(): write_atomic(folder/f'{name}.csv', csv_text(table))
     return folder
