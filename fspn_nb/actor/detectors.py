@@ -35,7 +35,7 @@ def _open_checkpoint(path):
     try:
         with torch.serialization.safe_globals(checkpoint_globals()): return load_checkpoint(path)
     except Exception as e: # a damaged archive can raise anything
-        asked = re.search(r'GLOBAL (\S+) was not', str(e))
+        asked = re.search(r'GLOBAL (\S+) (?:was not|whose module)', str(e))
         reason = f'it asks for {asked[1]}' if asked else str(e) if type(e) is ValueError else type(e).__name__
         raise ValueError(f"{path}: need a checkpoint of tensors, got one that cannot be opened ({reason}); "
                          "save model.state_dict() of torchvision's ssd300_vgg16") from e

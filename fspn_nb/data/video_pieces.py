@@ -175,7 +175,7 @@ def _packet_times(container):
 def _main_stream(container, times):
     "The video stream that is the film"
     streams = [stream for stream in container.streams.video if stream.index in times and stream.codec_context is not None]
-    if not streams: raise ValueError('no picture in it that can be decoded')
+    if not streams: raise ValueError(f'no picture in it that can be decoded; one has at most {FILM_PIXELS} pixels')
     def span(stream):
         stamps = [t for t in times[stream.index][0] if t is not None]
         return max(stamps)-min(stamps) if stamps else len(times[stream.index][0])/25

@@ -52,7 +52,7 @@ def _open(path):
 
 def _reason(error):
     "Why a file could not be opened, and what helps"
-    asked = re.search(r'GLOBAL (\S+) was not', str(error))
+    asked = re.search(r'GLOBAL (\S+) (?:was not|whose module)', str(error))
     if not asked: # what PyTorch advises before the cause is of no use for a damaged file
         cause = str(error).split('WeightsUnpickler error: ')[-1].strip() or 'an empty file'
         return f'{type(error).__name__}: {cause.splitlines()[0][:300]}); get it anew'
