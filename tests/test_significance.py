@@ -215,6 +215,102 @@ def test_lists_will_do(pair):
     assert seed_mean_ci(spearman, a.tolist(), y.tolist(), n=100) == seed_mean_ci(spearman, a, pd.Series(y), n=100)
 
 
+# ---- another training on other videos
+
+def _left_out(metric, pred, true):
+    "The pulls of the videos by deleting each in turn"
+    without = np.array([metric(np.delete(pred, i), np.delete(true, i)) for i in range(len(true))])
+    return (len(true)-1)*(without.mean()-without)
+
+
+@pytest.mark.parametrize('f', [spearman, relative_l2, partial(relative_l2, lo=0, hi=120), partial(relative_l2, p=1), mae])
+@pytest.mark.parametrize('digits', [6, -1])
+def test_pulls_are_those_of_deleting_each_video(f, digits):
+    y, p = np.random.default_rng(4).normal(60, 15, (2, 31)).round(digits) # -1: ties on both sides
+    value, pulls = jackknife(f, p, y)
+    assert value == f(p, y) and pulls == pytest.approx(_left_out(f, p, y), abs=1e-9)
+
+
+def test_pulls_know_their_bounds_and_their_data():
+    "The memory of earlier results keeps metrics, bounds, predictions and truth apart"
+    y, p = np.random.default_rng(5).normal(60, 15, (2, 12))
+    keys = [(spearman, p, y), (mae, p, y), (relative_l2, p, y), (partial(relative_l2, lo=0, hi=100), p, y), (partial(relative_l2, lo=0, hi=200), p, y), (mae, p+1, y), (mae, p, y+1)]
+    first = [jackknife(*key) for key in keys]
+    assert len({value for value, _ in first}) == len(keys)
+    for key, (value, _) in zip(keys, first): assert value == key[0](*key[1:]) == jackknife(*key)[0]
+
+
+def test_copies_of_a_seed_leave_the_test_over_videos():
+    "Without spread over seeds it is the paired t of the videos' pulls"
+    rng = np.random.default_rng(6)
+    y, a, b = rng.normal(60, 15, (3, 40))
+    gap, p = retrain_test(mae, np.tile(a, (3, 1)), np.tile(b, (3, 1)), y)
+    assert (gap, p) == (pytest.approx(mae(a, y)-mae(b, y)), pytest.approx(stats.ttest_rel(abs(a-y), abs(b-y)).pvalue))
+
+
+def test_seeds_that_differ_by_a_constant_leave_welch():
+    "Methods that do the same to every video: no covariance, and Welch's t of the seeds remains"
+    y = np.zeros(30)
+    a, b = (np.array(shift)[:, None]+np.zeros((len(shift), 30)) for shift in ([1., 2., 4.], [5., 5.5, 7., 6.]))
+    assert retrain_test(mae, a, b, y) == (pytest.approx(7/3-5.875), pytest.approx(stats.ttest_ind([1., 2., 4.], [5., 5.5, 7., 6.], equal_var=False).pvalue))
+
+
+def test_a_bias_or_a_stretch_changes_no_p_of_rho(pair):
+    a, b, y = pair
+    expected = retrain_test(spearman, a, b, y)
+    assert retrain_test(spearman, a, np.exp(b/20), y) == retrain_test(spearman, a, b+30, y) == expected
+    assert retrain_test(spearman, b, a, y) == (-expected[0], pytest.approx(expected[1]))
+    assert retrain_test(spearman, a[::-1], b, y) == (pytest.approx(expected[0]), pytest.approx(expected[1])), 'seeds are not paired'
+
+
+def test_no_p_without_a_second_training(pair):
+    a, b, y = pair
+    for one, two in ((a[:1], b), (a, b[:1]), (a[:1], b[:1])):
+        gap, p = retrain_test(spearman, one, two, y)
+        assert np.isfinite(gap) and np.isnan(p)
+    flat = np.full((2, 60), 60.)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert np.isnan(retrain_test(spearman, a, flat, y)).all() and np.isfinite(retrain_test(mae, a, flat, y)).all()
+        assert retrain_test(mae, flat, flat+1, np.full(60, 9.)) == (-1, pytest.approx(np.nan, nan_ok=True)), 'no spread at all'
+        assert np.isnan(retrain_test(spearman, a[:, :2], b[:, :2], y[:2])[1]) and np.isnan(retrain_test(spearman, a[:, :1], b[:, :1], y[:1])).all()
+
+
+def test_perfect_predictions_have_no_place_on_the_scales(pair):
+    a, _, y = pair
+    for f, best in ((spearman, 1.), (relative_l2, 0.)):
+        gap, p = retrain_test(f, np.tile(y, (2, 1)), a, y)
+        assert gap == pytest.approx(best-np.mean([f(pred, y) for pred in a])) and 0 < p < .25
+
+
+@pytest.mark.parametrize('preds', [np.zeros(5), np.zeros((0, 5)), np.zeros((2, 4)), [[1., 2., 3., 4., np.nan]], 3.])
+def test_retraining_refuses_what_paired_test_refuses(preds):
+    with pytest.raises(ValueError, match='need'): retrain_test(spearman, np.arange(10.).reshape(2, 5), preds, np.arange(5.))
+
+
+def test_error_rates_of_pairs_of_the_same_method():
+    "Three trainings of unequal quality on each side: the exchange of videos calls a quarter different, the new test one in twenty"
+    wrong = np.zeros(2)
+    for k in range(200):
+        rng = np.random.default_rng([11, k])
+        y, hard = rng.normal(66, 14, 60), rng.normal(0, 5, 60)
+        a, b = (y+hard+8*np.exp(.25*rng.normal(size=(3, 1)))*rng.normal(size=(3, 60)) for _ in range(2))
+        wrong += [paired_test(spearman, a, b, y, n=199)[1] < .05, retrain_test(spearman, a, b, y)[1] < .05]
+    assert wrong[0]/200 > .12 and .015 <= wrong[1]/200 <= .085
+
+
+def test_exchanges_of_ranks_are_those_of_the_general_way():
+    "With and without ties, to the same p; and no p depends on what was compared before"
+    rng = np.random.default_rng(8)
+    y = rng.normal(66, 15, 45).round()
+    a, b = y+rng.normal(0, 8, (3, 45)), y+rng.normal(0, 9, (3, 45))
+    b[1] = b[1].round(-1)
+    same = lambda p, t: spearman(p, t) # not known, so it takes the general way
+    ranks = [stats.rankdata(preds, axis=1) for preds in (a, b)]
+    alone = paired_test(spearman, a, b, y, n=500)
+    paired_test(spearman, a[:, :40], b[:, :40], y[:40], n=500)
+    assert paired_test(spearman, a, b, y, n=500) == alone == pytest.approx(paired_test(same, *ranks, y, n=500), abs=1e-12)
+
 # ---- Holm
 
 def test_holm_by_hand():

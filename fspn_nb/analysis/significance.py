@@ -13,11 +13,15 @@ from scipy import stats
 from ..metrics import bca,bootstrap_ci,on_rows,relative_l2,spearman
 
 # %% ../../nbs/analysis/02_significance.ipynb #a5953658
+def _by_seed(preds):
+    "`preds` as numbers of shape (seeds, videos)"
+    preds = np.asarray(preds, float)
+    if preds.ndim == 2 and len(preds): return preds
+    raise ValueError(f'need predictions of shape (seeds, videos), got {preds.shape}; one seed is pred[None]')
+
 def _seeds(metric, preds, true):
     "Mean over seeds of `metric` as a number, and as a function of which videos are drawn"
-    preds = np.asarray(preds, float)
-    if preds.ndim != 2 or not len(preds):
-        raise ValueError(f'need predictions of shape (seeds, videos), got {preds.shape}; one seed is pred[None]')
+    preds = _by_seed(preds)
     per_seed = [on_rows(metric, pred, true) for pred in preds]
     mean = float(np.mean([metric(pred, true) for pred in preds]))
     return mean,lambda i, axis=-1: np.mean([f(i) for f in per_seed], 0)
@@ -150,7 +154,7 @@ def _rho_without_each(pred, true):
     c,d = (np.sign(x-x[:,None])/2 for x in (pred,true))
     r,q = c.sum(0),d.sum(0) # centred ranks
     inner = lambda c, r, d, q: r@q-c@q-d@r+np.einsum('ij,ij->i', c, d)-r*q
-    return inner(c, r, d, q)/np.sqrt(inner(c, r, c, r)*inner(d, q, d, q))
+    with np.errstate(invalid='ignore'): return inner(c, r, d, q)/np.sqrt(inner(c, r, c, r)*inner(d, q, d, q))
 
 # %% ../../nbs/analysis/02_significance.ipynb #b8f57c99
 @lru_cache(maxsize=2048) # the full FSPN stands in every comparison
@@ -159,9 +163,9 @@ def _jackknife(f, options, pred, true):
     metric,n = partial(f, **dict(options)) if options else f,len(pred)//8
     pred,true = np.frombuffer(pred),np.frombuffer(true)
     value = float(metric(pred, true))
-    with np.errstate(all='ignore'):
-        if f is spearman: without = _rho_without_each(pred, true)
-        else: without = on_rows(metric, pred, true)(np.arange(n-1)+(np.arange(n-1) >= np.arange(n)[:,None]))
+    if n < 2: return value,np.full(n, np.nan)
+    if f is spearman: without = _rho_without_each(pred, true)
+    else: without = on_rows(metric, pred, true)(np.arange(n-1)+(np.arange(n-1) >= np.arange(n)[:,None]))
     return value,(n-1)*(without.mean()-without)
 
 def jackknife(
@@ -202,8 +206,7 @@ def retrain_test(
     "Test of the difference of two methods' means over seeds against other seeds and other videos"
     true,sides = np.asarray(true, float),[]
     for preds in (preds_a, preds_b):
-        _seeds(metric, preds, true) # checks shapes
-        parts = [jackknife(metric, pred, true) for pred in np.asarray(preds, float)]
+        parts = [jackknife(metric, pred, true) for pred in _by_seed(preds)]
         sides.append((np.array([value for value,_ in parts]), np.array([pull for _,pull in parts])))
     gap = float(sides[0][0].mean()-sides[1][0].mean())
     if not all(len(values) > 1 and np.isfinite(pulls).all() and np.isfinite(values).all() for values,pulls in sides): return gap,float('nan')
