@@ -1,12 +1,20 @@
 "Reports from run folders: sound ones, damaged ones, groups that are shown or not, and the same bytes every time"
+import csv
+import gzip
+import io
 import json
+import re
 import shutil
 import warnings
 from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
 
 import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
+import mistune
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,14 +26,15 @@ from fspn_nb.analysis.runs import average_seeds,collect,read_predictions,read_ru
 from fspn_nb.analysis.seed_spread import published_scores,seed_spread
 from fspn_nb.config import make_config,method_epochs,override
 from fspn_nb.core import write_json
+from fspn_nb.escaping import csv_text,escape_md,escape_tex,md_code,one_line,unquote_formulas
 from fspn_nb.experiments.variants import config_of,grid_base
 from fspn_nb.metrics import score_baselines,summarise
 from fspn_nb.protocols import SPORTS
-from fspn_nb.report import figures,tables
+from fspn_nb.report import build,figures,tables
 from fspn_nb.report.build import build_report,intro
 from fspn_nb.report.fake_runs import fake_run
 from fspn_nb.report.figures import plot_cs,plot_parse,plot_scatter,plot_table,save_figure
-from fspn_nb.report.figure_sections import draw_section,votes_section
+from fspn_nb.report.figure_sections import draw_section,epochs_section,parsing_section,votes_section
 from fspn_nb.report.run_index import figure_note,open_index,provenance_line
 from fspn_nb.report.study_figures import plot_ablation
 from fspn_nb.report.table_sections import ablation_section,methods_section
@@ -471,3 +480,201 @@ def test_a_folder_with_broken_runs_alone_gives_a_page_that_names_them(tmp_path):
     build_report(tmp_path, seeds=(0,), n=20, tests=20, sizes=False)
     page = (tmp_path/'README.md').read_text(encoding='utf-8')
     assert run.name in page and 'metrics.json has spearman 0.99' in page
+
+
+# Names that were made to do harm
+
+NAMES = ['<script>alert(1)</script>', '"><img src=x onerror=alert(1)>', "[now](javascript:alert(1)) ![p](http://x/p.png) <http://x> &lt;b&gt;",
+         '`a` | *b* _c_ ~~d~~ $e^2$ \\frac{ $ ]]> <!-- [^1]', '\\input{/etc/passwd} 100 % #1 ~ ^^5c {', 'two\nlines\r\x1b[31m\u202egpj.exe', '=1+1', '# 1. > - x']
+FORMULAS = ['=HYPERLINK("http://x","y")', "+cmd|'/C calc'!A0", '-2+3', '@SUM(A1)', "'=1", '\t=1', '＝1', 'plain', '-0.31']
+
+
+class Parsed(HTMLParser):
+    "Tags with attributes, and all text"
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], ''
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs): self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data): self.text += data
+
+
+def as_jupyter(md):
+    "Markdown as a reader that lets HTML through shows it"
+    return Parsed(mistune.create_markdown(escape=False, plugins=['table', 'strikethrough', 'footnotes'])(md))
+
+
+def squeezed(text): return ' '.join(text.split())
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_escaped_text_is_shown_letter_by_letter(seed):
+    rng = np.random.default_rng(seed)
+    pieces = [*'<>[]()!`*_~$&#;|\\"\'ab1:/.-=+@\n\x1b\u202e ', *NAMES, '](', '&#60;', '-->', 'www.x.de', '**']
+    for _ in range(150):
+        name = ''.join(rng.choice(pieces, rng.integers(1, 12)))
+        for md, text in ((f'- x: {escape_md(name)}\n', f'x: {one_line(name)}'), (f'x {md_code(name)} y', f'x {one_line(name)} y'),
+                         (to_md(pd.DataFrame({'a': [name]})), f'a {one_line(name)}')):
+            page = as_jupyter(md)
+            assert squeezed(page.text) == squeezed(text)
+            assert {tag for tag, _ in page.tags} <= {'table', 'thead', 'tbody', 'tr', 'th', 'td', 'p', 'ul', 'li', 'code'}
+        page = as_jupyter(f'**b** {escape_md(name, prose=True)}')
+        assert {tag for tag, _ in page.tags} <= {'p', 'strong', 'em', 'code', 'del', 'pre'}
+        tex = re.sub(r'\\text[a-z]+\{\}|\$\\pm\$|\\[{}&%$#_]', '', escape_tex(name))
+        assert not re.search(r'[\\{}&%$#_~^\x00-\x1f]', tex), tex
+
+
+@pytest.fixture(scope='module')
+def hostile(tmp_path_factory):
+    "A report of runs whose names are hostile, and its sections"
+    root, base = tmp_path_factory.mktemp('hostile'), grid_base('smoke')
+    for seed in (0, 1):
+        for experiment, miss in dict(fspn=5., i3d_mlp=9., i3d_smt=6.).items():
+            fake_run(root, config_of(base, experiment, seed), miss, n=12, watched=seed == 0, votes=True)
+        for i, name in enumerate(NAMES):
+            folder = fake_run(root, config_of(base, 'i3d_mlp', seed+10+2*i), 7., n=12)
+            edit('metrics.json', method=name, seed=seed)(folder)
+    for folder in root.glob('finediving/*/'): edit('metrics.json', weights=''.join(NAMES))(folder)
+    for name in ('"><script>alert(2)<script>', '<svg onload=alert(3)>', '=cmd', '`x`[y](z)', 'a\nb\x1b[31m'): # broken runs, named
+        (root/'finediving'/name).mkdir()
+    (root/'finediving'/'=cmd'/'config.json').write_text('{"<script>alert(4)</script>')
+    files, sections = build_report(root, seeds=(0, 1), n=20, tests=20, sizes=False)
+    return root, files, sections
+
+
+def test_no_name_becomes_markup(hostile):
+    root, _, sections = hostile
+    page = Parsed((root/'report.html').read_text(encoding='utf-8'))
+    for parsed in (page, as_jupyter((root/'README.md').read_text(encoding='utf-8')), *(as_jupyter(path.read_text(encoding='utf-8')) for path in root.glob('tables/*.md'))):
+        known = {'html', 'head', 'meta', 'title', 'style', 'body', 'div', 'table', 'thead', 'tbody', 'tr', 'th', 'td', 'p', 'ul', 'li', 'code', 'pre',
+                 'h1', 'h2', 'a', 'img', 'strong', 'em', 'del'}
+        assert {tag for tag, _ in parsed.tags} <= known, {tag for tag, _ in parsed.tags}-known
+        for tag, attrs in parsed.tags:
+            assert not [name for name in attrs if name.startswith('on') or name == 'style' and tag != 'th' and tag != 'td'], attrs
+            address = attrs.get('href') or attrs.get('src') or '#'
+            assert re.match(r'#|(\.\./)?(figures|tables)/[a-z_0-9]+\.(png|pdf|csv|md|tex)$|(\.\./)?finediving/[\w.%=+-]+/$', address), address
+    for name in NAMES: assert squeezed(one_line(name)) in squeezed(page.text), name # the row of Table IX, as it is
+    for path in root.glob('finediving/*/'):
+        if not (path/'metrics.json').is_file(): assert one_line(path.name) in page.text, path
+    assert '\x1b' not in page.text and '\u202e' not in page.text
+
+
+def test_no_cell_is_run_by_a_spreadsheet(hostile):
+    root, files, _ = hostile
+    tables = [path for path in files if path.suffix == '.csv']
+    cells = [cell for path in tables for row in csv.reader(io.StringIO(path.read_text(encoding='utf-8'), newline='')) for cell in row]
+    assert len(tables) > 10 and "'=1+1" in cells and any(cell.startswith('-0.') for cell in cells)
+    assert not [cell for cell in cells if re.match(r'[=+\-@\t\r]', cell) and not re.fullmatch(r'[+-]?[\d.]+(e[+-]?\d+)?', cell)]
+    assert set(NAMES) <= set(unquote_formulas(pd.read_csv(root/'tables'/'table_09.csv', keep_default_na=False)).method)
+
+
+def test_no_name_is_a_command_of_latex(hostile):
+    root, _, _ = hostile
+    for path in root.glob('tables/*.tex'):
+        text = path.read_text(encoding='utf-8')
+        commands = set(re.findall(r'\\([a-z]+)', re.sub(r'\\text[a-z]+\{\}', '', text)))
+        assert commands <= {'usepackage', 'begin', 'end', 'centering', 'resizebox', 'textwidth', 'caption', 'label', 'toprule', 'midrule', 'bottomrule', 'pm'}, commands
+        bare = re.sub(r'\\[{}]', '', text)
+        assert bare.count('{') == bare.count('}') and '\x1b' not in text
+
+
+def test_names_with_formulas_are_read_back(tmp_path):
+    folder = make_run(tmp_path)
+    df = pd.read_csv(folder/'predictions.csv', dtype=dict(uid=str))
+    names = [*FORMULAS, *df.uid[len(FORMULAS):]]
+    (folder/'predictions.csv').write_text(csv_text(df.assign(uid=names)), encoding='utf-8')
+    assert read_predictions(folder).uid.tolist()+read_predictions(folder, 'val').uid.tolist() == names
+    assert collect(tmp_path).problem.tolist() == ['']
+    pack_runs([tmp_path], tmp_path/'published')
+    texts = [gzip.decompress(path.read_bytes()).decode() for path in tmp_path.glob('published/*.gz')]
+    assert "'=HYPERLINK" in texts[0] and ',=' not in texts[0] and ',"=' not in texts[0]
+    again = read_predictions(unpack_runs(tmp_path/'published', tmp_path/'cache')/'finediving'/folder.name)
+    assert again.uid.tolist() == names[:len(again)] and again.pred.tolist() == read_predictions(folder).pred.tolist()
+
+
+def test_a_published_file_cannot_write_elsewhere(good, tmp_path):
+    file = pack_runs([good], tmp_path/'published')[0]
+    lines = file.read_text().splitlines(True)
+    for bad in ('../../outside,', 'finediving,..', 'C:,x'):
+        file.write_text(lines[0]+re.sub('^[^,]*,[^,]*' if bad[-1] != ',' else '^[^,]*,', bad, lines[1])+''.join(lines[2:]))
+        (tmp_path/'published'/'checksums.json').unlink(missing_ok=True)
+        with pytest.raises(ValueError, match='need names of a dataset and of a run'): unpack_runs(tmp_path/'published', tmp_path/'cache')
+    assert not list(tmp_path.glob('outside*'))
+
+
+def test_figures_show_names_as_they_are(preds, good, tmp_path):
+    df, runs = next(iter(preds.values())), collect(good)
+    table = ours_vs_paper('IX', runs.assign(method=runs.method.replace('i3d_mlp', NAMES[3])))
+    note = 'weights $a$ \\frac{\nseed 0 $'
+    steps = [plot_scatter(dict.fromkeys([*NAMES[3:6], '_x', 'y'*5000], df), 'synthetic', note), plot_cs(dict.fromkeys([*NAMES, '_x'], df), 'real', note),
+             plot_parse(None, np.ones((9, 2))/2, [3], [4], NAMES[3:5], 'real', note), plot_table(table)]
+    with matplotlib.rc_context({'svg.fonttype': 'none'}):
+        for i, fig in enumerate(steps):
+            fig.savefig(tmp_path/f'{i}.svg') # a formula that is none raises here
+            assert ElementTree.parse(tmp_path/f'{i}.svg').getroot().tag.endswith('svg')
+    text = squeezed(Parsed((tmp_path/'1.svg').read_text(encoding='utf-8')).text)
+    assert all(squeezed(one_line(name)) in text for name in NAMES) and 'weights $a$ \\frac{' in text
+    legend = [item.get_text() for item in steps[1].axes[0].get_legend().get_texts()]
+    assert len(legend) == len(NAMES)+1 and max(map(len, (item.get_text() for item in steps[0].axes[3].texts)), default=0) < 200
+    plt.close('all')
+
+
+# A report is whole or the one before
+
+def test_a_report_that_fails_leaves_the_one_before(good, tmp_path, monkeypatch):
+    options = dict(seeds=(0,), n=20, tests=20, sizes=False)
+    build_report(good, tmp_path, **options)
+    before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    monkeypatch.setattr(build, 'page_html', lambda *args: 1/0)
+    with pytest.raises(ZeroDivisionError): build_report(good, tmp_path, **options)
+    monkeypatch.undo()
+    assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
+    monkeypatch.setattr(build.shutil, 'rmtree', lambda *args, **kwargs: None) # as if it were killed: nothing is tidied up
+    replace, moved = build.os.replace, []
+    def killed(source, target):
+        if len(moved) == 3: raise KeyboardInterrupt
+        if '.report.ready' in Path(source).parts: moved.append(target)
+        replace(source, target)
+    monkeypatch.setattr(build.os, 'replace', killed)
+    with pytest.raises(KeyboardInterrupt): build_report(good, tmp_path, **options)
+    monkeypatch.undo()
+    assert (tmp_path/'.report.ready').is_dir() and (tmp_path/'README.md').read_bytes() == before[tmp_path/'README.md']
+    build_report(good, tmp_path, **options)
+    assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
+
+
+EXTRAS = {'votes.csv': lambda text: text[:len(text)//2], 'watched.csv': lambda text: text.replace('pred', 'x', 1),
+          'parsing.csv': lambda text: ''.join(text.splitlines(True)[:5])}
+
+
+def test_a_damaged_extra_table_is_named_in_its_section(tmp_path):
+    folders = [fake_run(tmp_path/'runs', config_of(grid_base('smoke'), 'fspn', seed), 5., n=12, watched=True, votes=True) for seed in (0, 1)]
+    for k, folder in enumerate(folders, 1):
+        for file, damage in EXTRAS.items(): (folder/file).write_text(damage((folder/file).read_text()))
+        index = open_index(tmp_path/'runs', seeds=(0, 1), n=20, tests=20, sizes=False)
+        sections = (votes_section(index, tmp_path), epochs_section(index), parsing_section(index, tmp_path))
+        for file, section in zip(EXTRAS, sections):
+            words = section_md(section)
+            assert all(f'{file} of finediving/{damaged.name}: ' in words for damaged in folders[:k]) and 'Left out: ' in words
+            assert (section.table is None) == (k == 2) and set(index.main.run) == {f'finediving/{run.name}' for run in folders}
+
+
+def test_json_of_any_shape_gives_a_page(tmp_path):
+    fake_run(tmp_path, config_of(grid_base('smoke'), 'i3d_mlp', 0), 5., n=12)
+    sound = fake_run(tmp_path, config_of(grid_base('smoke'), 'fspn', 0), 5., n=12)
+    rng, values = np.random.default_rng(0), [None, [], {}, 'x', -1, 1e400, True, [1, {'a': 2}], {'name': []}, {'epochs': 'x'}]
+    for i in range(60): # one value of one file, or of one section
+        folder = shutil.copytree(sound, sound.with_name(f'run_{i}'))
+        path = folder/f"{rng.choice(['config', 'metrics', 'provenance'])}.json"
+        content = json.loads(path.read_text())
+        key, value = rng.choice(sorted(content)), values[rng.integers(len(values))]
+        if isinstance(content[key], dict) and rng.random() < .5: content[key][rng.choice(sorted(content[key]))] = value
+        else: content[key] = value
+        path.write_text(json.dumps(content))
+    build_report(tmp_path, seeds=(0,), n=20, tests=20, sizes=False)
+    runs, page = collect(tmp_path), (tmp_path/'README.md').read_text(encoding='utf-8')
+    assert len(runs) == 62 and 10 < (runs.problem != '').sum() < 60
+    assert all(f'`{run}`' in page for run in runs.run[runs.problem != ''])
