@@ -8,8 +8,9 @@ last dive), 113,918 on AQA-7. Features and boxes are random numbers, kept where 
 the library imported; those below five seconds are made three times, and the median counts. All pictures are in the system's cache: on a real release a slow disk comes on top.
 
 The CSV has a row per stage and share. Growth is the exponent k of cost ~ samples^k, fitted over all shares (`growth_*`) and between the two largest
-(`last_*`); n log n has 1.15 over these sizes. `memory_mb` is the peak above the import of the library, which has a row of its own. `opens` and `stats` are the files that are opened
-and those whose state is asked for, with `--calls` by strace, else only what Python itself opens.
+(`last_*`); n log n has 1.15 over these sizes. `memory_mb` is the peak above the import of
+the library, which has a row of its own: together the whole process. `opens` and `stats` are the files that are opened and those whose state is asked for, with
+`--calls` by strace, else only what Python itself opens.
 """
 import argparse
 import json
@@ -34,7 +35,7 @@ import pandas as pd
 SHARED = Path(os.environ.get('FSPN_SHARED') or Path(__file__).resolve().parents[2]/'shared')/'data'
 ANNOTATIONS = dict(finediving='Annotations', mtl_aqa='info', aqa7='Split_4')
 LINKS = 30_000 # to one file; ext4 allows 65,000
-IMPORTS = ['fspn_nb.train', 'fspn_nb.report.build'] # what a run and a report import
+IMPORTS = ['fspn_nb.train'] # what a run imports
 STORE = 1/32 # of the samples are decoded into a frame store: all of FineDiving would take 30 GB
 
 
@@ -328,11 +329,13 @@ def sizes_of(dataset, shares, folder):
 def main(a):
     "Measure, write the CSV after every row, print the table of growth"
     scratch = Path(tempfile.mkdtemp(prefix='full_size_', dir=a.folder or os.environ.get('FSPN_CACHE')))
-    rows, failed = [], []
+    rows, failed, filled = [], [], set()
     def add(stage, dataset, root, **size):
         counted = imported if size['share'] in (min(a.shares), max(a.shares)) else None
         try:
-            if stage in FILLED: measure(FILLED[stage], dataset, root, scratch)
+            if (what := FILLED.get(stage)) and (what, root, size['share']) not in filled:
+                measure(what, dataset, root, scratch)
+                filled.add((what, root, size['share']))
             row = measured(stage, dataset, root, scratch, a.repeats, counted)
         except Exception as e: # the other stages are measured all the same
             failed.append(f'{dataset}, {stage}, {size}: {type(e).__name__}: {e}')

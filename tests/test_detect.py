@@ -14,6 +14,7 @@ from fspn_nb.actor.motion_boxes import motion_boxes
 from fspn_nb.actor.track import box_file,box_quality,detect_boxes,fallback_line,video_boxes
 from fspn_nb.actor.yolox import Onnx,decode_cells,grid_cells,letterbox
 from fspn_nb.data.records import Sample
+from fspn_nb.file_hashes import frame_hashes
 from fspn_nb.synthetic.dive_render import synth_dive
 
 SIZE = (144,256)
@@ -157,6 +158,18 @@ def test_second_run_calls_nothing(dives):
     for uid in first: np.testing.assert_array_equal(first[uid], second[uid])
     assert first['01/1'].shape == (12,4) and again['frames'] == 19
     assert fallback_line(report) == fallback_line(again)
+
+
+def test_hashes_at_hand_are_not_computed_again(dives, monkeypatch):
+    "As `prepare` does it: 300,000 files are asked for their state once; the boxes are those of the same names"
+    samples,load,folder = dives
+    first,_ = detect_boxes(samples, Counting(), folder, load=load)
+    hashes = frame_hashes(samples)
+    monkeypatch.setattr('fspn_nb.actor.track.frame_hashes', lambda samples: pytest.fail('files were asked again'))
+    again,report = detect_boxes(samples, Counting(), folder, load=load, hashes=hashes)
+    assert report['detected'] == 0 and all((again[uid] == first[uid]).all() for uid in first)
+    hashes[samples[0].uid] = 'changed'
+    assert detect_boxes(samples, Counting(), folder, load=load, hashes=hashes)[1]['detected'] == 1
 
 
 def test_another_key_or_setting_is_computed(dives):
