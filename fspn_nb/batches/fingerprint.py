@@ -113,8 +113,8 @@ def _detail_path(run, total):
     return Path(run).parent.parent/'inputs'/f'{total}.csv.gz'
 
 def _decompressed(path):
-    "The text in a gzip file; None where there is none, or a damaged one"
-    try: return gzip.decompress(path.read_bytes()).decode()
+    "The text in a gzip file; None where there is none, or a damaged one, or an empty one, which gzip takes for sound"
+    try: return gzip.decompress(path.read_bytes()).decode() or None
     except (OSError, EOFError, ValueError, zlib.error): return None
 
 def write_inputs(
