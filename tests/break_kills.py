@@ -83,7 +83,7 @@ class Program:
         "Wait for a normal end; the text"
         status = self.process.wait(seconds)
         assert status == 0, self.text[-3000:]
-        assert not self.tree(), 'it ended, and a process of it is alive'
+        wait_until(lambda: not self.tree(), 10) # Python's resource tracker ends a moment after its program
         return self.text
 
 
@@ -166,11 +166,15 @@ class Untouched:
         skip = r'it/s\]|s/it\]|Executing|release (drawn|reused)|Ending Cell|Notebook:|IPKernelApp|^\s*$|ready after|\bmin\b|minutes|ms_per_video|^\d+ .*frozen|Figure size|IPython.core'
         return list(dict.fromkeys(line.strip() for line in text.splitlines() if not re.search(skip, line)))
 
-    def moment(self, rng):
-        "(cell, seconds after its begin) of a moment that is drawn from the whole time"
-        second = rng.uniform(.5, self.whole-.5)
-        cell = max(c for c,began in self.cells.items() if began <= second)
-        return cell,second-self.cells[cell]
+    def moment(self, rng, empty):
+        "(cell, seconds after its begin) of a moment that is drawn from the whole time; with a cache that is filled, the cell that fills it takes a second"
+        begins = [*self.cells.values(), self.whole]
+        seconds = {cell: end-begin for cell,begin,end in zip(self.cells, begins, begins[1:])}
+        if not empty: seconds[max(seconds, key=seconds.get)] = 1.
+        second = rng.uniform(.5, sum(seconds.values())-.5)
+        for cell,duration in seconds.items():
+            if second < duration: return cell,second
+            second -= duration
 
 
 def kill_notebook(untouched, folder, k, number=signal.SIGKILL, victim=None, cell=None):
@@ -181,7 +185,7 @@ def kill_notebook(untouched, folder, k, number=signal.SIGKILL, victim=None, cell
     cache = folder/'cache' if empty else untouched.cache
     folder.mkdir(parents=True)
     if untouched.runs: shutil.copytree(untouched.runs, folder/'runs')
-    at,delay = untouched.moment(rng) if cell is None else (cell, .3)
+    at,delay = untouched.moment(rng, empty or untouched.runs) if cell is None else (cell, .3)
     program = start_notebook(untouched.name, folder, cache)
     while program.runs and cell_of(program.text) < at: time.sleep(.005)
     end = time.monotonic()+delay

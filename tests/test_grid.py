@@ -1,12 +1,10 @@
 "The ablation grid: what it plans, what it repeats, what it survives"
-import os
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 
 from fspn_nb.config import load_cfg,override,run_id
@@ -79,11 +77,13 @@ def test_killed_half_way_it_repeats_nothing_that_was_finished(tmp_path):
     (tmp_path/'grid.py').write_text(SCRIPT)
     out = tmp_path/'out'
     sealed = lambda: sorted(out.glob('*/*/metrics.json'))
-    p = subprocess.Popen([sys.executable, str(tmp_path/'grid.py'), str(out)], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    p = subprocess.Popen([sys.executable, str(tmp_path/'grid.py'), str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     until = time.monotonic()+240
     while len(sealed()) < 3 and p.poll() is None and time.monotonic() < until: time.sleep(.02)
-    os.killpg(p.pid, signal.SIGKILL)
+    workers = psutil.Process(p.pid).children()
+    p.kill() # the main program alone
     p.wait()
+    assert not psutil.wait_procs(workers, timeout=20)[1], 'its workers end with it'
     done = {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in sealed()}
     total = len(plan_grid(QUICK, 'II,III', (0,), False))
     assert 3 <= len(done) < total, f'{len(done)} of {total} were finished when it was killed: {p.stderr.read()[-2000:]}'

@@ -26,6 +26,7 @@ from fspn_nb.experiments.grid import run_grid
 from fspn_nb.experiments.variants import grid_base
 from fspn_nb.file_hashes import frame_hashes
 from fspn_nb.processes import LockHeld,hold_lock,lock_owner,peak_memory,run_lock
+from fspn_nb.stored_files import write_checked
 from fspn_nb.synthetic.release import synth_release
 from fspn_nb.train import fit
 from fspn_nb.training.checkpoint import newest_ckpt
@@ -152,7 +153,7 @@ def test_a_finished_run_of_other_data_is_not_there(release, tmp_path):
     file = tmp_path/plan.run[1]/'provenance.json'
     facts = json.loads(file.read_text())
     facts['inputs']['labels'] = 'other'
-    file.write_text(json.dumps(facts))
+    write_checked(file, json.dumps(facts)) # not damaged, but of other data
     again = run_grid(base, 'V', (0,), tmp_path, 'cpu', 1, False)
     assert again.status.tolist() == ['there','failed',*['there']*(len(again)-2)]
     assert 'need the data that this run was made from' in again.problem[1] and 'scores' in again.problem[1]
