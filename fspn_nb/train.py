@@ -83,9 +83,9 @@ def _train_one_epoch(trainer, epoch, stop_requested):
     began = time.perf_counter()-(within['seconds'] if within else 0)
     def _on_step_end(position):
         stop = any_rank(data.dist, stop_requested())
-        if stop or trainer.timer.is_due(): trainer.save(epoch, dict(position, rng=rng_state(), seconds=time.perf_counter()-began))
+        if stop or trainer.timer.is_due(): trainer.save(epoch, dict(position, rng=rng_state(), lr=lr, seconds=time.perf_counter()-began))
         if stop: raise Preempted(f"epoch {epoch+1}, step {position['step']}")
-    lr = trainer.optimiser.param_groups[0]['lr']
+    lr = (within or {}).get('lr', trainer.optimiser.param_groups[0]['lr']) # of its first step, also when it goes on at a later one
     losses = train_epoch(model, data, trainer.optimiser, trainer.schedule, epoch, within, _on_step_end)
     trainer.within_epoch = None
     val_rho = validation_rho(model, data) if (epoch+1) % max(1, epochs//10) == 0 else float('nan')
