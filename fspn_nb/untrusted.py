@@ -9,7 +9,6 @@ __all__ = ['PICKLE_OPCODES', 'TUPLE_ITEMS', 'WEIGHTS_BYTES', 'TREE_DEPTH', 'TREE
 
 # %% ../nbs/base/13_untrusted.ipynb #0a17c003
 import json,os,pickletools,re,struct,zipfile
-from io import BytesIO
 from pathlib import Path
 
 import torch

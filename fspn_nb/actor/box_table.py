@@ -38,7 +38,8 @@ def _read_table(path):
         raise FileNotFoundError(f'need a table of actor boxes, and there is no file {path}; give another path, '
                                 'or choose actor source none')
     if path.stat().st_size > TABLE_BYTES:
-        raise ValueError(f'{path}: need a table of at most {TABLE_BYTES} bytes, got {path.stat().st_size}; leave out other columns, or the dives without frames')
+        raise ValueError(f'{path}: need a table of at most {TABLE_BYTES} bytes, got {path.stat().st_size}; '
+                         'leave out other columns, or the dives without frames')
     try: text = path.read_bytes().decode('utf-8-sig')
     except UnicodeDecodeError as e:
         raise ValueError(f'{path}: need a CSV table in UTF-8, got other bytes ({e}); save it as CSV (UTF-8)') from e
