@@ -43,9 +43,9 @@ def is_young(
 
 def _file_states(folder, groups, now):
     "{name: (hash of what the file system says of its files, whether one of them is young)} for the `groups` in `folder`"
-    with os.scandir(folder) as entries: # a listing tells the states on Windows only; a broadcast has 300,000 frames, of which few are asked for
-        listed = {entry.name: entry for entry in entries} if os.name == 'nt' else {}
-    states,start = {},os.path.join(folder, '')
+    listed,states,start = {},{},os.path.join(folder, '')
+    if os.name == 'nt': # only there a listing tells the states; a broadcast has 300,000 frames, of which few are asked for
+        with os.scandir(folder) as entries: listed = {entry.name: entry for entry in entries}
     for name,files in groups.items():
         stats = [listed[file].stat() if file in listed else os.stat(start+file) for file in files]
         rows = [(file, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file,s in zip(files, stats)]
