@@ -9,6 +9,7 @@ __all__ = ['parameters_of', 'flops_of', 'backbone_flops', 'peak_of', 'latency_of
 import statistics,time,warnings,weakref
 from contextlib import contextmanager
 from dataclasses import fields,is_dataclass,replace
+from functools import cache
 import pandas as pd
 import torch
 from torch import Tensor,nn
@@ -66,6 +67,7 @@ def flops_of(
     return counter.get_total_flops()
 
 # %% ../../nbs/analysis/05_complexity.ipynb #54a65b7f
+@cache # every method asks for the same two or three sizes
 def backbone_flops(
     size:int, # Side of the clip, pixels: 112 or 224
     length:int=16, # Frames per clip
