@@ -123,7 +123,8 @@ def draw_typical(
     uid,data = typical_dive(results),study.done[0].data
     geometry,sample = results.geometry[uid],data.release.samples[results.index[uid]]
     frames,_ = shown_frames(data, results.index[uid])
-    note = f'dive {one_line(uid)} ({one_line(sample.action)}): median share in the box of {len(results.geometry)} test dives\n{run_note(study, study.runs[0].protocol)}'
+    note = (f'dive {one_line(uid)} ({one_line(sample.action)}): median share in the box of {len(results.geometry)} test dives\n'
+            f'{run_note(study, study.runs[0].protocol)}')
     return plot_heat(frames, geometry.project(results.heat_maps[LABELS['fspn'], uid]), geometry.boxes,
                      _even(n, len(frames)), data.release.source, note, data.cfg.actor.pad)
 
