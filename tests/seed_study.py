@@ -18,7 +18,7 @@ from fspn_nb.analysis.published import unpack_runs
 from fspn_nb.analysis.runs import SAME_RUN,collect
 from fspn_nb.analysis.significance import paired_test,retrain_test
 from fspn_nb.core import write_atomic
-from fspn_nb.metrics import on_rows,relative_l2,spearman
+from fspn_nb.metrics import on_rows,spearman
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORES, RATES = (ROOT/'reports'/'benchmarks'/name for name in ('seed_scores.csv.gz', 'seed_test.csv'))

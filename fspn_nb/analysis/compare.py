@@ -154,7 +154,7 @@ def ablation_table(
     name:str, # 'I' to 'VIII', 'Fig. 7' or 'beyond'
     cells:pd.DataFrame, # Cells and their runs: table, row, experiment, protocol, seed, run ('' where there is none), command
     scorer:Scorer, # Of the reports folder
-)->pd.DataFrame: # One row per printed row, then ours; both scores with _lo, _hi, _sd, _paper, _diff, and of `compare_seeds` _gain (minus full FSPN), _p, _p_holm, _p_videos
+)->pd.DataFrame: # One row per printed row, then ours; both scores with _lo, _hi, _sd, _paper, _diff, _gain, _p, _p_holm, _p_videos
     "Our cells of a table beside the paper's, each compared with the full FSPN"
     own,paper = cells[cells.table == name],_paper_rows(name)
     extra = [dict(label=row, method='', note='') for row in dict.fromkeys(own.row) if row not in set(paper.label)]
@@ -169,7 +169,7 @@ def ablation_table(
 # %% ../../nbs/analysis/03_compare.ipynb #e66feba2
 def order_of(
     table:pd.DataFrame, # From `ablation_table`
-)->dict: # pairs (of printed rows that we have), agree (in the paper's order); rows (compared), below (lower rho), sure (Holm p < .05), untested (one seed)
+)->dict: # pairs (of printed rows), agree (in the paper's order); rows (compared), below (lower rho), sure (Holm p < .05), untested
     "How much of a table's ranking our runs repeat, and which rows the full FSPN is ahead of"
     both = table[table.rho.notna() & table.rho_paper.notna()]
     a,b = np.triu_indices(len(both), 1)

@@ -172,7 +172,7 @@ def jackknife(
     metric, # Function of (pred, true), as in `seed_mean_ci`
     pred, # Predictions of one training, shape (n,)
     true, # Judge scores, shape (n,)
-)->tuple[float,np.ndarray]: # `metric`, and the pull of each video on it, shape (n,), mean 0; their sample variance over n estimates Var(metric)
+)->tuple[float,np.ndarray]: # `metric`, and the pull of each video on it, (n,), mean 0; their variance / n estimates Var(metric)
     "A metric and how far each test video pulls it, by leaving the videos out in turn"
     pred,true = (np.ascontiguousarray(scores, float) for scores in (pred,true))
     f,options = _kind(metric)
@@ -209,7 +209,7 @@ def retrain_test(
         parts = [jackknife(metric, pred, true) for pred in _by_seed(preds)]
         sides.append((np.array([value for value,_ in parts]), np.array([pull for _,pull in parts])))
     gap = float(sides[0][0].mean()-sides[1][0].mean())
-    if not all(len(values) > 1 and np.isfinite(pulls).all() and np.isfinite(values).all() for values,pulls in sides): return gap,float('nan')
+    if any(len(values) < 2 or not np.isfinite([*values, *pulls.ravel()]).all() for values,pulls in sides): return gap,float('nan')
     (za,va,pa),(zb,vb,pb) = _on_scale(metric, sides)
     seeds = np.array([values.var(ddof=1)/len(values) for values in (va,vb)])
     videos = max(_covariances(pa, pa, True)+_covariances(pb, pb, True)-2*_covariances(pa, pb, False), 0)
