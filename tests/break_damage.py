@@ -266,6 +266,8 @@ def newer_versions(folder):
     refused(lambda: load_cfg(config), 'unknown setting model.gates', 'written by fspn_nb 0.0.1', 'remove what it no longer knows')
     write_json(config, {name: value for name,value in values.items() if name != 'fspn_nb'})
     assert 'written by' not in refused(lambda: load_cfg(config), 'unknown setting model.gates')
+    write_json(run/'config.json', values|dict(fspn_nb='99.0'), write_checked)
+    assert 'unknown setting model.gates' in (problem := collect(folder).problem[0]) and 'written by fspn_nb 99.0' in problem
     record = json.loads((run/'provenance.json').read_text())
     write_json(run/'provenance.json', record|dict(fspn_nb='99.0', inputs=record['inputs']|dict(tokens='1')), write_checked)
     refused(lambda: check_inputs(run, data.inputs), 'written by fspn_nb 99.0', 'does not know the inputs tokens')

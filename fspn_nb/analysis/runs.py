@@ -17,7 +17,8 @@ from pathlib import Path
 from ..escaping import one_line,unquote_formulas
 from ..metrics import fisher_mean,on_rows,relative_l2,spearman
 from ..protocols import PROTOCOLS,SPORTS
-from ..stored_files import damage
+from ..config import load_cfg
+from ..stored_files import damage,is_newer
 
 # %% ../../nbs/analysis/01_runs.ipynb #47d665cd
 _PREDICTION_COLUMNS = ('uid','true','pred','difficulty','action','split','seed')
@@ -148,6 +149,7 @@ def read_run(
     folder = Path(folder)
     if folder.name.split() != [folder.name]: raise ValueError('need the name of a run without white space; rename the folder')
     cfg,metrics,provenance = (_json(folder/f'{name}.json') for name in ('config','metrics','provenance'))
+    if is_newer(cfg.get('fspn_nb', '')): load_cfg(folder/'config.json') # its error says what this version does not know
     _check_sections(cfg, provenance)
     metrics,known = _typed(metrics),_facts_of(_content(folder))
     _check_metrics(metrics, known)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np,pandas as pd
 from .published import _read_rows,from_cell,published_dir,unflatten_json
 from .runs import SAME_RUN,SCORE_PAIRS
+from ..stored_files import read_checked
 
 # %% ../../nbs/analysis/09_seed_spread.ipynb #93356e73
 def seed_spread(
@@ -33,7 +34,7 @@ def _published_row(row):
     "One row of runs.csv as `collect` would give it, as far as `SAME_RUN` and the scores go"
     cells = unflatten_json({name: value for name,value in row.items() if value and '.' in name and not name.startswith('files.')})
     metrics,provenance = cells['metrics'],cells.get('provenance', {})
-    config = {k: v for k,v in cells['config'].items() if k not in ('seed','protocol')}
+    config = {k: v for k,v in cells['config'].items() if k not in ('seed','protocol','fspn_nb')}
     inputs = provenance.get('inputs', '')
     return metrics|dict(dataset=from_cell(row['dataset']), target=metrics['label'], config=json.dumps(config, sort_keys=True),
                         inputs=inputs.get('total', '') if isinstance(inputs, dict) else inputs, test_set=provenance.get('release', ''))
@@ -53,7 +54,7 @@ def published_scores(
 )->pd.DataFrame: # One row per run; none where nothing is published
     "Scores of the published runs, and what makes runs the same"
     path = Path(published or published_dir())/'runs.csv'
-    return _scores_of(path.read_bytes().decode()).copy() if path.is_file() else pd.DataFrame(columns=_SCORE_COLUMNS)
+    return _scores_of(read_checked(path, 'pack the runs again').decode()).copy() if path.is_file() else pd.DataFrame(columns=_SCORE_COLUMNS)
 
 # %% ../../nbs/analysis/09_seed_spread.ipynb #2cabfe4d
 _ALIKE = ['dataset','preset','data','mode']
