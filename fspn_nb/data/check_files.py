@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import re
+import threading
 from PIL import Image
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -93,10 +94,14 @@ def _damage(data, error):
     if not data.rstrip(b'\0').endswith(_ENDS[start]): return 'cut off',f'no end mark in {len(data)} bytes'
     return 'unreadable',str(error)
 
+_EXIF = threading.Lock() # Pillow unpacks a PNG to look for these data: one at a time
+
 def _oddity(data):
     "(kind, detail) of a picture that other loaders may read otherwise; empty for most"
     if data.startswith(b'\xff\xd8') and b'Exif' not in data: return '','' # nearly all
-    with Image.open(io.BytesIO(data)) as image: orientation = image.getexif().get(0x0112, 1)
+    orientation = 1
+    if any(mark in data for mark in (b'Exif', b'EXIF', b'eXIf', b'Raw profile')):
+        with _EXIF,Image.open(io.BytesIO(data), formats=('JPEG','PNG','WEBP')) as image: orientation = image.getexif().get(0x0112, 1)
     if 2 <= orientation <= 8: return 'EXIF orientation',f'{orientation}, read upright'
     if data.startswith(b'\x89PNG') and data[24] == 16: return '16 bits','the upper eight are read'
     return '',''
