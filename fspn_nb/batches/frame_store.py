@@ -25,7 +25,7 @@ from ..core import data_cache,progress,write_atomic
 from ..processes import hold_lock,tune_malloc
 from ..data.clips import frame_indices,load_frames
 from ..data.records import Sample
-from ..file_hashes import files_hash
+from ..file_hashes import files_hash,is_young
 
 # %% ../../nbs/batches/06_frame_store.ipynb #19d21283
 def scene_size(
@@ -82,7 +82,7 @@ def _times_checksum(sample):
         raise ValueError(f'dive {sample.uid}: need the frame {e.filename}, got {type(e).__name__} ({e.strerror}); '
                          'restore it, or read the release again') from e
     now = time.time()
-    if any(abs(now-t) < 2 for s in stats for t in (s.st_mtime, s.st_ctime)): return ''
+    if any(is_young(s, now) for s in stats): return ''
     return str(zlib.crc32(repr([(s.st_mtime_ns, s.st_ctime_ns) for s in stats]).encode()))
 
 # %% ../../nbs/batches/06_frame_store.ipynb #c2803ace
