@@ -7,7 +7,6 @@ __all__ = ['TABLES', 'to_cell', 'from_cell', 'flatten_json', 'unflatten_json', '
            'pack_runs', 'published_dir', 'unpack_runs', 'run_links']
 
 # %% ../../nbs/analysis/06_published.ipynb #e66ad413
-import contextlib
 import csv
 import gzip
 import hashlib
@@ -142,8 +141,9 @@ def _read(path):
 # %% ../../nbs/analysis/06_published.ipynb #ffe77eec
 def _save(path, text):
     "Write `text` unless the file holds it already: another zlib would compress it to other bytes"
-    with contextlib.suppress(ValueError): # a damaged file is written again
+    try:
         if path.is_file() and _read(path) == text: return path
+    except ValueError: pass # a damaged file is written again
     return write_atomic(path, _gzip(text) if path.suffix == '.gz' else text)
 
 # %% ../../nbs/analysis/06_published.ipynb #7940bf9c
