@@ -19,7 +19,7 @@ from .batches.fingerprint import check_inputs,write_inputs
 from .config import RunCfg,load_cfg,run_id,save_cfg,validate
 from .core import escape,progress,repo_root,reports_dir,write_json
 from .processes import explain_memory,short_errors,tune_malloc
-from .stored_files import damaged_files,write_checked
+from .stored_files import damaged_files,remove_unfinished,write_checked
 from .training.checkpoint import (CheckpointTimer,Preempted,REMADE,backup_path,check_disk_space,newest_ckpt,restart_reason,
     rng_state,save_ckpt,sigterm_flag)
 from .training.distributed import DistributedContext,any_rank,init_distributed,main_process_lock
@@ -149,7 +149,7 @@ def run_folder(
     if data is None: validate(cfg)
     elif data.cfg != cfg:
         raise ValueError(f'need the data of the run that is trained, got that of {data.run_id}; call prepare with its cfg')
-    return reports_dir(str(out))/cfg.dataset/(data.run_id if data else run_id(cfg))
+    return remove_unfinished(reports_dir(str(out)))/cfg.dataset/(data.run_id if data else run_id(cfg))
 
 # %% ../nbs/base/09_train.ipynb #50835b84
 @explain_memory('training')
