@@ -144,6 +144,7 @@ def decode_picture(
     try:
         w,h = picture_size(data) or (0,0)
         with _DECODING.take(w*h): return (_decode_jpeg if data.startswith(b'\xff\xd8') else _decode_other)(data)
+    except MemoryError: raise # the picture may be sound
     except Exception as e: # a damaged picture can raise anything
         reason = str(e).split('\n')[0].partition(' <')[0][:80] if data else 'empty file'
         start = '' if data.startswith((b'\xff\xd8',b'\x89PNG',b'RIFF')) or not data else f' that begin with {data[:12]!r}'

@@ -203,6 +203,7 @@ def video_frames(
                     needed = wanted is None or wanted(i)
                     if needed and rgb is None: rgb = _to_rgb(picture, shape)
                     yield i,rgb if needed else None
+    except MemoryError: raise # the film may be sound
     except Exception as e: raise _failed(path, i, e) from e # a damaged video can raise anything
 
 # %% ../../nbs/data/14_video_io.ipynb #66640653

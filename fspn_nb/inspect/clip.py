@@ -87,6 +87,7 @@ def _pictures(path):
             with Image.open(path, formats=('GIF',)) as img:
                 for item in ImageSequence.Iterator(img): yield _small(item)
             return
+        except MemoryError: raise # the picture may be sound
         except Exception as e: # a damaged picture can raise anything
             raise ValueError(f"{path.name}: need a picture that can be decoded, got {path.stat().st_size} bytes that "
                              f"cannot ({' '.join(str(e).split())[:120]}); get it anew") from e

@@ -17,6 +17,7 @@ from torch import Tensor,nn
 import fspn_nb
 from ..config import RunCfg
 from ..core import write_atomic
+from ..processes import explain_memory
 from ..stored_files import damaged_files,is_newer
 from ..untrusted import load_checkpoint
 
@@ -67,8 +68,9 @@ def load_ckpt(
     inputs:dict|None=None, # `RunInputs.hashes` of its data; None: not compared
 )->dict: # The state
     "Read a checkpoint; a `ValueError` names a damaged file, or the other run or data that it belongs to"
-    try: state = load_checkpoint(path)
-    except FileNotFoundError: raise
+    try:
+        with explain_memory(f'the checkpoint {Path(path).name}'): state = load_checkpoint(path)
+    except (FileNotFoundError, MemoryError): raise # where memory is short, the file may be sound
     except Exception as e: # whatever a damaged zip or pickle raises
         raise _damaged(path, str(e) if type(e) is ValueError else type(e).__name__) from e
     if not isinstance(state, dict) or not {'run_id','checksum'} & {*state}:
