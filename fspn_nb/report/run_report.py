@@ -29,6 +29,7 @@ from .figures import plot_parse
 from .tables import ours_vs_paper
 from ..training.predict import encode_dives
 from ..training.prepare import RunData
+from ..stored_files import read_table
 
 # %% ../../nbs/report/06_run_report.ipynb #8f4c61ba
 def first_video(
@@ -64,7 +65,7 @@ def baselines_of(
 # %% ../../nbs/report/06_run_report.ipynb #68ccac11
 def _read_curves(session):
     "Logs of all runs, with the loss relative to the first epoch and the epochs as a share"
-    logs = [pd.read_csv(result.run/'log.csv').assign(run=result.run.name.rsplit('-', 1)[0]) for result in session.done]
+    logs = [read_table(result.run/'log.csv').assign(run=result.run.name.rsplit('-', 1)[0]) for result in session.done]
     return pd.concat([log.assign(loss=log.total/log.total.iloc[0], passed=log.epoch/log.epoch.max()) for log in logs],
                      ignore_index=True)
 
@@ -187,7 +188,7 @@ def parse_scores(
     rows = []
     for result in session.done:
         if not (result.run/'parsing.csv').exists(): continue
-        cuts = pd.read_csv(result.run/'parsing.csv').query("split == 'test'")
+        cuts = read_table(result.run/'parsing.csv').query("split == 'test'")
         constant = temporal_iou(np.tile([29,62], (len(cuts),1)), cuts[['true_1','true_2']].to_numpy())
         rows.append(dict(run=result.run.name, n=len(cuts), tiou=cuts.tiou.mean(), constant=constant.mean()))
     return pd.DataFrame(rows, columns=['run','n','tiou','constant'])
@@ -202,7 +203,7 @@ def costs(
           f'whole notebook {minutes:.1f} min, peak memory {memory:.1f} GB')
     rows = []
     for result in session.done:
-        ms = 1000*pd.read_csv(result.run/'log.csv').seconds.median()/len(result.data.splits['train'])
+        ms = 1000*read_table(result.run/'log.csv').seconds.median()/len(result.data.splits['train'])
         rows.append(dict(run=result.run.name, ms_per_video_and_epoch=round(ms, 1), minutes=round(result.minutes, 2)))
     return pd.DataFrame(rows)
 
