@@ -64,12 +64,12 @@ class Program:
             try:
                 if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE: found.append(process)
             except psutil.Error: pass
-        return sorted(found, key=lambda p: p.pid != self.process.pid)
+        return sorted(found, key=lambda p: (p.pid != self.process.pid, p.create_time()))
 
     def end(self, victim='all', number=signal.SIGKILL, patience=30):
         "Send the signal to one of its processes or to all; seconds until none is alive"
         tree,began = self.tree(),time.monotonic()
-        for process in dict(all=tree, program=tree[:1], kernel=[p for p in tree if 'ipykernel_launcher' in ' '.join(p.cmdline())])[victim]:
+        for process in dict(all=tree, program=tree[:1], kernel=tree[1:2])[victim]: # papermill starts its kernel first
             try: process.send_signal(number)
             except psutil.NoSuchProcess: pass
         self.process.wait(patience)
@@ -477,7 +477,9 @@ def kernel_without_papermill(folder):
     try:
         with run_lock(run): message = 'free at once'
     except LockHeld as e: message = str(e)
-    gone = program.end('program')
+    began = time.monotonic()
+    wait_until(lambda: not program.tree(), 30)
+    gone = time.monotonic()-began
     with run_lock(run): pass
     return outcome('refused', f'{gone:.1f} s later its kernel is gone as well; until then: {message}')
 
@@ -525,8 +527,9 @@ def one_of_two_killed_in_one_cache(folder):
 def drawing_worker_killed(folder):
     cache = folder/'cache'
     program = start_prepare(folder, cache, 'first', 16)
-    wait_until(lambda: list(cache.rglob('*.jpg')) or not program.runs)
-    next(p for p in program.tree() if 'spawn_main' in ' '.join(p.cmdline())).kill()
+    def _workers(): return [p for p in program.tree() if 'spawn_main' in ' '.join(p.cmdline())]
+    wait_until(lambda: len(_workers()) > 1 or not program.runs)
+    _workers()[0].kill()
     assert program.process.wait(100) == 1 and not program.tree()
     assert not list(cache.iterdir()), f'nothing half-drawn is left: {list(cache.iterdir())}'
     again = start_prepare(folder, cache, 'again', 16).finish()
