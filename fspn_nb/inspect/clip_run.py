@@ -6,7 +6,7 @@
 __all__ = ['CLIP_PARAMETERS', 'find_run', 'open_run', 'run_facts', 'parse_parameters']
 
 # %% ../../nbs/inspect/07_clip_run.ipynb #914c713b
-import contextlib,json,os
+import json,os
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
@@ -90,7 +90,8 @@ def _json_of(path):
 def _readable(files):
     "The configurations in `files`, without damaged ones and those of other versions"
     for file in files:
-        with contextlib.suppress(ValueError): yield load_cfg(file)
+        try: yield load_cfg(file)
+        except ValueError: continue
 
 def run_facts(
     run, # A run's folder
