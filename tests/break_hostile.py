@@ -729,7 +729,7 @@ def table_field(folder): return boxes(folder, b'uid,frame,x1,y1,x2,y2\n'+b'x'*30
 def table_columns(folder): return boxes(folder, b'uid,frame,x1,y1,x2,y2'+b',ab'*10**7+b'\n')
 
 
-@hostile('boxes', 'table of 2.5 million short rows', 'at most|every frame', quick=False)
+@hostile('boxes', 'table of 2.5 million short rows', 'at most|every frame', quick=False, seconds=200)
 def table_rows(folder): return boxes(folder, b'uid,frame,x1,y1,x2,y2\n'+b'a,0,0,0,1,1\n'*2_500_000)
 
 
@@ -851,29 +851,29 @@ def report_names(folder):
 
 
 def papermill(folder, *arguments):
-    "The last line of `papermill nbs/run_finediving.ipynb` with these arguments, which must fail"
+    "What `papermill nbs/run_finediving.ipynb` says with these arguments, which must fail"
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, '-m', 'papermill', str(root/'nbs'/'run_finediving.ipynb'), str(folder/'out.ipynb'), '-p', 'preset', 'smoke', '-p', 'out', str(folder/'runs'), *arguments],
                           capture_output=True, text=True, cwd=folder, env=os.environ | dict(PYTHONPATH=str(root)), timeout=200)
     assert done.returncode and not (folder/'pwned').exists(), done.stderr[-500:]
-    return done.stderr.strip().splitlines()[-1]
+    return done.stderr.strip()
 
 
 @case('run notebook', 'hostile: papermill parameters that hold code', seconds=250)
 def papermill_code(folder):
     code = f"""x'); import os; os.system('touch {folder}/pwned'); ('"""
     sentence = papermill(folder, '-p', 'data_root', code)
-    assert 'need a folder' in sentence, sentence
+    assert 'need a folder' in sentence, sentence[-500:]
     other = papermill(folder, '-p', 'changes', f'train.lr=__import__("os").system("touch {folder}/pwned")')
-    assert 'changes: ' in other, other
-    return outcome('refused', sentence)
+    assert 'changes: ' in other, other[-500:]
+    return outcome('refused', sentence.splitlines()[-1])
 
 
 @case('run notebook', 'hostile: papermill parameters in YAML that build objects', seconds=250)
 def papermill_yaml(folder):
     sentence = papermill(folder, '-y', f'{{data_root: !!python/object/apply:os.system ["touch {folder}/pwned"]}}')
-    assert 'python/object/apply' in sentence or 'yaml' in sentence.lower() or 'constructor' in sentence.lower(), sentence
-    return outcome('refused', sentence)
+    assert 'could not determine a constructor' in sentence and 'python/object/apply' in sentence, sentence[-500:]
+    return outcome('refused', next(line for line in sentence.splitlines() if 'could not determine' in line))
 
 
 # ---- run it
