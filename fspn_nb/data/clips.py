@@ -100,12 +100,20 @@ def picture_size(
     return size
 
 # %% ../../nbs/data/05_clips.ipynb #f53d7fcc
+def _import_vision():
+    "`torchvision.io`, which takes a second and 130 MB to import: only for those who decode"
+    try: from torchvision import io as vision
+    except (ImportError, RuntimeError, OSError) as e: # no fault of a picture
+        raise ImportError(f'need the torchvision that belongs to torch {torch.__version__}, got {type(e).__name__} ({e}); install it, '
+                          'or, where memory is limited (ulimit -v), allow this process more') from e
+    return vision
+
 def _decode_jpeg(data):
     "A JPEG as (H,W,3) uint8, upright"
-    from torchvision.io import ImageReadMode,decode_jpeg # takes a second and 130 MB to import: only for those who decode
+    vision = _import_vision()
     if (scans := data.count(b'\xff\xda')) > _SCANS: raise ValueError(f'{scans} scans, more than {_SCANS}')
     content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return decode_jpeg(content, mode=ImageReadMode.RGB, apply_exif_orientation=True).permute(1, 2, 0)
+    return vision.decode_jpeg(content, mode=vision.ImageReadMode.RGB, apply_exif_orientation=True).permute(1, 2, 0)
 
 def _decode_other(data):
     "A PNG or a WebP as (H,W,3) uint8, upright"
@@ -122,20 +130,17 @@ class _Room:
     def __init__(self, pixels): self.free,self.changed = pixels,threading.Condition()
 
     @contextmanager
-    def take(self,
-        pixels:int, # Of one picture
-    ):
+    def _take(self, pixels):
         "Waits until there is room for `pixels`"
         with self.changed:
             self.changed.wait_for(lambda: pixels <= self.free)
             self.free -= pixels
         try: yield
         finally:
-            with self.changed:
-                self.free += pixels
-                self.changed.notify_all()
+            with self.changed: self.free += pixels; self.changed.notify_all()
 
-_DECODING = _Room(2*PICTURE_PIXELS) # At about 12 bytes a pixel; eight pictures of 4K
+_DECODING = _Room(PICTURE_PIXELS) # At about 12 bytes a pixel; four pictures of 4K
+Image.core.set_block_size(2**27) # A large picture is one block of memory, which goes back to the system; small ones are one block anyway
 
 def decode_picture(
     data:bytes, # Content of a picture file
@@ -143,8 +148,8 @@ def decode_picture(
     "A JPEG, PNG or WebP as upright RGB; a `ValueError` for anything else"
     try:
         w,h = picture_size(data) or (0,0)
-        with _DECODING.take(w*h): return (_decode_jpeg if data.startswith(b'\xff\xd8') else _decode_other)(data)
-    except MemoryError: raise # the picture may be sound
+        with _DECODING._take(w*h): return (_decode_jpeg if data.startswith(b'\xff\xd8') else _decode_other)(data)
+    except (MemoryError, ImportError): raise # the picture may be sound
     except Exception as e: # a damaged picture can raise anything
         reason = str(e).split('\n')[0].partition(' <')[0][:80] if data else 'empty file'
         start = '' if data.startswith((b'\xff\xd8',b'\x89PNG',b'RIFF')) or not data else f' that begin with {data[:12]!r}'
@@ -197,7 +202,7 @@ def resize_crop(
     flip:bool=False, # Mirror left and right
 )->Tensor: # (T,3,size,size) uint8
     "One square window of all `frames`, resized first"
-    from torchvision.transforms.v2 import functional as V # only here: see `_decode_jpeg`
+    from torchvision.transforms.v2 import functional as V # only here: see `_import_vision`
     h,w = frames.shape[1:3]
     if orientation == 'correct': height,width = round(size*max(1, h/w)),round(size*max(1, w/h))
     elif orientation == 'peer': height,width = round(size*200/112),size
