@@ -233,7 +233,8 @@ def short_errors(
 ):
     "Inside the `with` block, or in the function that it decorates, errors from outside the program are one line and a status"
     try: yield
-    except (LockHeld, BrokenProcessPool, OSError, MemoryError) as e:
+    except (LockHeld, BrokenProcessPool, OSError, MemoryError, ImportError) as e:
+        if isinstance(e, ImportError) and not str(e).startswith('need '): raise
         need = getattr(e, 'strerror', None) or ''
         raise SystemExit(f'{command}: {need if need.startswith("need ") else escape(e)}') from None
     except KeyboardInterrupt:

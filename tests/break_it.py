@@ -6,6 +6,7 @@ Each case (tests/break_*.py) runs in a process and a folder of its own. Status 1
 whose means are not on this machine is listed as absent, with the reason.
 """
 import argparse
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -37,9 +38,10 @@ def _child(name, folder, pipe):
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     try:
         result = {c.name: c for c in load_cases()}[name].run(Path(folder))
-        pipe.send((result.result, result.message))
-    except Absent as error: pipe.send(('absent', str(error)))
-    except BaseException as error: pipe.send(('FAILED', f'{type(error).__name__}: {error} | {traceback.format_exc()[-1500:]}'))
+        answer = result.result,result.message
+    except Absent as error: answer = 'absent',str(error)
+    except BaseException as error: answer = 'FAILED',f'{type(error).__name__}: {error} | {traceback.format_exc()[-1500:]}'
+    with contextlib.suppress(BrokenPipeError): pipe.send(answer) # too late: its row says so already
 
 
 def run_case(c, deadline):
