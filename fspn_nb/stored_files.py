@@ -53,7 +53,8 @@ def from_dict(
     group:str='', # Dotted name of `values` in a larger dictionary, with a dot at its end
 ):
     "A `cls` from the dict `values`; a `ValueError` for an unknown field, or a value of another type"
-    if not isinstance(values, dict): raise ValueError(f'{where}: need a dictionary of settings, got {values!r}')
+    if not isinstance(values, dict):
+        raise ValueError(': '.join(filter(None, [str(where), group.rstrip('.'), f'need a dictionary of settings, got {values!r}'])))
     hints,known = get_type_hints(cls),{f.name for f in fields(cls)}
     if unknown := set(values)-known:
         raise ValueError(f'{where}: unknown setting {", ".join(group+name for name in sorted(unknown))}; '
