@@ -270,7 +270,7 @@ class FakeSession:
     def __init__(self, shape, out): self.shape,self.out = shape,out
     def get_inputs(self): return [self]
     name = 'images'
-    def run(self, names, feed): return [self.out]
+    def run(self, names, feed, options=None): return [self.out]
 
 
 @pytest.mark.parametrize('out,why', [(np.zeros((1,100,85)),'need an output'),(np.zeros((1,21,5)),'need an output'),(np.full((1,21,85), -3.),'need scores'),
