@@ -220,11 +220,11 @@ def kill_notebook_often(name, kills, folder, **options):
     return [kill_notebook(untouched, folder, k, **options) for k in kills]
 
 
-@case('run notebook', 'SIGKILL', seconds=900)
+@case('run notebook', 'SIGKILL', seconds=1100)
 def finediving_killed_ten_times(folder): return hold(kill_notebook_often('run_finediving', range(10), folder))
 
 
-@case('run notebook', 'SIGKILL', seconds=900)
+@case('run notebook', 'SIGKILL', seconds=1100)
 def finediving_killed_ten_more_times(folder): return hold(kill_notebook_often('run_finediving', range(10, 20), folder))
 
 
