@@ -208,10 +208,9 @@ _NO_MEMORY = ("can't allocate memory", 'bad_alloc', 'out of memory', 'annot allo
 def _memory_limit():
     "What this process may have, as words"
     free = f'{psutil.virtual_memory().available/1e9:.1f} GB free'
-    try: import resource # not on Windows
-    except ImportError: return free
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return free if limit == resource.RLIM_INFINITY else f'{free} and a limit of {limit/1e9:.1f} GB for the process (ulimit -v)'
+    if not hasattr(psutil, 'RLIMIT_AS'): return free # Windows, macOS
+    limit = psutil.Process().rlimit(psutil.RLIMIT_AS)[0]
+    return free if limit == psutil.RLIM_INFINITY else f'{free} and a limit of {limit/1e9:.1f} GB for the process (ulimit -v)'
 
 @contextmanager
 def explain_memory(
@@ -232,7 +231,8 @@ def short_errors(
     command:str, # Its name, which begins the line
 ):
     "Inside the `with` block, or in the function that it decorates, errors from outside the program are one line and a status"
-    try: yield
+    try:
+        with explain_memory(command): yield
     except (LockHeld, BrokenProcessPool, OSError, MemoryError, ImportError) as e:
         if isinstance(e, ImportError) and not str(e).startswith('need '): raise
         need = getattr(e, 'strerror', None) or ''

@@ -109,6 +109,9 @@ def closed(folder):
         for path in folders: path.chmod(0o755)
 
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: # a shell that starts a program with `&` makes it deaf to Ctrl-C, and so all that it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 _watch = dict(folder='', at=0, count=0) # of the audit hook, which cannot be removed
 
 
@@ -282,14 +285,15 @@ def _prepare(stage, folder):
     "(writer, what it leaves where nothing goes wrong) of a stage, in a cache of its own"
     os.environ['FSPN_CACHE'] = str(folder/'cache')
     writer = ONE[stage](folder/'work')
-    with interrupt_at(folder, 0) as counter: writer(folder/'good')
-    return writer,digests(folder/'good'),counter['count']
+    (folder/'first').mkdir()
+    with interrupt_at(folder/'first', 0) as counter: writer(folder/'first'/'good') # the cache beside it is filled once, and not counted
+    return writer,digests(folder/'first'/'good'),counter['count']
 
 
 def disk_full(stage, folder):
     "Nothing fits, half fits, nearly all fits: refused in one sentence each time; with more room it is done"
     writer,good,_ = _prepare(stage, folder)
-    size,sentences = pages(folder/'good'),[]
+    size,sentences = pages(folder/'first'),[]
     with small_disk(folder/'disk', 4*size+65536) as disk:
         for share in (0,.5,.85):
             filler = disk/'filler'
@@ -319,7 +323,7 @@ def folder_closed(stage, folder):
 def disk_read_only(stage, folder):
     "A disk that the system has made read-only"
     writer,good,_ = _prepare(stage, folder)
-    with small_disk(folder/'disk', 4*pages(folder/'good')+65536) as disk:
+    with small_disk(folder/'disk', 4*pages(folder/'first')+65536) as disk:
         remount(disk, 'ro')
         sentence = refused(writer, disk/'out', CLOSED)
         remount(disk, 'rw')
@@ -352,13 +356,13 @@ def clock_set_back(stage, folder):
     "All files come from the future: an hour, a year; the clock is behind by as much; what was made is used again"
     writer,good,_ = _prepare(stage, folder)
     for seconds in (3600,365*86400):
-        for path in (*(folder/'work').rglob('*'), *(folder/'good').rglob('*'), *(folder/'cache').rglob('*')):
+        for path in (*(folder/'work').rglob('*'), *(folder/'first').rglob('*'), *(folder/'cache').rglob('*')):
             if path.is_file(): os.utime(path, (time.time()+seconds,)*2)
         now = time.time
         for back in (0,seconds):
             with patch('time.time', lambda: now()-back):
-                writer(folder/'good')
-                assert digests(folder/'good') == good
+                writer(folder/'first'/'good')
+                assert digests(folder/'first'/'good') == good
                 writer(folder/f'again_{seconds}_{back}')
             assert digests(folder/f'again_{seconds}_{back}') == good
     return outcome('goes on', 'files from the future and a clock that is behind: the same bytes, made anew or read')
