@@ -12,7 +12,8 @@ import pytest
 from scipy import stats
 
 from fspn_nb.analysis.published import unpack_runs
-from fspn_nb.analysis.significance import coverage,holm,jackknife,paired_ci,paired_test,retrain_test,seed_mean_ci
+from fspn_nb.analysis.interval_coverage import coverage
+from fspn_nb.analysis.significance import holm,jackknife,paired_ci,paired_test,retrain_test,seed_mean_ci
 from fspn_nb.analysis.watched_epochs import epoch_selection,per_epoch
 from fspn_nb.metrics import bca,bootstrap_ci,on_rows,relative_l2,spearman,summarise
 
