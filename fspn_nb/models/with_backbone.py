@@ -39,9 +39,10 @@ def encode_videos(
     videos:Tensor, # (V,K,3,L,H,W) uint8
     micro_batch:int=0, # As in `encode_frames`
     maps:bool=False, # As in `encode_frames`
+    chunk:int|None=None, # As in `encode_frames`; None: on a CPU the clips of one video, else 0
 )->Tensor: # (V,K,1024), with `maps` (V,K,1024,h,w)
     "One vector, or one map, per clip of each video; on a CPU the same bits whatever the batch"
-    chunk = videos.shape[1] if videos.device.type == 'cpu' else 0
+    if chunk is None: chunk = videos.shape[1] if videos.device.type == 'cpu' else 0
     return encode_frames(features, videos.flatten(0, 1), micro_batch, maps, chunk).unflatten(0, videos.shape[:2])
 
 # %% ../../nbs/models/11_with_backbone.ipynb #a43456fd
@@ -51,11 +52,12 @@ def encode_streams(
     streams:tuple[str,...], # Which streams are encoded
     maps:bool=False, # The scene's feature maps too
     micro_batch:int=0, # As in `encode_frames`
+    chunk:int|None=None, # As in `encode_videos`
 )->list[dict[str,Tensor]]: # Per part: fields of `Batch`
     "All streams of all parts in one pass"
     if not streams: return [{} for _ in parts]
     clips = torch.cat([getattr(part, name) for part in parts for name in streams]) # (B to 4B,K,3,L,H,W)
-    coded = encode_videos(backbone.features, clips, micro_batch, maps) # (..,K,1024[,h,w])
+    coded = encode_videos(backbone.features, clips, micro_batch, maps, chunk) # (..,K,1024[,h,w])
     vectors = iter((coded.flatten(3).mean(3) if maps else coded).chunk(len(streams)*len(parts)))
     out = [{name: next(vectors) for name in streams} for _ in parts]
     if maps: # the scene is the first stream
@@ -70,15 +72,16 @@ def extract_features(
     extra_inputs:tuple[str,...]=(), # What else it reads: 'feature_maps' and 'short_clip_features' are made of the scene
     starts:tuple[int,...]=(), # First frame of each clip, for 'short_clip_features'
     micro_batch:int=0, # As in `encode_frames`
+    chunk:int|None=None, # As in `encode_videos`
 )->Batch: # Features (B,K,1024)
     "`batch` and its exemplars as clip features"
     if batch.scene.ndim != 6: return batch
     parts = [batch] if batch.exemplar is None else [batch, batch.exemplar]
-    features = encode_streams(backbone, parts, streams, 'feature_maps' in extra_inputs, micro_batch)
+    features = encode_streams(backbone, parts, streams, 'feature_maps' in extra_inputs, micro_batch, chunk)
     if 'short_clip_features' in extra_inputs:
         for part,fields in zip(parts, features):
             short = torch.stack([recut(video, starts) for video in part.scene]) # (B,20,3,8,H,W)
-            fields['short_clip_features'] = encode_videos(backbone.features, short, micro_batch)
+            fields['short_clip_features'] = encode_videos(backbone.features, short, micro_batch, chunk=chunk)
     out = [Batch(**vars(part)|fields) for part,fields in zip(parts, features)]
     if batch.exemplar is not None: out[0].exemplar = out[1]
     return out[0]
