@@ -200,6 +200,7 @@ class Batch:
     uid:tuple[str,...]=() # Names of the dives
     exemplar:'Batch|None'=None # One exemplar per dive
     exemplar_index:Tensor|None=None # (B,) row of each dive's exemplar, where the batch itself supplies the exemplars (D-139)
+    checked:bool=False # The labels were looked at before: no method has to make a GPU say what they are
 
     def __len__(self): return len(self.scene)
 

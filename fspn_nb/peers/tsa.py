@@ -66,6 +66,7 @@ class StepPooling(nn.Module):
         scene:Tensor, # (B,K,1024)
         maps:Tensor, # (B,K,1024,h,w)
         transitions:Tensor|None=None, # Transitions to use, (B,2); None: its own predictions
+        forced:Tensor|None=None, # False: its own predictions all the same; None: True
     )->EncoderOutput: # Feature (B,15*64*(1+h*w)); extras 'transitions' (B,2), 'step_probs' (B,T,3), 'transition_logits' (B,T,2)
         if maps.ndim != 5 or maps.shape[:3] != scene.shape:
             raise ValueError(f'TSA needs feature_maps {(*scene.shape, "h", "w")} beside a scene {tuple(scene.shape)}, '
@@ -74,6 +75,7 @@ class StepPooling(nn.Module):
         cells = self.psnet.frame_features(to_cells(maps, self.peer_reshape))
         cells = from_cells(cells, len(maps), self.peer_reshape) # (B,T,h*w,64)
         if transitions is None: transitions = predict_transitions(logits.detach())
+        elif forced is not None: transitions = torch.where(forced, transitions, predict_transitions(logits.detach())) # a GPU is not asked
         frames = vectors.shape[1]
         weights = sampling_weights(transitions, frames, self.n).to(vectors.dtype)
         feature = torch.cat([(weights@vectors).flatten(1), (weights@cells.flatten(2)).flatten(1)], 1).float()
@@ -175,6 +177,12 @@ def _stack_pairs(batch, name):
 # %% ../../nbs/peers/06_tsa.ipynb #f7dabe20
 class TSA(StepScorer):
     "Steps of a dive against the same steps of an exemplar, trained in both directions"
+    def check_labels(self,
+        batch:Batch, # Dives to train on; their clips are not read
+    )->None:
+        "What a training step asks of the labels, for many dives at once"
+        check_transitions(batch, self.cfg.frames)
+
     def on_train_start(self,
         num_steps:int, # Training steps of the whole run; the first quarter uses true transitions
     )->None: self.teacher.steps.fill_(num_steps//4)
@@ -191,7 +199,7 @@ class TSA(StepScorer):
         scene,maps = (_stack_pairs(batch, name) for name in self.needs)
         if not self.training: return self.pooling(scene, maps)
         true = torch.cat([check_transitions(dives, self.cfg.frames) for dives in (batch, batch.exemplar)])
-        return self.pooling(scene, maps, true if self.teacher() else None)
+        return self.pooling(scene, maps, true, self.teacher())
 
     def forward(self,
         batch:Batch, # Dives, with one exemplar each

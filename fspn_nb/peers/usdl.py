@@ -109,6 +109,7 @@ def check_marks(
     require_fields(batch, 'judges', caller='MUSDL')
     marks = batch.judges
     known = ~marks.isnan()
+    if batch.checked: return known
     empty = ~known.any(-1)
     if empty.any():
         raise ValueError(f'MUSDL needs judges, and these dives have no mark: {_dive_names(batch, empty)}; '
@@ -152,6 +153,21 @@ class MUSDL(JudgeHeads):
     "Seven heads, trained on the marks of a dive"
     trains_on = ('judges',)
 
+    def check_difficulty(self,
+        batch:Batch, # With `difficulty` where labels are points
+    )->None:
+        "Raise a `ValueError` where the rule lacks a difficulty"
+        if self.points and not batch.difficulty.isfinite().all():
+            raise ValueError('MUSDL needs the difficulty of every dive to make points of marks, and some have none; '
+                             'choose another method for this sport')
+
+    def check_labels(self,
+        batch:Batch, # Dives to train on; their clips are not read
+    )->None:
+        "What a training step asks of the labels, for many dives at once"
+        check_marks(batch)
+        self.check_difficulty(batch)
+
     def encode(self,
         batch:Batch, # Needs `scene`, and `difficulty` where labels are points
     )->EncoderOutput: # Mean clip vector, then the difficulty where labels are points, (B,1024 or 1025); no extras
@@ -159,9 +175,7 @@ class MUSDL(JudgeHeads):
         require_fields(batch, *self.needs, caller='MUSDL.encode')
         feature = self.pool(batch.scene)
         if not self.points: return EncoderOutput(feature, {})
-        if not batch.difficulty.isfinite().all():
-            raise ValueError('MUSDL needs the difficulty of every dive to make points of marks, and some have none; '
-                             'choose another method for this sport')
+        if not batch.checked: self.check_difficulty(batch)
         return EncoderOutput(torch.cat([feature.float(), batch.difficulty[:,None].float()], -1), {})
 
     def forward(self,
