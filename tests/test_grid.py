@@ -10,6 +10,7 @@ import pytest
 from fspn_nb.config import load_cfg,override,run_id
 from fspn_nb.core import diff
 from fspn_nb.experiments.grid import GRID_PARAMETERS,grid_parameters,run_grid
+from fspn_nb.experiments.parameters import CLUSTER_DEFAULTS
 from fspn_nb.experiments.variants import TABLE_CELLS,EXPERIMENTS,cells_of,config_of,find_runs,grid_base,plan_grid
 from fspn_nb.paper import paper_table
 from fspn_nb.zoo import list_models
@@ -52,7 +53,8 @@ def test_seeds_come_outermost():
 def test_unknown_tables_and_parameters_are_named():
     with pytest.raises(ValueError, match="got 'XX'"): cells_of('XX')
     with pytest.raises(ValueError, match="''"): cells_of('')
-    given = dict(tables='I', seeds='0', data_root='', preset='demo', n_train=0, n_test=0, epochs=0, backbone='auto', weights='', device='cpu', workers=0, allow_missing=False, keep_weights=False, changes='', out='')
+    given = dict(tables='I', seeds='0', data_root='', preset='demo', n_train=0, n_test=0, epochs=0, backbone='auto', weights='', device='cpu', workers=0, allow_missing=False, keep_weights=False, changes='', out='',
+                 **CLUSTER_DEFAULTS)
     assert set(given) == set(GRID_PARAMETERS)
     assert grid_parameters(given)['base'] == grid_base()
     assert grid_parameters(given | dict(epochs=3))['scale_epochs'] is False

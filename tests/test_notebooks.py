@@ -14,7 +14,8 @@ NBS = ROOT/'nbs'
 NOTEBOOKS = sorted(p for p in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts and 'runs' not in p.parts)
 LIBRARY = [p for p in NOTEBOOKS if p.parent != NBS]
 RUNS = [p for p in NOTEBOOKS if p.name.startswith('run_')]
-PARAMETERS = {'data_root','preset','methods','seeds','backbone','weights','device','processes','epochs','allow_missing','actor','actor_file','changes','out'}
+PARAMETERS = {'data_root','preset','methods','seeds','backbone','weights','device','processes','epochs','allow_missing','actor','actor_file','changes','out',
+              'cluster','partition','jobs','job_minutes','sbatch'}
 # Area -> areas that it may import. `base` is split in three: what everything stands on, the zoo of methods, and the two commands
 BELOW = {'base':(), 'data':('base',), 'synthetic':('base','data'), 'actor':('base','data')}
 BELOW['models'] = ('base','data') # of data only the unpickler for checkpoints and the cutting of clips

@@ -26,7 +26,7 @@ from ..escaping import csv_text,unquote_formulas
 from ..stored_files import damaged_files,read_checked,read_table,remove_unfinished,write_checked
 from ..data.records import samples_frame
 from ..evaluate import evaluate,load_model,predictions
-from .parameters import notebook_parameters,parse_changes,parse_seeds
+from .parameters import CLUSTER_PARAMETERS,cluster_settings,notebook_parameters,parse_changes,parse_seeds
 from .session import input_files
 from .variants import config_of,grid_base,plan_grid
 from ..methods import METHODS
@@ -218,11 +218,11 @@ def write_baselines(
 
 # %% ../../nbs/experiments/04_grid.ipynb #f71528ce
 GRID_PARAMETERS = dict(tables=list, seeds=list, data_root=str, preset=str, n_train=int, n_test=int, epochs=int, backbone=str, weights=str,
-                       device=str, workers=int, allow_missing=bool, keep_weights=bool, changes=str, out=str)
+                       device=str, workers=int, allow_missing=bool, keep_weights=bool, changes=str, out=str, **CLUSTER_PARAMETERS)
 
-def _given_base(p):
-    "The base run that the parameters `p` describe"
-    mode,files = pick_backbone(p['backbone'], pick_device(p['device']), p['preset']),input_files(p|dict(actor='', actor_file=''))
+def _given_base(p, device):
+    "The base run that the parameters `p` describe, for trainings on `device`"
+    mode,files = pick_backbone(p['backbone'], device, p['preset']),input_files(p|dict(actor='', actor_file=''))
     sizes = dict(synthetic__n_train=p['n_train'], synthetic__n_test=p['n_test'], train__epochs=p['epochs'])
     given = dict(data_root=files['data_root'], allow_missing=p['allow_missing'], weights=files['weights'], train__backbone=mode,
                  model__adapter=mode == 'frozen', **{name: value for name,value in sizes.items() if value})
@@ -232,9 +232,10 @@ def _given_base(p):
 # %% ../../nbs/experiments/04_grid.ipynb #3e2d79d9
 def grid_parameters(
     names:dict, # The notebook's `globals()`, after its parameters cell
-)->dict: # base, tables, seeds, out, device, workers, scale_epochs, keep_weights
+)->dict: # base, tables, seeds, out, device, workers, scale_epochs, keep_weights, cluster
     "Check the parameters of run_ablations and make the base run of them"
     p = notebook_parameters(names, GRID_PARAMETERS)
     if os.environ.get('IN_TEST'): p |= dict(preset='smoke', tables='VI', seeds='0', epochs=1, n_train=0, n_test=0, workers=1)
-    same = {name: p[name] for name in ('tables','out','device','workers','keep_weights')}
-    return dict(same, base=_given_base(p), seeds=tuple(parse_seeds(p['seeds'])), scale_epochs=not p['epochs'])
+    same,cluster = {name: p[name] for name in ('tables','out','device','workers','keep_weights')},cluster_settings(p)
+    device = torch.device(cluster.device) if cluster else pick_device(p['device'])
+    return dict(same, base=_given_base(p, device), seeds=tuple(parse_seeds(p['seeds'])), scale_epochs=not p['epochs'], cluster=cluster)

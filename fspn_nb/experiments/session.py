@@ -22,7 +22,9 @@ from ..data.stats import release_stats
 from ..config import RunCfg,make_config,run_id
 from ..core import progress,reports_dir
 from ..evaluate import evaluate
-from .parameters import changed_settings,input_path,notebook_parameters,parse_changes,plan_runs
+from .parameters import (CLUSTER_PARAMETERS,ClusterSettings,cluster_settings,input_path,
+    notebook_parameters,parse_changes)
+from .variants import plan_lines,plan_runs
 from ..metrics import undefined_reason
 from ..processes import as_finished,worker_pool
 from ..protocols import PROTOCOLS,ProtocolVariant
@@ -34,7 +36,7 @@ from ..training.prepare import RunData,check_folders,pick_backbone,pick_device,p
 
 # %% ../../nbs/experiments/03_session.ipynb #dff64f83
 RUN_PARAMETERS = dict(data_root=str, preset=str, methods=list, seeds=list, backbone=str, weights=str, device=str, processes=int,
-                      epochs=int, allow_missing=bool, actor=str, actor_file=str, changes=str, out=str) # of every run notebook
+                      epochs=int, allow_missing=bool, actor=str, actor_file=str, changes=str, out=str, **CLUSTER_PARAMETERS) # of every run notebook
 DATASET_PARAMETERS = dict(finediving=dict(protocol=list, per_difficulty=bool), mtl_aqa=dict(protocol=list),
                           aqa7=dict(classes=list, score_ranges=str)) # of one
 
@@ -49,6 +51,7 @@ class RunContext:
     device:str # As in `pick_device`
     began:float # Seconds, from `time.perf_counter`
     processes:int=1 # That train a run together, one per GPU; finetune mode only
+    cluster:ClusterSettings|None=None # Where jobs train the runs; None: this process does
     done:list=field(default_factory=list) # Finished runs
     files:list[Path]=field(default_factory=list) # Tables and figures
 
@@ -100,15 +103,6 @@ def _given_fields(p, mode):
                model__adapter=mode == 'frozen', score_ranges=p.get('score_ranges', 'literature'))
     return own|actor|parse_changes(p['changes'], known)
 
-# %% ../../nbs/experiments/03_session.ipynb #a9d6be30
-def _plan_lines(preset, runs):
-    "What is said of `runs` before they start: what they change in their preset, all of them or each"
-    changed = {run_id(cfg): changed_settings(cfg) for cfg in runs}
-    shared = [text for text in next(iter(changed.values())) if all(text in own for own in changed.values())]
-    own = {name: ', '.join(text for text in texts if text not in shared) for name,texts in changed.items()}
-    first = f"preset {preset}, changed: {', '.join(shared) or 'nothing'}"
-    return [first, *(f'{name}, {text}' if text else name for name,text in own.items())]
-
 # %% ../../nbs/experiments/03_session.ipynb #4dbd1be3
 def start(
     dataset:str, # 'finediving' | 'mtl_aqa' | 'aqa7'
@@ -118,15 +112,17 @@ def start(
     "Check the parameters of a run notebook and say what will be run; under nbdev_test it is the smoke preset"
     p = given_parameters(dataset, names)
     preset = 'smoke' if os.environ.get('IN_TEST') else p['preset']
-    mode = pick_backbone(p['backbone'], pick_device(p['device']), preset)
+    cluster = cluster_settings(p)
+    mode = pick_backbone(p['backbone'], torch.device(cluster.device) if cluster else pick_device(p['device']), preset)
     if p['processes'] < 1: raise ValueError(f"processes: need 1 or more, got {p['processes']}")
     if p['processes'] != 1 and mode == 'frozen':
         raise ValueError(f"processes={p['processes']} needs backbone='finetune': a head on kept features trains in one; leave it at 1")
     base = make_config(dataset, preset, **_given_fields(p, mode)|changes)
     runs = plan_runs(base, p['methods'], p.get('protocol', p.get('classes')), p['seeds'],
                      p.get('per_difficulty', False), p['epochs'])
-    print(*_plan_lines(preset, runs), sep='\n')
-    return RunContext(dataset, base, runs, remove_unfinished(reports_dir(p['out'])), p['device'], time.perf_counter(), p['processes'])
+    print(*plan_lines(preset, runs), sep='\n')
+    device = 'cpu' if cluster else p['device'] # where jobs train, this process only reads
+    return RunContext(dataset, base, runs, remove_unfinished(reports_dir(p['out'])), device, time.perf_counter(), p['processes'], cluster)
 
 # %% ../../nbs/experiments/03_session.ipynb #1f905992
 def _print_deviations(printed, data):

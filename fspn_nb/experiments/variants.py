@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'SIZES', 'EXTRA_ABLATIONS', 'BASELINES', 'EXPERIMENTS', 'TABLE_CELLS', 'config_of', 'grid_base', 'cells_of',
-           'plan_grid', 'find_runs']
+           'plan_grid', 'find_runs', 'pick_variants', 'plan_runs', 'plan_lines']
 
 # %% ../../nbs/experiments/02_variants.ipynb #d0b7ab63
 from io import StringIO
@@ -13,8 +13,10 @@ from pathlib import Path
 import pandas as pd
 
 from ..config import RunCfg,make_config,method_epochs,override,run_id,validate
+from .parameters import changed_settings,parse_seeds,split_list
 from ..methods import METHODS
 from ..paper import paper_table
+from ..protocols import PROTOCOLS
 
 # %% ../../nbs/experiments/02_variants.ipynb #70c18a51
 PARTS = {
@@ -197,3 +199,40 @@ def find_runs(
     cells = cells_of(tables).merge(plan, on=['experiment','protocol'])
     command = 'papermill nbs/run_ablations.ipynb out.ipynb -p tables "{}" -p seeds {}'
     return cells.assign(command=[command.format(*pair) for pair in zip(cells.table, cells.seed)])
+
+# %% ../../nbs/experiments/02_variants.ipynb #b5602781
+def pick_variants(
+    dataset:str, # 'finediving' | 'mtl_aqa' | 'aqa7'
+    text:str='all', # 'both' or 'all': the paper's; else names with commas
+    per_difficulty:bool=False, # With the paper's: also FineDiving's `w_dd`
+)->list[str]:
+    "The protocol variants that `text` names; `validate` refuses those that the dataset does not have"
+    if text not in ('both','all'): return split_list(text, 'classes' if dataset == 'aqa7' else 'protocol')
+    return [*PROTOCOLS[dataset].paper]+['w_dd']*bool(per_difficulty and dataset == 'finediving')
+
+# %% ../../nbs/experiments/02_variants.ipynb #194b8885
+def plan_runs(
+    base:RunCfg, # What all runs share
+    methods:str, # 'i3d_mlp,fspn'
+    protocol:str='all', # As in `pick_variants`
+    seeds:str='0', # '0,1,2'
+    per_difficulty:bool=False, # As in `pick_variants`
+    epochs:int=0, # The same for all methods; 0: what the preset has for each
+)->list[RunCfg]: # Checked, one protocol variant after another
+    "All runs of one notebook"
+    numbers,names = parse_seeds(seeds),split_list(methods, 'methods')
+    variants = pick_variants(base.dataset, protocol, per_difficulty)
+    cfgs = [validate(override(base, protocol=v, model__name=m, seed=s)) for v in variants for m in names for s in numbers]
+    return [validate(override(cfg, train__epochs=epochs) if epochs else method_epochs(cfg)) for cfg in cfgs]
+
+# %% ../../nbs/experiments/02_variants.ipynb #50213eb2
+def plan_lines(
+    preset:str, # Which all runs started from
+    runs:list[RunCfg], # From `plan_runs`
+)->list[str]: # A first line about what they share, one line per run
+    "What `runs` change in their preset, all of them or each"
+    changed = {run_id(cfg): changed_settings(cfg) for cfg in runs}
+    shared = [text for text in next(iter(changed.values())) if all(text in own for own in changed.values())]
+    own = {name: ', '.join(text for text in texts if text not in shared) for name,texts in changed.items()}
+    first = f"preset {preset}, changed: {', '.join(shared) or 'nothing'}"
+    return [first, *(f'{name}, {text}' if text else name for name,text in own.items())]
