@@ -143,6 +143,18 @@ class ClipDataset:
                 for i,sample in zip(ids, samples)]
         return {'boxes': torch.stack(rows)}
 
+# %% ../../nbs/batches/03_sources.ipynb #c44f0627
+def _copy_features(source, device, room):
+    "`source` on `device`, or itself where it is larger than `room` bytes"
+    tensors = {id(x): x for x in (source.scene, source.actor, *source.extra.values())} # without boxes the actor is the scene
+    size = sum(x.numel()*x.element_size() for x in tensors.values())
+    if size > room:
+        print(f'features: {size/1e9:.2f} GB, and there is room for {room/1e9:.2f} GB on {device}: each batch is copied there')
+        return source
+    copies = {key: x.to(device) for key,x in tensors.items()}
+    extra = {name: copies[id(x)] for name,x in source.extra.items()}
+    return FeatureDataset(copies[id(source.scene)], copies[id(source.actor)], **extra)
+
 # %% ../../nbs/batches/03_sources.ipynb #4939c3d5
 class FeatureDataset:
     "Looks up clip features; there is no augmentation, so `rng_key` is ignored"
@@ -150,10 +162,22 @@ class FeatureDataset:
         scene:Tensor, # (n,K,C)
         actor:Tensor, # (n,K,C)
         **extra:Tensor, # Further fields of `Batch`, row by row: 'feature_maps', 'short_clip_features'
-    ): self.scene,self.actor,self.extra = scene,actor,extra
+    ): self.scene,self.actor,self.extra,self.copies = scene,actor,extra,{}
+
+    def on_device(self,
+        device:torch.device, # Where batches are wanted
+        share:float=.5, # Of the memory that is free there, the most that is taken
+        free:int|None=None, # Bytes; None: what the GPU has
+    )->'FeatureDataset': # Itself on other devices, and where there is no room
+        "The same features in the memory of a GPU; copied at the first call, then kept"
+        if device.type != 'cuda' or device.type == self.scene.device.type: return self
+        if str(device) not in self.copies:
+            free = torch.cuda.mem_get_info(device)[0] if free is None else free
+            self.copies[str(device)] = _copy_features(self, device, share*free)
+        return self.copies[str(device)]
 
     def get_batch(self,
-        ids:np.ndarray, # Positions of B samples
+        ids:np.ndarray|Tensor, # Positions of B samples; a tensor lies where the features are
         rng_key:tuple|None=None, # Not used
     )->tuple[Tensor,Tensor]: # Scene and actor, each (B,K,C)
         "The features of several samples"
@@ -161,7 +185,7 @@ class FeatureDataset:
         return self.scene[ids], self.actor[ids]
 
     def extra_fields(self,
-        ids:np.ndarray, # Positions of B samples
+        ids:np.ndarray|Tensor, # As in `get_batch`
         rng_key:tuple|None=None, # Not used
     )->dict[str,Tensor]: # What was given as `extra`
         "Further fields of `Batch`"
@@ -174,15 +198,16 @@ def make_batch(
     ids:np.ndarray, # Positions of B samples
     exemplars:np.ndarray|None=None, # Positions of their B exemplars
     epoch:int|None=None, # Augment as in this epoch; None: do not
+    rows=None, # `ids` and `exemplars` once more, as tensors where features and labels lie; None: on the CPU
 )->Batch:
     "A batch of the samples `ids`, with one exemplar each when given"
     def _part(ids, role):
-        rng_key = None if epoch is None else (epoch, 3+role)
-        scene,actor = source.get_batch(ids, rng_key)
-        rows = torch.as_tensor(ids)
-        transitions,judges = (None if x is None else x[rows] for x in (labels.transitions, labels.judges))
-        return Batch(scene, actor, labels.label[rows], labels.difficulty[rows], transitions, judges,
-                     uid=tuple(labels.uid[i] for i in ids), **source.extra_fields(ids, rng_key))
+        rng_key,at = None if epoch is None else (epoch, 3+role),ids if rows is None else rows[role]
+        scene,actor = source.get_batch(at, rng_key)
+        index = torch.as_tensor(at)
+        transitions,judges = (None if x is None else x[index] for x in (labels.transitions, labels.judges))
+        return Batch(scene, actor, labels.label[index], labels.difficulty[index], transitions, judges,
+                     uid=tuple(labels.uid[i] for i in ids), **source.extra_fields(at, rng_key))
     batch = _part(ids, 0)
     if exemplars is not None: batch.exemplar = _part(exemplars, 1)
     return batch

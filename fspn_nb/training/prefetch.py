@@ -7,7 +7,7 @@ __all__ = ['prefetch', 'tensors_of', 'pin_memory', 'load_batches']
 
 # %% ../../nbs/training/03_prefetch.ipynb #08f6ead3
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import fields,replace
 
 import torch
 from torch import Tensor
@@ -62,6 +62,19 @@ def _streamed(jobs, make, device):
         for t in tensors_of(batch): t.record_stream(stream)
         yield batch
 
+# %% ../../nbs/training/03_prefetch.ipynb #2ca531e1
+def _labels_on(labels, device):
+    "`labels` with their tensors on `device`"
+    return replace(labels, **{f.name: v.to(device) for f in fields(labels) if isinstance(v := getattr(labels, f.name), Tensor)})
+
+def _table_batches(table, labels, plan):
+    "Batches of features, looked up where they lie; the positions of all steps are sent there at once, so that no step waits"
+    if not plan: return
+    device,sizes = table.scene.device,[len(ids) for step in plan for ids in step if ids is not None]
+    rows = torch.cat([torch.as_tensor(ids) for step in plan for ids in step if ids is not None])
+    rows,labels = iter(rows.to(device).split(sizes)),_labels_on(labels, device)
+    for step in plan: yield make_batch(table, labels, *step, rows=[None if ids is None else next(rows) for ids in step])
+
 # %% ../../nbs/training/03_prefetch.ipynb #fbac34a8
 def load_batches(
     source, # `FeatureDataset`, `ClipDataset` or `CachedDataset`
@@ -72,7 +85,9 @@ def load_batches(
     dist:DistributedContext=DistributedContext(), # Each process makes its shard
 ):
     "The batches of `plan`, one by one"
-    def _make(step): return make_batch(source, labels, *(None if ids is None else dist.shard(ids) for ids in step), epoch)
-    if isinstance(source, FeatureDataset): yield from (to_device(_make(step), device) for step in plan)
+    plan = [tuple(None if ids is None else dist.shard(ids) for ids in step) for step in plan]
+    def _make(step): return make_batch(source, labels, *step, epoch)
+    table = source.on_device(device) if isinstance(source, FeatureDataset) else None
+    if table and table.scene.device.type == device.type: yield from _table_batches(table, labels, plan)
     elif device.type == 'cuda': yield from _streamed(plan, _make, device)
     else: yield from prefetch(plan, lambda step: to_device(_make(step), device))
