@@ -36,20 +36,22 @@ class Unit3D(nn.Module):
         outs:int, # Output channels
         kernel:int=1, # Side of the cubic kernel
         stride:int=1, # Stride of all three axes
+        relu:bool=True, # False: whoever calls it applies the ReLU
     ):
         super().__init__()
-        self.stride = stride
+        self.stride,self.relu = stride,relu
         self.conv = nn.Conv3d(ins, outs, kernel, stride, padding=kernel//2 if stride == 1 else 0, bias=False)
         self.bn = nn.BatchNorm3d(outs, eps=1e-3)
 
     def forward(self,
         x:Tensor, # (B,ins,T,H,W)
-    )->Tensor: # (B,outs,T/stride,H/stride,W/stride), never negative
+    )->Tensor: # (B,outs,T/stride,H/stride,W/stride); after the ReLU never negative
         if self.stride > 1:
             pads = same_pad(x.shape[2:], self.conv.kernel_size, self.conv.stride)
             x = F.pad(x, [p for pair in reversed(pads) for p in pair])
         frozen = isinstance(self.bn, nn.BatchNorm3d) and not self.bn.training
-        return F.relu(self._fused(x) if frozen else self.bn(self.conv(x)), inplace=True)
+        x = self._fused(x) if frozen else self.bn(self.conv(x))
+        return F.relu(x, inplace=True) if self.relu else x
 
     def _fused(self, x):
         "Convolution and normalisation with fixed statistics as one product; scale, shift and weights get their gradients"
@@ -60,6 +62,21 @@ class Unit3D(nn.Module):
         return F.conv3d(x, weight, bias, self.stride, self.conv.padding)
 
 # %% ../../nbs/models/02_i3d.ipynb #9c4ea2a7
+class _MaxPool(torch.autograd.Function):
+    "Max pooling that keeps its input alone for the backward pass, and finds the places of the maxima again there"
+    @staticmethod
+    def forward(ctx, x, *window):
+        ctx.save_for_backward(x)
+        ctx.window = window
+        with torch.autocast(x.device.type, enabled=False): return F.max_pool3d(x, *window, 1, True)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, = ctx.saved_tensors
+        _,places = torch.ops.aten.max_pool3d_with_indices(x, *ctx.window, 1, True)
+        return torch.ops.aten.max_pool3d_with_indices_backward(grad, x, *ctx.window, [1,1,1], True, places),None,None,None
+
 class SamePool(nn.Module):
     "Max pooling with SAME padding, without a padded copy"
     def __init__(self,
@@ -73,9 +90,26 @@ class SamePool(nn.Module):
         x:Tensor, # (B,C,T,H,W), nowhere negative
     )->Tensor: # (B,C,ceil(T/s),ceil(H/s),ceil(W/s))
         front = [a for a,_ in same_pad(x.shape[2:], self.kernel, self.stride)]
-        return F.max_pool3d(x, self.kernel, self.stride, front, ceil_mode=True)
+        if torch.compiler.is_compiling(): return F.max_pool3d(x, self.kernel, self.stride, front, ceil_mode=True) # keeps places as bytes
+        return _MaxPool.apply(x, self.kernel, self.stride, front)
 
 # %% ../../nbs/models/02_i3d.ipynb #e043a928
+class _JoinReLU(torch.autograd.Function):
+    "ReLU of several tensors, one behind the other over channels; only the joined result is kept"
+    @staticmethod
+    def forward(ctx, *parts):
+        ctx.layouts = [(part.shape, part.stride()) for part in parts]
+        out = torch.cat(parts, 1).relu_()
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        channels = [shape[1] for shape,_ in ctx.layouts]
+        parts = zip(grad.split(channels, 1), ctx.saved_tensors[0].split(channels, 1), ctx.layouts)
+        return tuple(torch.ops.aten.threshold_backward(g, x, 0, grad_input=g.new_empty_strided(*layout)) for g,x,layout in parts)
+
 class InceptionBlock(nn.Module):
     "One Inception block: four branches, concatenated over channels"
     def __init__(self,
@@ -84,21 +118,20 @@ class InceptionBlock(nn.Module):
     ):
         super().__init__()
         b0,b1a,b1b,b2a,b2b,b3b = outs
-        self.b0,self.b1a,self.b1b = Unit3D(ins, b0),Unit3D(ins, b1a),Unit3D(b1a, b1b, 3)
-        self.b2a,self.b2b,self.b3b = Unit3D(ins, b2a),Unit3D(b2a, b2b, 3),Unit3D(ins, b3b)
+        self.b0,self.b1a,self.b1b = Unit3D(ins, b0, relu=False),Unit3D(ins, b1a),Unit3D(b1a, b1b, 3, relu=False)
+        self.b2a,self.b2b,self.b3b = Unit3D(ins, b2a),Unit3D(b2a, b2b, 3, relu=False),Unit3D(ins, b3b, relu=False)
         self.b3a = SamePool((3,3,3), (1,1,1))
 
     def forward(self,
         x:Tensor, # (B,ins,T,H,W)
     )->Tensor: # (B,b0+b1b+b2b+b3b,T,H,W)
-        return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(self.b3a(x))], 1)
+        return _JoinReLU.apply(self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(self.b3a(x)))
 
 # %% ../../nbs/models/02_i3d.ipynb #f8eeb8a5
 MIXED = dict(Mixed_3b=(64,96,128,16,32,32), Mixed_3c=(128,128,192,32,96,64), Mixed_4b=(192,96,208,16,48,64),
              Mixed_4c=(160,112,224,24,64,64), Mixed_4d=(128,128,256,24,64,64), Mixed_4e=(112,144,288,32,64,64),
              Mixed_4f=(256,160,320,32,128,128), Mixed_5b=(256,160,320,32,128,128), Mixed_5c=(384,192,384,48,128,128))
 
-# %% ../../nbs/models/02_i3d.ipynb #b1820ecb
 def _layers():
     "Name -> layer, in order; a pool stands in front of 2b, 3b, 4b and 5b"
     yield 'Conv3d_1a_7x7',Unit3D(3, 64, 7, 2)
@@ -142,7 +175,6 @@ class I3D(nn.Module):
 # %% ../../nbs/models/02_i3d.ipynb #6117f07e
 IMAGENET = ((.485,.456,.406), (.229,.224,.225)) # Mean and deviation, of values in [0,1]
 
-# %% ../../nbs/models/02_i3d.ipynb #e95d795e
 def normalize_clip(
     clips:Tensor, # (K,3,L,H,W) bytes
     stats:str='unit', # 'unit': [-1,1] (DeepMind); 'imagenet': what CoRe, TSA and TPT feed (D-41)
