@@ -25,7 +25,6 @@ class ClipCfg:
     size:int=112 # Side of the square that I3D sees, pixels (TSA; the paper gives none)
     orientation:str='correct' # 'peer' repeats the swapped height and width of the released code, to compare with the literature
 
-# %% ../nbs/base/05_config.ipynb #7d41139c
 @dataclass(frozen=True)
 class ActorCfg:
     "Where the actor boxes come from"
@@ -95,6 +94,7 @@ class TrainCfg:
     micro_batch:int=0 # Clips at a time through the backbone, with activation checkpointing; 0: all at once. Results do not depend on it
     compile:bool=False # torch.compile the backbone: pays on a GPU, needs a C++ compiler
     shards:int=1 # Parts of a batch, a thread each, for a head on kept features on a CPU; the number decides the last bits, not the cores
+    capture:str='auto' # A GPU replays the steps of a head on kept features as CUDA graphs; 'off': it launches each kernel. Results do not depend on it
 
 @dataclass(frozen=True)
 class EvalCfg:
@@ -134,7 +134,7 @@ CHOICES = {
     'model.name': METHODS, 'model.pairing': ('exemplar','absolute'), 'model.token_mode': ('bands','frames'),
     'model.residual': ('scene','actor'), 'model.decoding': ('argmax','expected'), 'eval.checkpoint_selection': ('last','best_val'),
     'train.optimiser': ('adam','adamw'), 'train.schedule': ('constant','one_cycle'), 'train.backbone': ('frozen','finetune'),
-    'train.precision': ('fp32','bf16'), 'train.feature_precision': ('fp32','bf16')}
+    'train.precision': ('fp32','bf16'), 'train.feature_precision': ('fp32','bf16'), 'train.capture': ('auto','off')}
 _COUNTS = ('train.epochs','train.batch_size','train.shards','eval.num_exemplars','clip.frames','clip.length','clip.size', # at least 1
            'model.sub_actions','model.stages','model.blocks','model.heads','model.num_bins','model.fusion_dim','model.tokens_per_step')
 
@@ -230,7 +230,7 @@ def run_id(
     "A name for `cfg` that another configuration cannot have"
     flat = flatten(cfg)
     flat |= {name: Path(flat[name]).name for name in ('weights','actor.boxes','actor.weights')}|{'data_root': bool(cfg.data_root)}
-    newer = {'train.feature_precision': 'fp32', 'train.shards': 1} # runs of versions that knew nothing else keep their name
+    newer = {'train.feature_precision': 'fp32', 'train.shards': 1, 'train.capture': 'auto'} # runs of older versions keep their name
     text = json.dumps({name: value for name,value in flat.items() if (name, value) not in newer.items()}, sort_keys=True)
     return f'{cfg.model.name}-{cfg.protocol}-{cfg.train.backbone}-s{cfg.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}'
 
