@@ -122,6 +122,7 @@ def _fill(bins, edges, labels, target):
     std,rms = max(np.std(labels), 1e-6),max(np.sqrt(np.mean(np.square(target))), 1e-6)
     for name,value in dict(lo=lo, hi=hi, mean=np.mean(labels), std=std, rms=rms).items():
         getattr(bins, name).copy_(torch.as_tensor(value))
+    bins._fitted = True # known here; of intervals that are loaded with weights it is asked once
     return bins
 
 # %% ../../nbs/models/08_heads.ipynb #c0bc9798

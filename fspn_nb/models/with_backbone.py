@@ -64,6 +64,14 @@ def encode_streams(
         for fields,part_maps in zip(out, coded.chunk(len(parts))): fields['feature_maps'] = part_maps[:len(parts[0])]
     return out
 
+# %% ../../nbs/models/11_with_backbone.ipynb #e50a0488
+def _short_clips(scene, starts):
+    "`recut` of all videos of (B,K,3,L,H,W): (B,20,3,8,H,W)"
+    K,L = scene.shape[1],scene.shape[3]
+    place = recut(torch.arange(K*L).view(K, 1, L, 1, 1), starts)[:, 0, :, 0, 0] # (20,8); on the CPU: a GPU is not asked
+    k,l = (part.to(scene.device, non_blocking=True) for part in (place//L, place%L))
+    return scene[:, k, :, l].permute(2, 0, 3, 1, 4, 5)
+
 # %% ../../nbs/models/11_with_backbone.ipynb #450a2713
 def extract_features(
     backbone, # I3D, or whatever has its `features`
@@ -80,8 +88,7 @@ def extract_features(
     features = encode_streams(backbone, parts, streams, 'feature_maps' in extra_inputs, micro_batch, chunk)
     if 'short_clip_features' in extra_inputs:
         for part,fields in zip(parts, features):
-            short = torch.stack([recut(video, starts) for video in part.scene]) # (B,20,3,8,H,W)
-            fields['short_clip_features'] = encode_videos(backbone.features, short, micro_batch, chunk=chunk)
+            fields['short_clip_features'] = encode_videos(backbone.features, _short_clips(part.scene, starts), micro_batch, chunk=chunk)
     out = [Batch(**vars(part)|fields) for part,fields in zip(parts, features)]
     if batch.exemplar is not None: out[0].exemplar = out[1]
     return out[0]

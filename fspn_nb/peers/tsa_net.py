@@ -40,11 +40,13 @@ def tube_cells(
     return F.pad(cells, (0,0,0,0,0,per*layers-length)).unflatten(1, (layers,per)).any(2)
 
 # %% ../../nbs/peers/09_tsa_net.ipynb #4c7a6039
-def _pad_tubes(tube, sizes):
-    "The cells (M,C) of all clips as (N',n,C), padded to the longest, and (N',n), False where padded"
-    cells = pad_sequence(tube.split(sizes), batch_first=True)
-    valid = torch.arange(max(sizes), device=tube.device) < torch.tensor(sizes, device=tube.device)[:, None]
-    return cells,valid
+def _read_tubes(inside):
+    "Of (N,T',h,w): positions of all tube cells; how many each of N' clips has, if any; which of (N',longest) are cells, and where"
+    seen = inside.cpu() # the one look at numbers in a training step: the sizes of all tensors behind it follow from them
+    sizes = [n for n in seen.flatten(1).sum(1).tolist() if n]
+    valid = torch.arange(max(sizes, default=0)) < torch.tensor(sizes)[:, None]
+    def _positions(mask): return tuple(i.to(inside.device, non_blocking=True) for i in mask.nonzero(as_tuple=True))
+    return _positions(seen),sizes,valid.to(inside.device, non_blocking=True),_positions(valid)
 
 # %% ../../nbs/peers/09_tsa_net.ipynb #30fcd911
 def _batch_norm(norm, y):
@@ -78,13 +80,13 @@ class TubeAttention(nn.Module):
         if inside.shape != shape:
             raise ValueError(f'need a tube of shape {shape} for a map of {tuple(x.shape)}, got {tuple(inside.shape)}; '
                              f'see tube_cells')
-        sizes = [n for n in inside.flatten(1).sum(1).tolist() if n]
+        where,sizes,valid,filled = _read_tubes(inside)
         if not sizes: return x # no actor in any clip
-        tube = x.movedim(1, -1)[inside] # all tubes, one after the other: (M,C)
-        cells,valid = _pad_tubes(tube, sizes)
-        update = _batch_norm(self.norm, self.out(self.attend(cells, valid)[valid]))
+        tube = x.movedim(1, -1)[where] # all tubes, one after the other: (M,C)
+        cells = pad_sequence(tube.split(sizes), batch_first=True) # (N',longest,C)
+        update = _batch_norm(self.norm, self.out(self.attend(cells, valid)[filled]))
         y = x.clone()
-        y.movedim(1, -1)[inside] = tube+update.to(tube.dtype)
+        y.movedim(1, -1)[where] = tube+update.to(tube.dtype)
         return y
 
 # %% ../../nbs/peers/09_tsa_net.ipynb #fcc72b1d
