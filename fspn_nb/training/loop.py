@@ -94,7 +94,7 @@ def make_schedule(
 # %% ../../nbs/training/06_loop.ipynb #3a320ed0
 def _pair_within(batch, exemplar_index):
     "`batch` with the samples at `exemplar_index` as its exemplars"
-    rows = torch.as_tensor(exemplar_index, device=batch.scene.device)
+    rows = torch.as_tensor(exemplar_index).to(batch.scene.device, non_blocking=True) # the CPU goes on meanwhile
     exemplar = Batch(**{name: v[rows] for name,v in vars(batch).items() if isinstance(v, Tensor)})
     return Batch(**vars(batch)|dict(exemplar_index=rows, exemplar=exemplar))
 
