@@ -199,7 +199,7 @@ STRANGE = {
     'begin':'on_train_start', 'change':'override', 'synth':'synthetic', 'event':'rng_key', 'fetch':'get_batch', 'floors':'no-video baselines',
     'former':'backup', 'halve':'max_pool_pairs', 'hold':'load_to_memory', 'long_rows':'reshape_rows', 'repeated':'repeat_channels',
     'micro':'micro_batch', 'move_by':'offset', 'noted':'collect_errors', 'picking':'epoch_selection', 'pin':'pin_memory',
-    'rehearsal':'fake_runs', 'roles':'split_query_memory', 'setting':'protocol', 'substitutes':'deviations', 'suppress':'nms',
+    'roles':'split_query_memory', 'setting':'protocol', 'substitutes':'deviations', 'suppress':'nms',
     'taught':'teacher_forcing', 'when':'pos_embed', 'see':'extract_maps', 'due':'is_due', 'writing':'time_write', 'like':'reuse',
     'epoch_rule':'checkpoint_selection', 'val_share':'val_fraction', 'said':'message(s)', 'o':'sample, row, cfg ...'}
 

@@ -42,7 +42,8 @@ def for_inference(
 )->nn.Module: # Its head is shared with `model`
     "`model` in evaluation mode, BatchNorm of I3D fused"
     model.eval()
-    if not isinstance(getattr(model, 'backbone', None), I3D): return model
+    backbone = getattr(model, 'backbone', None)
+    if not isinstance(backbone, I3D) or not any(isinstance(m, nn.BatchNorm3d) for m in backbone.modules()): return model # fused before
     fast = copy.copy(model)
     fast._modules = dict(model._modules, backbone=fuse_conv_bn(model.backbone))
     fast.compiled = None # belongs to the backbone that is trained
