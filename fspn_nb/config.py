@@ -91,7 +91,7 @@ class TrainCfg:
     feature_precision:str='fp32' # 'fp32' | 'bf16': features of a frozen backbone
     workers:int=0 # Threads that decode frames in finetune mode; results do not depend on it
     in_batch_exemplars:bool=False # Exemplars come from the same batch: half the backbone passes, fewer different pairs (D-139)
-    micro_batch:int=0 # Clips at a time through the backbone, with activation checkpointing; 0: all at once. Results do not depend on it
+    micro_batch:int|str=0 # Clips at a time through the backbone, with checkpointing; 0 or 'auto': as many as fit. Results do not depend on it
     compile:bool=False # torch.compile the backbone: pays on a GPU, needs a C++ compiler
     shards:int=1 # Parts of a batch, a thread each, for a head on kept features on a CPU; the number decides the last bits, not the cores
     capture:str='auto' # A GPU replays the steps of a head on kept features as CUDA graphs; 'off': it launches each kernel. Results do not depend on it
@@ -122,12 +122,12 @@ class RunCfg:
     eval:EvalCfg=field(default_factory=EvalCfg)
 
     def __post_init__(self):
-        "Paths become absolute, so that what is stored and printed holds in every folder"
+        "Paths become absolute, so that what is stored and printed holds in every folder; 'auto' becomes the 0 of all runs before it"
         for part,name in ((self,'data_root'), (self,'weights'), (self.actor,'boxes'), (self.actor,'weights')):
             path = getattr(part, name)
             if path not in ('', 'random'): object.__setattr__(part, name, os.path.abspath(os.path.expanduser(path)))
+        if self.train.micro_batch == 'auto': object.__setattr__(self.train, 'micro_batch', 0)
 
-# %% ../nbs/base/05_config.ipynb #409d716b
 CHOICES = {
     'dataset': tuple(PROTOCOLS), 'preset': ('smoke','demo','paper'), 'score_ranges': ('literature','train'),
     'clip.orientation': ('correct','peer'), 'actor.source': ('auto','truth','boxes','motion','ssd300','onnx','none'),
@@ -142,6 +142,9 @@ _COUNTS = ('train.epochs','train.batch_size','train.shards','eval.num_exemplars'
 def _check_pairs(cfg):
     "Raise a `ValueError` for fields of `cfg` that do not go together"
     name,source,selection,clips,starts = cfg.model.name,cfg.actor.source,cfg.eval.checkpoint_selection,cfg.model.clips,len(cfg.clip.starts)
+    if isinstance(micro_batch := cfg.train.micro_batch, str): raise ValueError(f"train.micro_batch: need 'auto' or a number, got {micro_batch!r}")
+    if micro_batch and not cfg.train.freeze_bn:
+        raise ValueError(f'need train.micro_batch=0 where train.freeze_bn=False, got {micro_batch}: BatchNorm would see so few clips; lower batch_size')
     if METHODS[name].finetune_only and cfg.train.backbone != 'finetune':
         raise ValueError(f"{name} works inside the backbone: need train.backbone='finetune', got {cfg.train.backbone!r}; "
                          'ask for backbone finetune, or for a method that reads clip features')
@@ -179,7 +182,7 @@ def override(
         cfg = replace(cfg, **{head: override(getattr(cfg, head), **{rest: value}) if rest else value})
     return cfg
 
-# %% ../nbs/base/05_config.ipynb #218c5107
+# %% ../nbs/base/05_config.ipynb #ac619a6e
 _FROZEN = dict(train__backbone='frozen', train__optimiser='adamw', train__schedule='one_cycle', train__weight_decay=.01,
                train__batch_size=16, model__decoding='expected', model__dropout=.1)
 PRESETS = {
@@ -189,7 +192,6 @@ PRESETS = {
                   eval__num_exemplars=3, clip__size=64)}
 _SYNTHETIC = {('demo','mtl_aqa'): (115,45), ('demo','aqa7'): (18,10), ('smoke','aqa7'): (4,4)} # training and test samples
 
-# %% ../nbs/base/05_config.ipynb #ac619a6e
 def _of_dataset(dataset, preset):
     "The fields that follow from the dataset"
     protocol,paper = PROTOCOLS[dataset],preset == 'paper'
@@ -216,7 +218,6 @@ def finediving(
     "The run that `preset` describes on FineDiving, with `changes`"
     return make_config('finediving', preset, **changes)
 
-# %% ../nbs/base/05_config.ipynb #360229e0
 def method_epochs(
     cfg:RunCfg, # A run of any method
 )->RunCfg: # The same run with as many epochs as its method gets
@@ -234,7 +235,6 @@ def run_id(
     text = json.dumps({name: value for name,value in flat.items() if (name, value) not in newer.items()}, sort_keys=True)
     return f'{cfg.model.name}-{cfg.protocol}-{cfg.train.backbone}-s{cfg.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}'
 
-# %% ../nbs/base/05_config.ipynb #c54c46b0
 def save_cfg(
     cfg:RunCfg, # A run
     path:Path, # The JSON file to write
