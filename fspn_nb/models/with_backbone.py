@@ -25,9 +25,10 @@ def encode_frames(
     chunk:int=0, # Clips at a time where `micro_batch` is 0; 0: all at once
 )->Tensor: # (N,1024), with `maps` (N,1024,h,w)
     "One vector, or one map, per clip, with gradients"
-    def _encode(x):
-        x = normalize_clip(x).contiguous(memory_format=torch.channels_last_3d)
-        return features(x).mean(2 if maps else (2,3,4))
+    kind = clips.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    def _encode(x): # nothing here holds the normalised clips while the layers behind the first one work
+        return features(normalize_clip(x).to(dtype, memory_format=torch.channels_last_3d)).mean(2 if maps else (2,3,4))
     if not micro_batch: return torch.cat([_encode(part) for part in clips.split(chunk or len(clips))])
     parts = clips.split(micro_batch)
     return torch.cat([checkpoint(_encode, part, use_reentrant=False) if torch.is_grad_enabled() else _encode(part)
