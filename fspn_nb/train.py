@@ -23,6 +23,7 @@ from .stored_files import damaged_files,remove_unfinished,write_checked
 from .training.checkpoint import (CheckpointTimer,Preempted,REMADE,backup_path,check_disk_space,newest_ckpt,restart_reason,
     rng_state,save_ckpt,sigterm_flag)
 from .training.distributed import DistributedContext,any_rank,init_distributed,main_process_lock
+from .training.graphs import pick_gradients
 from .training.loop import build_model,make_optimiser,make_schedule,steps_per_epoch,train_epoch
 from .training.predict import head_threads,validation_rho
 from .training.prepare import RunData,prepare
@@ -59,6 +60,7 @@ class _Trainer:
         self.model,self.data,self.run,self.timer = model,data,run,CheckpointTimer(max_overhead)
         self.optimiser = make_optimiser(model, cfg)
         self.schedule = make_schedule(self.optimiser, cfg, cfg.train.epochs*steps_per_epoch(data))
+        self.gradients = pick_gradients(model, data)
         state = state or dict(epoch=0, within_epoch=None, history=[], best=float('-inf'))
         self.first_epoch,self.within_epoch,self.history,self.best = (state[name]
             for name in ('epoch','within_epoch','history','best'))
@@ -86,7 +88,7 @@ def _train_one_epoch(trainer, epoch, stop_requested):
         if stop or trainer.timer.is_due(): trainer.save(epoch, dict(position, rng=rng_state(), lr=lr, seconds=time.perf_counter()-began))
         if stop: raise Preempted(f"epoch {epoch+1}, step {position['step']}")
     lr = (within or {}).get('lr', trainer.optimiser.param_groups[0]['lr']) # of its first step, also when it goes on at a later one
-    losses = train_epoch(model, data, trainer.optimiser, trainer.schedule, epoch, within, _on_step_end)
+    losses = train_epoch(model, data, trainer.optimiser, trainer.schedule, epoch, within, _on_step_end, trainer.gradients)
     trainer.within_epoch = None
     val_rho = validation_rho(model, data) if (epoch+1) % max(1, epochs//10) == 0 else float('nan')
     return dict(epoch=epoch+1, lr=lr, **losses, val_rho=val_rho, seconds=round(time.perf_counter()-began, 3))

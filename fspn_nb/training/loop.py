@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['steps_per_epoch', 'build_model', 'make_optimiser', 'make_schedule', 'extract_and_gather', 'compute_gradients',
-           'train_step', 'batch_sampler', 'train_epoch']
+           'train_step', 'batch_sampler', 'check_training_labels', 'train_epoch']
 
 # %% ../../nbs/training/06_loop.ipynb #71207b9a
 import numpy as np
@@ -95,7 +95,7 @@ def make_schedule(
 def _pair_within(batch, exemplar_index):
     "`batch` with the samples at `exemplar_index` as its exemplars"
     rows = torch.as_tensor(exemplar_index).to(batch.scene.device, non_blocking=True) # the CPU goes on meanwhile
-    exemplar = Batch(**{name: v[rows] for name,v in vars(batch).items() if isinstance(v, Tensor)})
+    exemplar = Batch(**{name: v[rows] for name,v in vars(batch).items() if isinstance(v, Tensor)}, checked=batch.checked)
     return Batch(**vars(batch)|dict(exemplar_index=rows, exemplar=exemplar))
 
 # %% ../../nbs/training/06_loop.ipynb #7466989d
@@ -159,6 +159,25 @@ def batch_sampler(
     if paired and cfg.train.in_batch_exemplars: return [(query, None, index) for query,index in sample_pairs_in_batch(*args)]
     return [(query, exemplars if paired else None, None) for query,exemplars in sample_pairs(*args)]
 
+# %% ../../nbs/training/06_loop.ipynb #289afa30
+def check_training_labels(
+    model:nn.Module, # With or without a backbone
+    data:RunData, # Labels and training split
+)->None:
+    "Raise the `ValueError` of the method for training labels that it cannot learn from"
+    look = getattr(model.head if isinstance(model, WithBackbone) else model, 'check_labels', None)
+    if look is None: return
+    ids,labels = data.splits['train'],data.labels
+    rows = torch.as_tensor(ids)
+    columns = {name: v[rows] for name in ('label','difficulty','transitions','judges') if (v := getattr(labels, name)) is not None}
+    look(Batch(columns['label'], **columns, uid=tuple(labels.uid[i] for i in ids))) # clips are not read: any tensor stands for them
+
+def _mark_checked(batch):
+    "`batch` and its exemplars, which need no look at their labels any more"
+    batch.checked = True
+    if batch.exemplar is not None: batch.exemplar.checked = True
+    return batch
+
 # %% ../../nbs/training/06_loop.ipynb #ed2c303a
 def _check_finite(losses, epoch, lr):
     "Raise a `FloatingPointError` where a loss is not a number"
@@ -180,12 +199,15 @@ def train_epoch(
     cfg,steps = data.cfg,batch_sampler(data, model.uses_exemplar, epoch)
     seed_all(1_000_003*cfg.seed+epoch+1) # dropout: the same whether or not the run was interrupted before
     model.train()
+    on_gpu = data.device.type != 'cpu'
+    if on_gpu: check_training_labels(model, data)
     state = resume_from or dict(step=0, loss_sums={}, num_samples=0)
     first,num_samples = state['step'],state['num_samples']
     loss_sums = {name: v.to(data.device) for name,v in state['loss_sums'].items()}
     if 'rng' in state: set_rng_state(state['rng'])
     loader = load_batches(data.source, data.labels, [step[:2] for step in steps[first:]], data.device, epoch, data.dist)
     for k,(batch,(ids,_,exemplar_index)) in enumerate(zip(loader, steps[first:]), first+1):
+        if on_gpu: _mark_checked(batch)
         losses = train_step(model, batch, optimiser, schedule, cfg.train.precision, data.dist, len(ids), exemplar_index, gradients)
         for name,loss in losses.items(): loss_sums[name] = loss_sums.get(name, 0)+loss*len(ids)
         num_samples += len(ids)
