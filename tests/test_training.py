@@ -202,11 +202,12 @@ def test_finetune_mode_trains_the_backbone(release, tmp_path):
 
 
 def test_finetune_results_do_not_depend_on_workers(release, tmp_path):
-    base = finediving('smoke', **SMALL, model__name='fspn_s', train__temporal_jitter=1, **TINY) # a window that moves is decoded anew each time
+    base = finediving('smoke', **SMALL, model__name='fspn_s', **TINY)
     runs = []
     for n in (0,1,4):
         data = prepare(override(base, train__workers=n), 'cpu')
-        assert type(data.source).__name__ == 'ClipDataset' and bool(data.source.pool) == (n > 0)
+        data = replace(data, source=ClipDataset(data.release.samples, data.cfg, data.boxes[1])) # as where the disk is too small for the store
+        assert bool(data.source.pool) == (n > 0)
         runs.append(fit(data.cfg, tmp_path, 'cpu', data))
         evaluate(runs[-1], data)
     assert len(set(runs)) == 3
@@ -215,7 +216,7 @@ def test_finetune_results_do_not_depend_on_workers(release, tmp_path):
 
 
 def test_the_store_gives_what_decoding_gives(release, tmp_path):
-    base = finediving('smoke', **SMALL, model__name='i3d_mlp', train__flip_prob=0., **TINY)
+    base = finediving('smoke', **SMALL, model__name='fspn_s', **TINY)
     kept = prepare(base, 'cpu')
     decoded = replace(kept, source=ClipDataset(kept.release.samples, base, kept.boxes[1]), backbone=prepare(base, 'cpu').backbone)
     assert type(kept.source).__name__ == 'CachedDataset'

@@ -204,7 +204,7 @@ def check_places(scene, boxes, size):
 def test_boxes_go_with_the_frames(tmp_path, orientation, jitter):
     cfg, samples, boxes = films(tmp_path, train__flip_prob=.5, clip__orientation=orientation, train__temporal_jitter=jitter)
     source, ids = ClipDataset(samples, cfg, boxes), np.array([1, 0])
-    sources = [source] if jitter else [source, CachedDataset(build_store(samples, cfg, boxes, tmp_path/'store'), cfg)]
+    sources = [source, CachedDataset(build_store(samples, cfg, boxes, tmp_path/'store'), cfg)]
     seen, flips = 0, set()
     for rng_key in (None, *((e, 3) for e in range(5))):
         first = source.extra_fields(ids, rng_key)['boxes']
@@ -212,8 +212,8 @@ def test_boxes_go_with_the_frames(tmp_path, orientation, jitter):
             result = s.extra_fields(ids, rng_key)['boxes']
             assert result.shape == (2, 2, 16, 4) and torch.equal(result, first)
             seen += check_places(s.get_batch(ids, rng_key)[0], result, 64)
-        if not jitter: flips |= {sample_augmentation(cfg, rng_key, int(i))[0] for i in ids}
-    assert seen > 200 and (jitter or flips == {True, False})
+        flips |= {sample_augmentation(cfg, rng_key, int(i), samples[i])[0] for i in ids}
+    assert seen > 200 and flips == {True, False}
 
 
 def test_a_mirror_of_the_frames_is_a_mirror_of_the_boxes(tmp_path):

@@ -21,7 +21,7 @@ from ..batches.dataset import Labels,load_dataset,load_samples
 from ..batches.exemplars import CandidateSets
 from ..batches.features import cache_features,videos_at_once
 from ..batches.fingerprint import RunInputs,check_inputs,detector_hash,run_inputs
-from ..batches.store_source import CachedDataset,choose_source
+from ..batches.store_source import CachedDataset,choose_source,covers_jitter
 from ..config import RunCfg,run_id,validate
 from ..data.records import Release
 from ..file_hashes import frame_hashes
@@ -110,7 +110,7 @@ def deviations(
 # %% ../../nbs/training/04_prepare.ipynb #f84dc7de
 def _clip_source(cfg, release, boxes, device, dist, reuse=None):
     "Frames for a backbone that trains: the store of an earlier run, one of its own, or the JPEGs"
-    if isinstance(reuse, CachedDataset) and not cfg.train.temporal_jitter: return CachedDataset(reuse.store, cfg, device)
+    if isinstance(reuse, CachedDataset) and covers_jitter(reuse.store, cfg): return CachedDataset(reuse.store, cfg, device)
     return main_process_first(dist, lambda: choose_source(release.samples, cfg, boxes, device=device, processes=dist.world_size))
 
 # %% ../../nbs/training/04_prepare.ipynb #e5c67ed6
