@@ -84,13 +84,13 @@ def run_one(
     device:str='auto', # As in `pick_device`
     reuse:RunData|None=None, # Of an earlier run, whose features are taken over where they are the same
     extras:tuple[str,...]=(), # 'watch', 'votes'
-    keep_weights:bool=False, # Leave last.pt and best_val.pt there
+    keep_weights:bool=False, # Leave last.pt and best_val.pt there; a finished run without them is trained again
 )->tuple[Path,dict,RunData]: # The run's folder, its metrics, its data
     "Train and measure one run, which no other process may touch meanwhile; one that is finished is compared with the data and left alone"
     data = prepare(cfg, device, reuse=reuse)
     run = run_folder(cfg, out, data)
     with run_lock(run):
-        if is_finished(run):
+        if is_finished(run) and (not keep_weights or (run/'last.pt').is_file()):
             check_inputs(run, data.inputs)
             return run,json.loads(read_checked(run/'metrics.json')),data
         fit(cfg, out, device, data, on_epoch_end=log_predictions if 'watch' in extras else None)
@@ -120,7 +120,7 @@ def _work(cfg, out, device, extras, keep):
     began = time.perf_counter()
     try:
         with _single(device), run_lock(run := run_folder(cfg, out)):
-            status = 'there' if is_finished(run) else 'trained'
+            status = 'there' if is_finished(run) and (not keep or (run/'last.pt').is_file()) else 'trained'
             _,metrics,_last['data'] = run_one(cfg, out, device, _last.get('data'), extras, keep)
         return status,time.perf_counter()-began,metrics['spearman'],''
     except LockHeld as e: return 'elsewhere',0.,float('nan'),str(e)
