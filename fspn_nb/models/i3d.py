@@ -67,15 +67,18 @@ class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *window):
         ctx.save_for_backward(x)
-        ctx.window = window
-        with torch.autocast(x.device.type, enabled=False): return F.max_pool3d(x, *window, 1, True)
+        ctx.window = window # kernel, stride, padding, dilation, ceil_mode
+        with torch.autocast(x.device.type, enabled=False): return F.max_pool3d(x, *window)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, = ctx.saved_tensors
-        _,places = torch.ops.aten.max_pool3d_with_indices(x, *ctx.window, 1, True)
-        return torch.ops.aten.max_pool3d_with_indices_backward(grad, x, *ctx.window, [1,1,1], True, places),None,None,None
+        grad_input,clips = torch.empty_like(x),max(1, 2**25*len(x)//grad.numel()) # at a time: 256 MB of places
+        for above,below,part in zip(grad.split(clips), grad_input.split(clips), x.split(clips)):
+            _,places = F.max_pool3d(part, *ctx.window, True)
+            torch.ops.aten.max_pool3d_with_indices_backward.grad_input(above, part, *ctx.window, places, grad_input=below)
+        return grad_input,*[None]*len(ctx.window)
 
 class SamePool(nn.Module):
     "Max pooling with SAME padding, without a padded copy"
@@ -90,8 +93,8 @@ class SamePool(nn.Module):
         x:Tensor, # (B,C,T,H,W), nowhere negative
     )->Tensor: # (B,C,ceil(T/s),ceil(H/s),ceil(W/s))
         front = [a for a,_ in same_pad(x.shape[2:], self.kernel, self.stride)]
-        if torch.compiler.is_compiling(): return F.max_pool3d(x, self.kernel, self.stride, front, ceil_mode=True) # keeps places as bytes
-        return _MaxPool.apply(x, self.kernel, self.stride, front)
+        pool = F.max_pool3d if torch.compiler.is_compiling() else _MaxPool.apply # compiled, a place is one byte
+        return pool(x, self.kernel, self.stride, front, 1, True)
 
 # %% ../../nbs/models/02_i3d.ipynb #e043a928
 class _JoinReLU(torch.autograd.Function):
@@ -152,10 +155,8 @@ class I3D(nn.Module):
         classes:int=400, # Width of the logits (Kinetics-400)
     ):
         super().__init__()
-        self.names = []
-        for name,layer in _layers():
-            self.add_module(name, layer)
-            self.names.append(name)
+        for name,layer in _layers(): self.add_module(name, layer)
+        self.names = [name for name,_ in self.named_children()]
         self.Logits = nn.Conv3d(1024, classes, 1)
 
     def features(self,
@@ -187,7 +188,7 @@ def normalize_clip(
     mean,std = (torch.tensor(v, device=clips.device).view(1, 3, 1, 1, 1) for v in IMAGENET)
     return clips.float().div_(255).sub_(mean).div_(std)
 
-# %% ../../nbs/models/02_i3d.ipynb #6b85165f
+# %% ../../nbs/models/02_i3d.ipynb #584513b7
 class Pointwise(nn.Module):
     "A 1 x 1 x 1 convolution as a matrix product over the channels"
     def __init__(self,
@@ -202,7 +203,6 @@ class Pointwise(nn.Module):
     )->Tensor: # (B,outs,T,H,W), the same
         return F.linear(x.permute(0, 2, 3, 4, 1), self.weight, self.bias).permute(0, 4, 1, 2, 3)
 
-# %% ../../nbs/models/02_i3d.ipynb #584513b7
 def fuse_conv_bn(
     model:I3D, # Left as it is
 )->I3D: # For inference only: no normalisation of its own, channels last
