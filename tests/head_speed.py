@@ -32,30 +32,34 @@ PRODUCTS = ('mm','addmm','bmm','baddbmm','convolution','convolution_backward','_
             '_scaled_dot_product_flash_attention_for_cpu_backward')
 
 
-def run_of(method, shards=1):
-    "(model, data, optimiser, schedule) of a run on random features"
+def run_of(method, shards=1, device='cpu', **changes):
+    "(model, data, optimiser, schedule) of a run on random features; `changes` as in `override`"
     import torch
     from fspn_nb.batches.dataset import Labels
     from fspn_nb.batches.sources import FeatureDataset
     from fspn_nb.config import finediving
     from fspn_nb.core import seed_all
+    from fspn_nb.methods import METHODS
     from fspn_nb.processes import tune_malloc
     from fspn_nb.training.distributed import DistributedContext
     from fspn_nb.training.loop import make_optimiser,make_schedule
     from fspn_nb.zoo import create_model
     tune_malloc()
-    cfg = finediving('demo', model__name=method, **(dict(train__shards=shards) if shards > 1 else {}))
+    cfg = finediving('demo', **dict(model__name=method, **(dict(train__shards=shards) if shards > 1 else {}))|changes)
     seed_all(0)
     scene,actor,label = torch.rand(VIDEOS, 9, 1024),torch.rand(VIDEOS, 9, 1024),90*torch.rand(VIDEOS)
     transitions = torch.randint(1, 95, (VIDEOS, 2)).sort(1)[0]
+    transitions[:, 1] += transitions[:, 0] == transitions[:, 1] # TSA refuses an empty step
     labels = Labels(label, 2+torch.rand(VIDEOS), transitions, tuple(f'v{i}' for i in range(VIDEOS)), judges=10*torch.rand(VIDEOS, 7))
     groups = np.random.default_rng(0).integers(0, max(2, VIDEOS//56), VIDEOS) # as many as FineDiving has on average
     candidates = {i: np.setdiff1d(np.flatnonzero(groups == groups[i]), [i]) for i in range(VIDEOS)}
-    model = create_model(method, cfg.model, label, list(groups))
+    model = create_model(method, cfg.model, label, list(groups)).to(device)
     if shards > 1: model.encoder.shards = shards
     part = np.random.default_rng(1).permutation(VIDEOS)[:PART]
+    shapes = dict(feature_maps=(VIDEOS, 9, 1024, 2, 2), short_clip_features=(VIDEOS, 20, 1024))
+    extra = {name: torch.rand(shapes[name]) for name in METHODS[method].extra_inputs}
     data = SimpleNamespace(cfg=cfg, splits=dict(train=part), labels=labels, candidate_sets=SimpleNamespace(candidates=candidates), backbone=None,
-                           source=FeatureDataset(scene, actor), device=torch.device('cpu'), dist=DistributedContext())
+                           source=FeatureDataset(scene, actor, **extra), device=torch.device(device), dist=DistributedContext())
     optimiser = make_optimiser(model, cfg)
     return model, data, optimiser, make_schedule(optimiser, cfg, 100_000)
 

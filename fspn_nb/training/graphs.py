@@ -66,7 +66,7 @@ class _Recorder(TorchDispatchMode):
         self.before += [(x, x.clone()) for x in written]
         result,known = op(*args, **kwargs),_memory((args, kwargs))
         new = [x if isinstance(x, Tensor) and not _memory(x)&known else None for x in tree_leaves(result)]
-        if written or any(x is not None for x in new): self.calls.append((op, args, kwargs, new)) # a view follows by itself
+        if written or any(x is not None for x in new): self.calls.append((op, args, kwargs, new, torch.is_grad_enabled())) # views follow by themselves
         return result
 
 # %% ../../nbs/training/10_graphs.ipynb #b13e49d6
@@ -94,12 +94,12 @@ class RecordedGraph:
         self.calls = recorder.calls
         return result
 
-    @torch.no_grad()
     def replay(self):
         "Do the operations again"
-        for op,args,kwargs,results in self.calls:
-            for old,new in zip(results, tree_leaves(op(*args, **kwargs))):
-                if old is not None: old.copy_(new)
+        for op,args,kwargs,results,grad in self.calls:
+            with torch._C._AutoDispatchBelowAutograd(), torch.set_grad_enabled(grad): # an LSTM keeps less where nobody asks for gradients
+                for old,new in zip(results, tree_leaves(op(*args, **kwargs))):
+                    if old is not None: old.copy_(new)
 
 # %% ../../nbs/training/10_graphs.ipynb #fe78e148
 class CudaGraph:
