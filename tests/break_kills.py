@@ -229,23 +229,23 @@ def finediving_killed_ten_more_times(folder): return hold(kill_notebook_often('r
 
 
 @case('run notebook', 'SIGKILL', seconds=300)
-def mtl_aqa_killed(folder): return hold(kill_notebook_often('run_mtl_aqa', range(3), folder))
+def mtl_aqa_killed(folder): return hold(kill_notebook_often('run_mtl_aqa', range(2), folder))
 
 
 @case('run notebook', 'SIGKILL', seconds=300)
-def aqa7_killed(folder): return hold(kill_notebook_often('run_aqa7', range(3), folder))
+def aqa7_killed(folder): return hold(kill_notebook_often('run_aqa7', range(2), folder))
 
 
 @case('grid', 'SIGKILL of the notebook', seconds=300)
-def ablations_killed(folder): return hold(kill_notebook_often('run_ablations', range(3), folder))
+def ablations_killed(folder): return hold(kill_notebook_often('run_ablations', range(2), folder))
 
 
 @case('report', 'SIGKILL', seconds=300)
-def report_killed(folder): return hold(kill_notebook_often('report', range(3), folder))
+def report_killed(folder): return hold(kill_notebook_often('report', range(2), folder))
 
 
 @case('clip page', 'SIGKILL', seconds=300)
-def score_clip_killed(folder): return hold(kill_notebook_often('score_clip', range(3), folder))
+def score_clip_killed(folder): return hold(kill_notebook_often('score_clip', range(2), folder))
 
 
 @case('run notebook', 'SIGTERM', seconds=400)

@@ -187,6 +187,18 @@ def test_leftovers_of_a_killed_run_are_not_taken_for_dives(diving):
     assert not hidden(out)
 
 
+def test_a_log_line_that_does_not_fit_leaves_no_dive_that_is_called_done(diving, monkeypatch):
+    "The disk is full when the line is written, after all frames: not done, nothing left behind; with room the same command ends it"
+    videos, out = diving
+    def full(path, *_): raise OSError(28, f'need 1 byte for {path}, got 0 bytes free')
+    with monkeypatch.context() as patch:
+        patch.setattr('fspn_nb.data.extract_frames.append_jsonl', full)
+        rows = prepare_videos('finediving', videos, out, workers=1)
+    assert set(rows.status) == {'failed'} and rows.why.str.contains('need 1 byte|stopped before').all()
+    assert not any(s.files for s in read_finediving(out)) and not hidden(out)
+    assert prepare_videos('finediving', videos, out).status.tolist() == ['done']*4
+
+
 def test_killed_process_leaves_only_hidden_parts(tmp_path):
     "SIGKILL in the middle: under its own name a dive is whole, and the next run makes the tree that an undisturbed one makes"
     keys = [('01', i) for i in range(5)]

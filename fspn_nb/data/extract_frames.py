@@ -11,8 +11,7 @@ from concurrent.futures import ThreadPoolExecutor,as_completed
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-import numpy as np
-import pandas as pd
+import numpy as np,pandas as pd
 from PIL import Image
 from ..core import check_space,escape,progress,write_atomic
 from .release_files import append_jsonl,check_same_picture,frames_by_number,jpeg_bytes,read_jsonl
@@ -71,9 +70,10 @@ def _finish(writer, faults, out, film, rate):
     "Log what happened to the piece of `writer`, all whose frames are there, and give its folder its name"
     piece,numbers = writer.piece,range(writer.piece.numbers[0], writer.piece.last+1)
     real = any(fault.kind != 'repeated' and describe_faults([fault], numbers) for fault in faults)
-    writer.row = _row(piece, 'holes' if real else 'done', len(writer.there), describe_faults(faults, numbers))
-    append_jsonl(out/_LOG, {**writer.row, 'film':film, 'rate':float(rate)})
+    row = _row(piece, 'holes' if real else 'done', len(writer.there), describe_faults(faults, numbers))
+    append_jsonl(out/_LOG, {**row, 'film':film, 'rate':float(rate)})
     if not piece.grows: writer.folder.rename(piece.folder)
+    writer.row = row # not before: the line or the new name may not fit on the disk
 
 def _close_writer(writer, n, error, finish):
     "The row of a piece whose film had `n` frames and then `error`; hidden leftovers, of killed runs too, are removed"
