@@ -8,7 +8,7 @@ __all__ = ['LiveMemory', 'FakeClips', 'fake_data', 'fake_model', 'Rehearsal', 'r
 # %% ../../nbs/training/07_rehearsal.ipynb #c82794da
 import copy,random,weakref
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager,nullcontext
 from dataclasses import dataclass,replace
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor,nn
-from torch._subclasses.fake_tensor import FakeCopyMode,FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode,FakeTensor,FakeTensorMode,unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -45,6 +45,8 @@ def _flops(func, args, kwargs, out):
     count = flop_registry.get(_ATTENTION.get(packet, packet))
     return count(*args, **kwargs, out_val=out) if count else 0
 
+_PLACES = {getattr(torch.ops.aten.arange, name) for name in ('default','start','start_step')}|{torch.ops.aten.linspace.default}
+
 class LiveMemory(TorchDispatchMode):
     "Inside the `with` block, follows the bytes of all tensors by what they are for, and counts operations"
     def __init__(self):
@@ -55,7 +57,9 @@ class LiveMemory(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.prim.device.default and hasattr(args[0], 'fake_device'): return args[0].fake_device # asked often
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        known = bool(inputs or func in _PLACES) and not any(isinstance(t, FakeTensor) for t in inputs)
+        with unset_fake_temporarily() if known else nullcontext(): out = func(*args, **kwargs)
         self.flops += _flops(func, args, kwargs, out)
         in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled() # activations computed again have gradients
         self.add((t for t in tree_leaves(out) if isinstance(t, Tensor)), 'temporary' if in_backward else 'activations')
@@ -117,7 +121,8 @@ class FakeClips:
     )->dict[str,Tensor]: # 'boxes' (B,K,L,4) for a method that reads them
         "Further fields of `Batch`"
         clip,kinds = self.cfg.clip,METHODS[self.cfg.model.name].extra_inputs
-        return {'boxes': torch.ones(len(ids), len(clip.starts), clip.length, 4)} if 'boxes' in kinds else {}
+        boxes = np.ones((len(ids), len(clip.starts), clip.length, 4), 'float32')*(0,0,1,1) # the whole square: the most that a tube can hold
+        return {'boxes': torch.as_tensor(boxes)} if 'boxes' in kinds else {}
 
 # %% ../../nbs/training/07_rehearsal.ipynb #fc39768e
 def _features(cfg, n):
@@ -126,12 +131,6 @@ def _features(cfg, n):
     shapes = {'feature_maps': (clips,1024,side,side), 'short_clip_features': (20,1024)}
     extra = {kind: torch.empty(n, *shapes[kind]) for kind in METHODS[cfg.model.name].extra_inputs}
     return FeatureDataset(torch.empty(n, clips, 1024), torch.empty(n, clips, 1024), **extra)
-
-def _labels(samples):
-    "`Labels` of any numbers"
-    n = len(samples)
-    return Labels(torch.tensor([s.score for s in samples]), torch.full((n,), 2.), torch.tensor([[30,60]]*n),
-                  tuple(s.uid for s in samples), judges=torch.full((n,7), 5.))
 
 def fake_data(
     cfg:RunCfg, # Any run
@@ -142,8 +141,8 @@ def fake_data(
     splits = dict(train=np.arange(n), val=np.arange(0), test=np.arange(0))
     candidate_sets = find_candidates(samples, splits['train'], protocol_variant(cfg.dataset, cfg.protocol))
     backbone = load_backbone('random')[0] if cfg.train.backbone == 'finetune' else None
-    return RunData(cfg, Release(samples, 'synthetic', Path()), splits, _labels(samples), candidate_sets, None, backbone,
-                   torch.device('cpu'), {}, None)
+    labels = Labels(torch.arange(n)*100/n, torch.full((n,), 2.), torch.tensor([[30,60]]*n), tuple(s.uid for s in samples), judges=torch.full((n,7), 5.))
+    return RunData(cfg, Release(samples, 'synthetic', Path()), splits, labels, candidate_sets, None, backbone, torch.device('cpu'), {}, None)
 
 # %% ../../nbs/training/07_rehearsal.ipynb #3df0897b
 @contextmanager
