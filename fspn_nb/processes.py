@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LockOwner', 'this_process', 'lock_owner', 'LockHeld', 'hold_lock', 'stop_in_bare_script', 'run_lock', 'worker_pool',
-           'as_finished', 'peak_memory', 'explain_memory', 'short_errors', 'tune_malloc']
+           'as_finished', 'peak_memory', 'tune_malloc', 'out_of_memory', 'explain_memory', 'short_errors']
 
 # %% ../nbs/base/12_processes.ipynb #b255e70f
 import ctypes,multiprocessing,os,platform,shlex,sys,time
@@ -38,13 +38,11 @@ class LockOwner:
         if seconds < -60: age = 'the clock was set back meanwhile'
         return f'process {self.pid} on {self.host}, since {self.since} ({age}): {self.command}'
 
-# %% ../nbs/base/12_processes.ipynb #7d0579f8
 def this_process()->LockOwner: # Since now
     "This process as the owner of a lock"
     now = datetime.now().astimezone().isoformat(timespec='seconds')
     return LockOwner(os.getpid(), platform.node(), now, escape(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])))
 
-# %% ../nbs/base/12_processes.ipynb #acffa3a2
 def _owner_file(lock): return lock.with_name(f'{lock.name}.json')
 
 def lock_owner(
@@ -68,7 +66,6 @@ def _message(lock, purpose, advice):
     remove = f'; where that machine no longer runs it, remove {lock}' if owner and owner.host != platform.node() else ''
     return f'{purpose}: need it for this process alone, got {owner or "another process"}; {advice}{remove}'
 
-# %% ../nbs/base/12_processes.ipynb #246e8ed9
 def _remove_files(lock, system_lock):
     "Remove what lies on disk, while the lock is held: who has opened it meanwhile sees that it is gone and opens it anew"
     _owner_file(lock).unlink(missing_ok=True)
@@ -202,15 +199,27 @@ def peak_memory()->int: # Bytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else 1024*peak
 
+def tune_malloc()->bool: # Whether the C library accepted: glibc does
+    "Ask the C library to keep freed memory for the next step: up to the peak, and 64 MB more"
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
+    if mallopt is None: return False
+    options = {-3: 2**25, -1: 2**31-1, -2: 2**26} # M_MMAP_THRESHOLD (32 MB is its maximum), M_TRIM_THRESHOLD, M_TOP_PAD
+    return all([mallopt(key, value) == 1 for key,value in options.items()])
+
 # %% ../nbs/base/12_processes.ipynb #d15c0004
 _NO_MEMORY = ("can't allocate memory", 'bad_alloc', 'out of memory', 'annot allocate memory', "can't start new thread", 'os error 12')
+
+def out_of_memory(
+    error:BaseException, # Any
+)->bool:
+    "Whether `error` says that memory is short, of the machine or of a GPU"
+    return isinstance(error, MemoryError) or isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in _NO_MEMORY)
 
 def _memory_limit():
     "What this process may have, as words"
     free = f'{psutil.virtual_memory().available/1e9:.1f} GB free'
-    if not hasattr(psutil, 'RLIMIT_AS'): return free # Windows, macOS
-    limit = psutil.Process().rlimit(psutil.RLIMIT_AS)[0]
-    return free if limit == psutil.RLIM_INFINITY else f'{free} and a limit of {limit/1e9:.1f} GB for the process (ulimit -v)'
+    if not hasattr(psutil, 'RLIMIT_AS') or (limit := psutil.Process().rlimit(psutil.RLIMIT_AS)[0]) == psutil.RLIM_INFINITY: return free
+    return f'{free} and a limit of {limit/1e9:.1f} GB for the process (ulimit -v)'
 
 @contextmanager
 def explain_memory(
@@ -219,10 +228,9 @@ def explain_memory(
     "Inside the `with` block, or in the function that it decorates, want of memory is a `MemoryError` that says what to do"
     try: yield
     except (MemoryError, RuntimeError, OSError) as e:
-        short = isinstance(e, MemoryError) or any(words in str(e) for words in _NO_MEMORY)
-        if not short or str(e).startswith('need '): raise
+        if not out_of_memory(e) or str(e).startswith('need '): raise
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
-        raise MemoryError(f'need more memory for {purpose}, got {_memory_limit()} ({reason}); close other programs, raise the limit, '
+        raise MemoryError(f'need more memory for {purpose}, got {"a full GPU" if "CUDA" in reason else _memory_limit()} ({reason}); close other programs, raise the limit, '
                           'or take fewer workers, smaller batches or smaller frames, and start the same command again') from e
 
 # %% ../nbs/base/12_processes.ipynb #d15c0007
@@ -240,11 +248,3 @@ def short_errors(
     except KeyboardInterrupt:
         print(f'{command}: stopped by Ctrl-C; what is finished is kept, the same command goes on from there', file=sys.stderr)
         raise SystemExit(130) from None
-
-# %% ../nbs/base/12_processes.ipynb #beffc455
-def tune_malloc()->bool: # Whether the C library accepted: glibc does
-    "Ask the C library to keep freed memory for the next step: up to the peak, and 64 MB more"
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
-    if mallopt is None: return False
-    options = {-3: 2**25, -1: 2**31-1, -2: 2**26} # M_MMAP_THRESHOLD (32 MB is its maximum), M_TRIM_THRESHOLD, M_TOP_PAD
-    return all([mallopt(key, value) == 1 for key,value in options.items()])
