@@ -1,21 +1,25 @@
 """Time per video and epoch of a head on kept features, at the size of FineDiving's training set, and what its matrix products alone would take
 
-    python tests/head_speed.py [--against CHECKOUT] [--methods fspn_s fspn] [--repeats 15] [--shards 2] [--out FILE.csv]
+    python tests/head_speed.py [--against CHECKOUT] [--methods fspn_s fspn] [--repeats 15] [--shards 2] [--compiled] [--out FILE.csv]
 
 Features are random numbers of the right shape, exemplars are drawn as in a run, the preset is `demo` (batch 16). A measurement is `train_epoch` over 64 of the
 2,251 videos. All variants are processes that wait while another one works, and take turns; `--against` adds another checkout of the library as `before`
 (`git worktree add ../old COMMIT`). `cpu_ms` is processor time: other programs disturb it less than `wall_ms`. What holds on a quiet machine is `wall_ms_lowest`.
 
     one run          one thread, as a run on kept features trains
+    compiled         one run whose model went through torch.compile (with --compiled: it needs a C++ compiler and minutes); `compile_s` is the processor time of that
     N shards         one run with train.shards=N: N threads, the same bits whatever the number of cores
     two runs         two processes at once, time per video of both together, as the run notebooks and the grid train
     products alone   all matrix products, convolutions and attentions of a step, on tensors of the same shapes and strides, one thread
     at full rate     the operations of those products at the rate of a large product, one thread: the floor for any code without fewer operations
+
+`head_epoch_rate` measures epochs on any device, with captured steps and without; `captured_difference` compares their weights.
 """
 import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -62,6 +66,48 @@ def run_of(method, shards=1, device='cpu', **changes):
                            source=FeatureDataset(scene, actor, **extra), device=torch.device(device), dist=DistributedContext())
     optimiser = make_optimiser(model, cfg)
     return model, data, optimiser, make_schedule(optimiser, cfg, 100_000)
+
+
+def compiled_gradients(model):
+    "`compute_gradients` with the forward and backward pass of `model` compiled; inductor draws its own numbers for dropout"
+    import torch
+    from fspn_nb.training.loop import compute_gradients
+    compiled = torch.compile(model, dynamic=False)
+    return lambda model, *args: compute_gradients(compiled, *args)
+
+
+def head_epoch_rate(method='fspn', captured=True, device='cuda', batch_size=16, epochs=3, compiled=False):
+    "Seconds of an epoch over VIDEOS videos: the lowest of `epochs`, after those that warm up and capture; with captured steps, or without"
+    from fspn_nb.training.graphs import pick_gradients
+    from fspn_nb.training.loop import compute_gradients,train_epoch
+    model,data,optimiser,schedule = run_of(method, device=device, train__batch_size=batch_size, train__capture='auto' if captured else 'off')
+    data.splits['train'] = np.arange(VIDEOS)
+    gradients = compiled_gradients(model) if compiled else pick_gradients(model, data)
+    if captured and gradients is compute_gradients: raise ValueError(f'need a GPU for captured steps of {method}, got {device}')
+    seconds = []
+    for epoch in range(2+epochs): # the first of each batch size is ordinary, the second is captured
+        start = time.perf_counter()
+        train_epoch(model, data, optimiser, schedule, epoch, gradients=gradients) # ends by reading the losses, for which the CPU waits
+        seconds.append(time.perf_counter()-start)
+    steps = -(-VIDEOS//batch_size)
+    return dict(method=method, captured=captured, device=str(device), batch_size=batch_size, seconds=min(seconds[2:]), first_seconds=seconds[0],
+                ms_per_step=1e3*min(seconds[2:])/steps, ms_per_video=1e3*min(seconds[2:])/VIDEOS, epochs_200_minutes=200*min(seconds[2:])/60)
+
+
+def captured_difference(method='fspn', device='cuda', batch_size=16, epochs=2):
+    "Largest difference of a weight after `epochs` with captured steps and without, over the largest change of a weight; 0: the same bits"
+    import torch
+    from fspn_nb.training.graphs import CudaGraph,GraphedGradients,RecordedGraph
+    from fspn_nb.training.loop import compute_gradients,train_epoch
+    make_graph = RecordedGraph if torch.device(device).type == 'cpu' else lambda: CudaGraph(torch.device(device))
+    ends = []
+    for gradients in (compute_gradients, GraphedGradients(make_graph)):
+        model,data,optimiser,schedule = run_of(method, device=device, train__batch_size=batch_size)
+        first = [p.detach().clone() for p in model.parameters()]
+        for epoch in range(epochs): train_epoch(model, data, optimiser, schedule, epoch, gradients=gradients)
+        ends.append([p.detach() for p in model.parameters()])
+    changed = max(float((p-q).abs().max()) for p,q in zip(ends[0], first))
+    return max(float((p-q).abs().max()) for p,q in zip(*ends))/changed
 
 
 def operations(name, tensors):
@@ -115,9 +161,10 @@ def full_rate():
 def worker(kind, method, shards):
     "Print a line of JSON for every line that comes in"
     import torch
-    from fspn_nb.training.loop import train_epoch
+    from fspn_nb.training.loop import compute_gradients,train_epoch
     torch.set_num_threads(1)
     amount,operations_of_a_step = PART,0
+    def processor(): return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     if kind == 'products':
         products,operations_of_a_step = products_of_a_step(method)
         amount = 16
@@ -127,15 +174,19 @@ def worker(kind, method, shards):
                     for _ in range(n): function(*args, **kwargs)
     else:
         run = run_of(method, shards)
-        def work(): train_epoch(*run, 0)
+        gradients = compiled_gradients(run[0]) if kind == 'compiled' else compute_gradients
+        def work(): train_epoch(*run, 0, gradients=gradients)
+    began = processor()
     work()
+    first = processor()-began
     for _ in sys.stdin:
         rate = full_rate() if kind == 'products' else 0
         wall,cpu = time.perf_counter(),time.process_time()
         work()
         wall,cpu = time.perf_counter()-wall,time.process_time()-cpu
         full = 1e3*operations_of_a_step/rate/amount if rate else 0
-        print(json.dumps(dict(wall_ms=1e3*wall/amount, cpu_ms=1e3*cpu/amount, full_rate_ms=full, gflop=operations_of_a_step/amount/1e9)), flush=True)
+        print(json.dumps(dict(wall_ms=1e3*wall/amount, cpu_ms=1e3*cpu/amount, full_rate_ms=full, gflop=operations_of_a_step/amount/1e9,
+                              compile_s=first-cpu)), flush=True)
 
 
 class Variant:
@@ -156,7 +207,7 @@ class Variant:
         answers = [json.loads(line) for line in answers]
         n = len(answers)
         self.results.append(dict(wall_ms=max(a['wall_ms'] for a in answers)/n, cpu_ms=sum(a['cpu_ms'] for a in answers)/n,
-                                 full_rate_ms=answers[0]['full_rate_ms'], gflop=answers[0]['gflop']))
+                                 full_rate_ms=answers[0]['full_rate_ms'], gflop=answers[0]['gflop'], compile_s=answers[0]['compile_s']))
 
     def close(self):
         "End the processes"
@@ -172,18 +223,19 @@ def row_of(variant, column='wall_ms', cpu='cpu_ms', name=None):
                 wall_ms=table[column].median(), wall_ms_lowest=table[column].min(), n=len(table))
 
 
-def measure(methods, repeats, shards, against=''):
+def measure(methods, repeats, shards, against='', compiled=False):
     "One row per method and variant; the processes take turns"
     rows = []
     for method in methods:
         variants = [Variant('one run, before', method, checkout=Path(against).resolve())] if against else []
+        variants += [Variant('compiled', method, 'compiled')]*compiled
         variants += [Variant('one run', method), Variant(f'{shards} shards', method, shards=shards),
                      Variant('two runs', method, processes=2), Variant('products alone', method, 'products')]
         for k in range(repeats+1):
             for variant in variants[::1 if k%2 else -1]: variant.measure() # in turn there and back
         for variant in variants:
             variant.results = variant.results[1:] # the first one warms up
-            rows.append(row_of(variant))
+            rows.append(row_of(variant)|(dict(compile_s=variant.results[0]['compile_s']) if variant.kind == 'compiled' else {}))
             variant.close()
         rows.append(row_of(variants[-1], 'full_rate_ms', 'full_rate_ms', 'at full rate')|dict(gflop=variants[-1].results[0]['gflop']))
         print(pd.DataFrame(rows[-len(variants)-1:]).round(2).to_string(index=False), flush=True)
@@ -200,7 +252,8 @@ if __name__ == '__main__':
         p.add_argument('--methods', nargs='+', default=['fspn_s','fspn'])
         p.add_argument('--repeats', type=int, default=15)
         p.add_argument('--shards', type=int, default=2)
+        p.add_argument('--compiled', action='store_true', help='torch.compile beside eager')
         p.add_argument('--out', default='', help='CSV file')
         a = p.parse_args()
-        table = measure(a.methods, a.repeats, a.shards, a.against)
+        table = measure(a.methods, a.repeats, a.shards, a.against, a.compiled)
         if a.out: table.to_csv(a.out, index=False, float_format='%.4g')

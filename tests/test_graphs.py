@@ -18,7 +18,7 @@ from fspn_nb.train import fit
 from fspn_nb.training import graphs
 from fspn_nb.training.checkpoint import load_ckpt,rng_state
 from fspn_nb.training.graphs import CudaGraph,GraphedGradients,HostWaits,RecordedGraph
-from fspn_nb.training.loop import batch_sampler,compute_gradients,make_optimiser,make_schedule,train_epoch
+from fspn_nb.training.loop import batch_sampler,compute_gradients,train_epoch
 from fspn_nb.training.prefetch import load_batches,tensors_of
 from fspn_nb.training.prepare import prepare
 
@@ -79,15 +79,43 @@ def test_more_batch_sizes_than_graphs():
     assert len(steps.steps) == 1 < len(sizes)
 
 
+def first_batch(model, data):
+    "The first batch of a run, after a step of `model` that asks whether there are intervals, and a look at the labels"
+    batch = next(load_batches(data.source, data.labels, [step[:2] for step in batch_sampler(data, model.uses_exemplar, 0)], data.device))
+    compute_gradients(model.train(), batch)
+    batch.checked = True
+    if batch.exemplar is not None: batch.exemplar.checked = True
+    return batch
+
+
 @pytest.mark.parametrize('method', HEADS)
 def test_a_step_has_nothing_to_wait_for(method):
     model,data,_,_ = new_run(method)
-    batch = next(load_batches(data.source, data.labels, [step[:2] for step in batch_sampler(data, model.uses_exemplar, 0)], data.device))
-    model.train()
-    compute_gradients(model, batch) # asks whether there are intervals, and looks at the labels
-    batch.checked = batch.exemplar is None or setattr(batch.exemplar, 'checked', True) is None
+    batch = first_batch(model, data)
     with HostWaits() as look: compute_gradients(model, batch)
     assert look.total > 10 and not look.waits
+
+
+@pytest.mark.parametrize('method', sorted({*HEADS}-{'fspn','fspn_m','i3d_lstm'})) # larger FSPNs are the same code; torch.compile refuses an LSTM as such
+def test_the_compiler_sees_a_step_as_one_graph(method):
+    "With `fullgraph`, whatever it cannot follow is an error: Python that asks for a number, for one"
+    model,data,_,_ = new_run(method, **dict(model__stages=1) if method.startswith('fspn') else {})
+    batch = first_batch(model, data)
+    state = {name: v.clone() for name,v in model.state_dict().items()}
+    torch.manual_seed(0)
+    expected = model(batch).losses
+    model.load_state_dict(state)
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    assert same(torch.compile(model, backend='eager', fullgraph=True)(batch).losses, expected)
+
+
+def test_the_benchmark_has_both_ways(monkeypatch):
+    monkeypatch.setattr(head_speed, 'VIDEOS', 12)
+    assert head_speed.captured_difference('fspn_s', 'cpu', 4) == 0
+    rate = head_speed.head_epoch_rate('i3d_mlp', False, 'cpu', 4, 1)
+    assert rate['ms_per_step'] > 0 and rate['epochs_200_minutes'] == pytest.approx(200*rate['seconds']/60)
+    with pytest.raises(ValueError, match='need a GPU for captured steps'): head_speed.head_epoch_rate('i3d_mlp', True, 'cpu', 4, 1)
 
 
 # --- interruptions ---
