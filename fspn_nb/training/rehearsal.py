@@ -12,7 +12,6 @@ from contextlib import contextmanager,nullcontext
 from dataclasses import dataclass,replace
 from functools import cache
 from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor,nn
@@ -30,28 +29,28 @@ from ..methods import METHODS
 from ..models.backbone import load_backbone
 from ..protocols import protocol_variant
 from .checkpoint import rng_state,set_rng_state
-from .loop import batch_sampler,build_model,make_optimiser,make_schedule,train_step
+from .loop import _mark_checked,batch_sampler,build_model,make_optimiser,make_schedule,train_step
 from .predict import for_inference
 from .prefetch import tensors_of
 from .prepare import RunData
 
 # %% ../../nbs/training/07_rehearsal.ipynb #f9730fe1
-_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: torch.ops.aten._scaled_dot_product_flash_attention,
-              torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: torch.ops.aten._scaled_dot_product_flash_attention_backward}
+_SDPA,_aten = '_scaled_dot_product_flash_attention',torch.ops.aten # of the CPU's kernel PyTorch's table does not know
+_ATTENTION = {getattr(_aten, f'{_SDPA}_for_cpu{end}'): getattr(_aten, _SDPA+end) for end in ('','_backward')}
 
 def _flops(func, args, kwargs, out):
     "2 x multiply-adds of one operation; 0 for all but matrix products, convolutions and attention"
-    packet = func._overloadpacket
-    count = flop_registry.get(_ATTENTION.get(packet, packet))
+    count = flop_registry.get(_ATTENTION.get(func._overloadpacket, func._overloadpacket))
     return count(*args, **kwargs, out_val=out) if count else 0
 
-_PLACES = {getattr(torch.ops.aten.arange, name) for name in ('default','start','start_step')}|{torch.ops.aten.linspace.default}
+_PLACES = {_aten.arange.default, _aten.arange.start, _aten.arange.start_step, _aten.linspace.default}
 
 class LiveMemory(TorchDispatchMode):
     "Inside the `with` block, follows the bytes of all tensors by what they are for, and counts operations"
     def __init__(self):
         super().__init__()
-        self.kinds,self.live,self.total,self.flops = {},Counter(),0,0 # storage to (kind, bytes); bytes per kind, and of all
+        self.kinds,self.live,self.total = {},Counter(),0 # storage to (kind, bytes); bytes per kind, and of all
+        self.flops = Counter() # of 'convolutions' and of other 'products'
         self.peak,self.parts = 0,{} # largest total so far, and its bytes per kind
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -60,7 +59,7 @@ class LiveMemory(TorchDispatchMode):
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         known = bool(inputs or func in _PLACES) and not any(isinstance(t, FakeTensor) for t in inputs)
         with unset_fake_temporarily() if known else nullcontext(): out = func(*args, **kwargs)
-        self.flops += _flops(func, args, kwargs, out)
+        self.flops['convolutions' if 'convolution' in func.name() else 'products'] += _flops(func, args, kwargs, out)
         in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled() # activations computed again have gradients
         self.add((t for t in tree_leaves(out) if isinstance(t, Tensor)), 'temporary' if in_backward else 'activations')
         if self.total > self.peak: self.peak,self.parts = self.total,dict(self.live)
@@ -92,7 +91,7 @@ class LiveMemory(TorchDispatchMode):
 
     def restart(self):
         "Begin anew with the peak and the operations; what is alive stays counted"
-        self.peak,self.parts,self.flops = self.total,dict(self.live),0
+        self.peak,self.parts,self.flops = self.total,dict(self.live),Counter()
 
 # %% ../../nbs/training/07_rehearsal.ipynb #51806276
 class FakeClips:
@@ -102,8 +101,7 @@ class FakeClips:
         n:int, # Samples of a batch
         batches:int, # How many different batches are alive
     ):
-        clip = cfg.clip
-        shape = n,len(clip.starts),3,clip.length,clip.size,clip.size
+        shape = n,len(cfg.clip.starts),3,cfg.clip.length,cfg.clip.size,cfg.clip.size
         self.cfg,self.calls = cfg,0
         self.pairs = [tuple(torch.empty(shape, dtype=torch.uint8) for _ in range(2)) for _ in range(batches)] # scene and actor
 
@@ -141,8 +139,10 @@ def fake_data(
     splits = dict(train=np.arange(n), val=np.arange(0), test=np.arange(0))
     candidate_sets = find_candidates(samples, splits['train'], protocol_variant(cfg.dataset, cfg.protocol))
     backbone = load_backbone('random')[0] if cfg.train.backbone == 'finetune' else None
-    labels = Labels(torch.arange(n)*100/n, torch.full((n,), 2.), torch.tensor([[30,60]]*n), tuple(s.uid for s in samples), judges=torch.full((n,7), 5.))
-    return RunData(cfg, Release(samples, 'synthetic', Path()), splits, labels, candidate_sets, None, backbone, torch.device('cpu'), {}, None)
+    label,transitions,uids = torch.arange(n)*100/n,torch.tensor([[30,60]]*n),tuple(s.uid for s in samples)
+    labels = Labels(label, torch.full((n,), 2.), transitions, uids, judges=torch.full((n,7), 5.))
+    release = Release(samples, 'synthetic', Path())
+    return RunData(cfg, release, splits, labels, candidate_sets, None, backbone, torch.device('cpu'), {}, None)
 
 # %% ../../nbs/training/07_rehearsal.ipynb #3df0897b
 @contextmanager
@@ -194,7 +194,7 @@ def _batch(memory, data, uses_exemplar):
     ids,exemplars,exemplar_index = max(batch_sampler(data, uses_exemplar, 0), key=lambda step: len(step[0]))
     batch = make_batch(_source(memory, data, len(ids), 1 if exemplars is None else 2), data.labels, ids, exemplars, 0)
     memory.move(tensors_of(batch), 'batches')
-    return batch,len(ids),exemplar_index
+    return _mark_checked(batch),len(ids),exemplar_index
 
 # %% ../../nbs/training/07_rehearsal.ipynb #92591279
 @dataclass(frozen=True)
@@ -203,6 +203,7 @@ class Rehearsal:
     peak:int # Bytes that are alive at the worst moment
     parts:dict # At that moment: 'parameters', 'gradients', 'optimiser', 'batches', 'activations', 'temporary', 'buffers' to bytes
     flops:int # 2 x multiply-adds
+    convolutions:int # Those of them that are in convolutions
     samples:int # Videos in it, exemplars left out
     clips:int # Clips that went through the backbone; 0 for a head on kept features
 
@@ -214,13 +215,15 @@ class Rehearsal:
 def _plain(cfg, **train):
     "The part of `cfg` on which memory depends, with changes in `train`"
     micro_batch = cfg.train.micro_batch if isinstance(cfg.train.micro_batch, int) else 0
-    same = dict(epochs=1, lr=1e-3, lr_backbone=1e-4, workers=0, val_fraction=0., temporal_jitter=0, compile=False, shards=1, micro_batch=micro_batch)
-    return RunCfg(cfg.dataset, 'demo', protocol=cfg.protocol, weights='random', clip=cfg.clip, model=cfg.model, train=replace(cfg.train, **{**same, **train}))
+    same = dict(epochs=1, lr=1e-3, lr_backbone=1e-4, workers=0, val_fraction=0., temporal_jitter=0, compile=False, shards=1)
+    settings = replace(cfg.train, **{**same, 'micro_batch': micro_batch, **train})
+    return RunCfg(cfg.dataset, 'demo', protocol=cfg.protocol, weights='random', clip=cfg.clip, model=cfg.model, train=settings)
 
-def _clips(data, needs, videos):
-    "How many clips of `videos` go through the backbone"
-    own = sum(name in needs for name in ('scene','actor'))*len(data.cfg.clip.starts)+20*('short_clip_features' in needs)
-    return 0 if data.backbone is None else videos*own
+def _result(memory, data, model, n, roles=1):
+    "`Rehearsal` of `n` videos, alone or with an exemplar each"
+    clips = sum(name in model.needs for name in ('scene','actor'))*len(data.cfg.clip.starts)+20*('short_clip_features' in model.needs)
+    clips = 0 if data.backbone is None else n*roles*clips
+    return Rehearsal(memory.peak, memory.parts, memory.flops.total(), memory.flops['convolutions'], n, clips)
 
 @cache
 def _rehearse(cfg, device):
@@ -229,12 +232,10 @@ def _rehearse(cfg, device):
     with _same_random_numbers(),mode,memory:
         _add_model(memory, model)
         optimiser = _optimiser(memory, model, cfg)
-        schedule = make_schedule(optimiser, cfg, 2)
         batch,n,exemplar_index = _batch(memory, data, model.uses_exemplar)
         memory.restart()
-        train_step(model, batch, optimiser, schedule, cfg.train.precision, data.dist, n, exemplar_index)
-    videos = n if batch.exemplar is None else 2*n
-    return Rehearsal(memory.peak, memory.parts, memory.flops, n, _clips(data, model.needs, videos))
+        train_step(model, batch, optimiser, make_schedule(optimiser, cfg, 2), cfg.train.precision, data.dist, n, exemplar_index)
+    return _result(memory, data, model, n, 1 if batch.exemplar is None else 2)
 
 def rehearse(
     cfg:RunCfg, # Any run; it need not have its data
