@@ -228,15 +228,15 @@ def finediving_killed_ten_times(folder): return hold(kill_notebook_often('run_fi
 def finediving_killed_ten_more_times(folder): return hold(kill_notebook_often('run_finediving', range(10, 20), folder))
 
 
-@case('run notebook', 'SIGKILL', seconds=300)
+@case('run notebook', 'SIGKILL', seconds=600)
 def mtl_aqa_killed(folder): return hold(kill_notebook_often('run_mtl_aqa', range(2), folder))
 
 
-@case('run notebook', 'SIGKILL', seconds=300)
+@case('run notebook', 'SIGKILL', seconds=600)
 def aqa7_killed(folder): return hold(kill_notebook_often('run_aqa7', range(2), folder))
 
 
-@case('grid', 'SIGKILL of the notebook', seconds=300)
+@case('grid', 'SIGKILL of the notebook', seconds=600)
 def ablations_killed(folder): return hold(kill_notebook_often('run_ablations', range(2), folder))
 
 
@@ -289,6 +289,9 @@ def kill_trainer(folder, k, expected, whole, number=signal.SIGKILL):
     second = time.monotonic()-program.began
     gone = program.end('all', number)
     state = newest_ckpt(run, run.name) or dict(epoch=0, within_epoch=None)
+    if state['epoch'] == TRAINED.train.epochs: # it was at its last lines: too late to be called a kill
+        shutil.rmtree(folder)
+        return kill_trainer(folder.parent, k, expected, .7*whole, number)
     left = unfinished(folder)
     new = [line for line in train(folder).finish().splitlines() if 'fspn_s w_dn:' not in line and run.name not in line.split('/')[-1:]]
     now = measured(folder)
@@ -315,10 +318,6 @@ def kill_trainer_often(kills, folder, number=signal.SIGKILL):
 
 @case('checkpoints', 'SIGKILL', seconds=500)
 def trainer_killed_ten_times(folder): return hold(kill_trainer_often(range(10), folder))
-
-
-@case('checkpoints', 'SIGKILL', seconds=500)
-def trainer_killed_ten_more_times(folder): return hold(kill_trainer_often(range(10, 20), folder))
 
 
 @case('checkpoints', 'SIGTERM', seconds=200)
@@ -434,7 +433,7 @@ def grid_worker_sent_sigterm(folder):
     return outcome('named', table.problem[table.status == 'failed'].iloc[0])
 
 
-@case('grid', 'SIGKILL of the parent', seconds=180)
+@case('grid', 'SIGKILL of the parent', seconds=400)
 def grid_parent_killed(folder):
     program,_ = started_grid(folder, 60)
     gone = program.end('program')
