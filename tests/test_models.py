@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fspn_nb.config import ModelCfg
 from fspn_nb.core import Batch
@@ -17,6 +16,7 @@ from fspn_nb.models.iap import decode_transitions
 from fspn_nb.models.smt import head_width
 from fspn_nb.models.with_backbone import WithBackbone
 from fspn_nb.peers.i3d_mlp import build_i3d_mlp
+from fspn_nb.training.graphs import HostWaits
 from fspn_nb.training.loop import train_step
 from fspn_nb.zoo import create_model,random_batch
 
@@ -101,31 +101,19 @@ def test_missing_exemplar_and_label_are_named():
     assert not small().eval()(replace(batch_of(), label=None)).losses
 
 
-class Waits(TorchDispatchMode):
-    "Collects the operations whose answer has to come back from a GPU before the program can go on"
-    def __init__(self):
-        super().__init__()
-        self.operations = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if func.name().startswith('aten::index') and isinstance(args[1], (list, tuple)) else []
-        if masks or func.name() in ('aten::_local_scalar_dense', 'aten::nonzero', 'aten::masked_select'): self.operations.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize('name', ['fspn_s', 'fspn', 'core_tree', 'tpt', 'i3d_mlp', 'i3d_lstm', 'usdl'])
 def test_a_training_step_waits_for_nothing(name):
     model, batch = create_model(name).train(), random_batch(4)
     optimiser = torch.optim.AdamW(model.parameters(), fused=True) # as `make_optimiser` builds it
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1.)
     train_step(model, batch, optimiser, schedule) # the first one may ask whether there are intervals
-    with Waits() as waits: train_step(model, batch, optimiser, schedule)
-    assert not waits.operations
+    with HostWaits() as look: train_step(model, batch, optimiser, schedule)
+    assert look.total and not look.waits
 
 
 def test_waiting_is_noticed():
-    with Waits() as waits: bool((torch.arange(3) > 1).any()), torch.arange(3)[torch.arange(3) > 1]
-    assert len(waits.operations) >= 2
+    with HostWaits() as look: bool((torch.arange(3) > 1).any()), torch.arange(3)[torch.arange(3) > 1]
+    assert len(look.waits) >= 2
 
 
 def test_many_exemplars_at_once_equal_one_by_one():
