@@ -20,6 +20,7 @@ from .submit import is_active,job_states,submit_inputs,submit_missing,submitted_
 from .variants import plan_grid
 from ..processes import hold_lock
 from ..stored_files import parse_json,read_checked,read_table
+from ..zoo import method_code
 from ..training.prepare import prepare
 
 # %% ../../nbs/experiments/07_cluster.ipynb #50f9807a
@@ -36,7 +37,7 @@ def training_answer(
     root:Path, # Folder for all runs
     entry:dict, # Of it, in `submitted_jobs`
     states:dict, # From `job_states`
-)->tuple: # ('queued'|'running'|'trained'|'there'|'elsewhere'|'failed'|'lost', seconds, rho, problem); 'lost': its job is gone, and did not begin it
+)->tuple: # (status, seconds, rho, problem): as in `run_grid`, 'queued', 'running'; its job is gone: 'died' in the middle, 'lost' before
     "How a training stands"
     folder,nan = Path(root)/'jobs'/entry['name'],float('nan')
     outcome = read_outcome(folder, training.run)
@@ -48,10 +49,16 @@ def training_answer(
     job,state,_ = states.get((entry['name'], entry['index']), (entry['job'], 'GONE', ''))
     log,line = _last_line(folder, job)
     problem = f'job {job} ended ({state}) before this training did; its log {log} ends with: {line}'
-    return 'failed' if status or state == 'CANCELLED' else 'lost',0.,nan,escape(problem)
+    return 'died' if status or state == 'CANCELLED' else 'lost',0.,nan,escape(problem)
 
 # %% ../../nbs/experiments/07_cluster.ipynb #87cbeda1
 _PATIENCE = dict(slurm=30, local=2) # seconds in which the files of a job that is gone arrive
+_USUAL = ('None','Priority','Resources','Dependency','JobArrayTaskLimit','BeginTime','') # reasons to wait that go away by themselves
+
+def _reason(answer, entry, states):
+    "' (PartitionTimeLimit)' and the like: why a job waits, where somebody must do something about it"
+    reason = (states or {}).get((entry['name'], entry['index']), ('','',''))[2]
+    return f' ({reason})' if answer[0] == 'queued' and reason not in _USUAL else ''
 
 def follow(
     trainings:list[Training], # That were submitted
@@ -60,23 +67,26 @@ def follow(
     slowest:float=30, # Seconds between two questions to the scheduler, after a while
 )->dict[str,tuple]: # {run: answer}, as `training_answer`
     "Wait until all `trainings` have ended; Ctrl-C leaves their jobs alone"
-    answers,states,since,shown,pause = {},{},{},'',.5
+    answers,states,since,shown,pause,submitted = {},None,{},'',.5,submitted_jobs(root)
     try:
         while len(answers) < len(trainings):
-            submitted = submitted_jobs(root)
-            states = states if (new := job_states(settings, submitted)) is None else new
-            counts = {}
+            new,counts = job_states(settings, submitted),{}
+            states = states if new is None else new
             for training in (training for training in trainings if training.run not in answers):
-                answer = training_answer(training, root, submitted[training.run], states)
-                gone = answer[0] in ('failed','lost') and not is_active(submitted[training.run], states)
-                if gone and time.monotonic()-since.setdefault(training.run, time.monotonic()) < _PATIENCE[settings.executor]: answer = ('ending',)
-                if answer[0] in ('queued','running','ending'): counts[answer[0]] = counts.get(answer[0], 0)+1
+                answer = training_answer(training, root, submitted[training.run], states or {})
+                if answer[0] not in ('died','lost'): since.pop(training.run, None)
+                elif states is None or time.monotonic()-since.setdefault(training.run, time.monotonic()) < _PATIENCE[settings.executor]:
+                    answer = ('ending',)
+                if answer[0] in ('queued','running','ending'):
+                    word = answer[0]+_reason(answer, submitted[training.run], states)
+                    counts[word] = counts.get(word, 0)+1
                 else: answers[training.run] = answer
-            text = ', '.join([f'{len(answers)} of {len(trainings)} trainings have ended', *(f'{n} {status}' for status,n in sorted(counts.items()))])
-            if text != shown: print(time.strftime('%H:%M:%S'), shown := text, flush=True)
-            if counts: time.sleep(pause := min(1.3*pause, slowest))
+            text = ', '.join([f'{len(answers)} of {len(trainings)} trainings have ended', *(f'{n} {word}' for word,n in sorted(counts.items()))])
+            if text != shown: print(time.strftime('%H:%M:%S'), text, flush=True)
+            shown,pause = text,min(1.3*pause, slowest)
+            if counts: time.sleep(pause)
     except KeyboardInterrupt:
-        names = sorted({submitted_jobs(root)[training.run]['name'] for training in trainings})
+        names = sorted({submitted[training.run]['name'] for training in trainings})
         print(f"the jobs {', '.join(names)} go on without this notebook; the same command comes back to them, `scancel --name={','.join(names)}` ends them")
         raise
     return answers
@@ -87,16 +97,18 @@ def train_on_cluster(
     root:Path, # Folder for all runs
     settings:ClusterSettings, # What a job gets
 )->list[tuple]: # (status, seconds, rho, problem) of each, as in `run_grid`
-    "Train what is not finished, as jobs; those that a job left behind when it died are submitted once more"
+    "Train what is not finished, as jobs; what a job left behind when it died, or another process had, is submitted once more"
     known,answers = {},{}
+    if own := {training.cfg.model.name for training in trainings if method_code(training.cfg.model.name)}:
+        raise ValueError(f"need cluster='local' for methods that this notebook registered itself, got {', '.join(sorted(own))}: a job does not know them")
     for training in trainings:
         if answer := finished_answer(training, root, known): answers[training.run] = answer
     for _ in range(2):
-        todo = [training for training in trainings if answers.get(training.run, ('lost',))[0] == 'lost']
+        todo = [training for training in trainings if answers.get(training.run, ('lost',))[0] in ('lost','elsewhere')]
         if not todo: break
         submit_missing(todo, root, settings)
         answers |= follow(todo, root, settings)
-    return [('failed' if answers[t.run][0] == 'lost' else answers[t.run][0], *answers[t.run][1:]) for t in trainings]
+    return [('failed' if answers[t.run][0] in ('lost','died') else answers[t.run][0], *answers[t.run][1:]) for t in trainings]
 
 # %% ../../nbs/experiments/07_cluster.ipynb #1ea7a107
 def train_grid(
@@ -120,7 +132,7 @@ def make_inputs(
     if session.cluster is None: return
     with hold_lock(session.reports/'jobs'/'.submit.lock', 'the list of submitted jobs', wait=True):
         job = submit_inputs(session.runs, session.reports, session.cluster)
-    if job: print(f'job {job} makes what all trainings read')
+    if job: print(f'job {job} makes what the trainings read')
     inputs = [_Inputs(name) for name in dict.fromkeys(map(input_name, session.runs))] if job else []
     for run,(status,_,_,problem) in follow(inputs, session.reports, session.cluster).items():
         if status != 'there': raise RuntimeError(f'{run}: need what the trainings read, got none: {problem}')

@@ -193,11 +193,17 @@ class TrainingPack:
         "Do it"
         with requeue_on_signal():
             for cfg in self.inputs: self._prepare(cfg)
-            for training in self.trainings:
-                write_outcome(self.folder, training.run, 'running')
-                answer = _work(training.cfg, self.out, self.device, training.extras, training.keep_weights)
-                write_outcome(self.folder, training.run, *answer)
-                print(training.run, *answer[:2], answer[3], flush=True) # the job's log
+            for training in self.trainings: self._train(training)
+
+    def _train(self, training):
+        run,outcome = self.out/training.run,read_outcome(self.folder, training.run)
+        if outcome.get('status') in ('there','trained') and is_finished(run): return # before this job was put back into the queue
+        if outcome.get('status') == 'running' and outcome['job'] == job_name(): # this job itself, before it was killed: a lock may be left
+            for end in ('lock','lock.json'): run.with_name(f'.{run.name}.{end}').unlink(missing_ok=True) # on a disk without system locks
+        write_outcome(self.folder, training.run, 'running')
+        answer = _work(training.cfg, self.out, self.device, training.extras, training.keep_weights)
+        write_outcome(self.folder, training.run, *answer)
+        print(training.run, *answer[:2], answer[3], flush=True) # the job's log
 
     def _prepare(self, cfg):
         try: status,problem = 'there' if prepare(cfg, self.device) else '',''

@@ -15,7 +15,8 @@ import psutil
 import fspn_nb
 from ..config import RunCfg
 from ..core import data_cache,escape,write_json
-from .jobs import Training,TrainingPack,input_name,pack_trainings,past_seconds,read_outcome,training_minutes
+from fspn_nb.experiments.jobs import (Training,TrainingPack,input_name,pack_trainings,past_seconds,read_outcome,training_minutes,
+    training_videos)
 from .parameters import ClusterSettings
 from ..processes import hold_lock
 from ..stored_files import read_sealed,seal
@@ -47,7 +48,7 @@ def make_executor(
     settings:ClusterSettings, # What a job gets
     folder:Path, # Of the jobs that are submitted together
     minutes:float, # As in `limit_minutes`
-    after:str='', # A job that must have ended first
+    after:str='', # Jobs that must have ended first, with colons between
 ):
     "submitit's executor; an `ImportError` or a `FileNotFoundError` where a program is missing"
     try: import submitit
@@ -146,17 +147,19 @@ def submit_inputs(
     cfgs:list[RunCfg], # Runs
     root:Path, # Folder for all runs
     settings:ClusterSettings, # What a job gets
-)->str: # The number of the job that makes them; '' where they were made before
-    "A job that makes what the runs `cfgs` read, unless there is one"
+)->str: # The jobs that make them, with colons between; '' where they were made before
+    "Submit a job that makes what the runs `cfgs` read, unless there is one"
     submitted,firsts = submitted_jobs(root),{}
     for cfg in cfgs: firsts.setdefault(input_name(cfg), cfg)
     made = lambda name: name in submitted and read_outcome(Path(root)/'jobs'/submitted[name]['name'], name).get('status') == 'there'
     todo = {name: cfg for name,cfg in firsts.items() if not made(name)}
-    if not todo: return ''
-    states = _known_states(settings, submitted)
-    running = [submitted[name] for name in todo if is_active(submitted.get(name), states)]
-    if len(running) == len(todo): return running[0]['job'] or states[running[0]['name'], running[0]['index']][0]
-    return submit_packs([TrainingPack([], root, settings.device, _fresh_folder(root), tuple(todo.values()))], 240, root, settings)[0]
+    states = _known_states(settings, submitted) if todo else {}
+    running = {name for name in todo if is_active(submitted.get(name), states)}
+    ids = {submitted[name]['job'] or states[submitted[name]['name'], submitted[name]['index']][0] for name in running}
+    if new := tuple(cfg for name,cfg in todo.items() if name not in running):
+        minutes = .1*sum(map(training_videos, new)) # nobody knows; what is made before the limit is kept
+        ids |= {*submit_packs([TrainingPack([], root, settings.device, _fresh_folder(root), new)], minutes, root, settings)}
+    return ':'.join(sorted(ids))
 
 def _known_states(settings, submitted):
     "`job_states`; a `RuntimeError` where the scheduler does not answer"
