@@ -94,7 +94,7 @@ class TrainCfg:
     micro_batch:int|str=0 # Clips at a time through the backbone, with checkpointing; 0 or 'auto': as many as fit. Results do not depend on it
     compile:bool=False # torch.compile the backbone: pays on a GPU, needs a C++ compiler
     shards:int=1 # Parts of a batch, a thread each, for a head on kept features on a CPU; the number decides the last bits, not the cores
-    capture:str='auto' # A GPU replays the steps of a head on kept features as CUDA graphs; 'off': it launches each kernel. Results do not depend on it
+    capture:str='auto' # A GPU replays steps of a head on kept features (CUDA graphs); 'off': kernel by kernel. Results do not depend on it
 
 @dataclass(frozen=True)
 class EvalCfg:

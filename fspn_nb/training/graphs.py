@@ -66,7 +66,8 @@ class _Recorder(TorchDispatchMode):
         self.before += [(x, x.clone()) for x in written]
         result,known = op(*args, **kwargs),_memory((args, kwargs))
         new = [x if isinstance(x, Tensor) and not _memory(x)&known else None for x in tree_leaves(result)]
-        if written or any(x is not None for x in new): self.calls.append((op, args, kwargs, new, torch.is_grad_enabled())) # views follow by themselves
+        if written or any(x is not None for x in new): # a view follows by itself
+            self.calls.append((op, args, kwargs, new, torch.is_grad_enabled()))
         return result
 
 # %% ../../nbs/training/10_graphs.ipynb #b13e49d6
@@ -150,8 +151,8 @@ class StepGraph:
         try: self.losses = graph.capture(lambda: compute_gradients(model, self.batch, precision, exemplar_index=self.index))
         except RuntimeError as e:
             if isinstance(e, torch.OutOfMemoryError): raise
-            raise RuntimeError(f'{type(model).__name__}: need a step without waiting for the GPU, to capture it, got {str(e).splitlines()[0]}; '
-                               'use train.capture=off') from e
+            raise RuntimeError(f'need a step of {type(model).__name__} that never waits for the GPU, to capture it, got '
+                               f'{str(e).splitlines()[0]}; use train.capture=off') from e
         self.grads = [(param, param.grad) for param in model.parameters() if param.grad is not None]
 
     def __call__(self,
@@ -183,7 +184,7 @@ class GraphedGradients:
     )->dict[str,Tensor]: # The loss terms
         "What `compute_gradients` gives for `batch`"
         if dist.world_size > 1: raise ValueError(f'need one process for captured steps, got {dist.world_size}; use train.capture=off')
-        if model is not (self.model or model): raise ValueError('need the model that was captured, got another; make a new GraphedGradients')
+        if model is not (self.model or model): raise ValueError('need the model that was captured, got another; use new GraphedGradients')
         self.model,key = model,(precision, *(tuple(x.shape) for x in tensors_of(batch)))
         if key not in self.steps:
             ordinary = lambda: compute_gradients(model, batch, precision, exemplar_index=exemplar_index)
