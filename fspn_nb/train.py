@@ -20,11 +20,12 @@ from .config import RunCfg,load_cfg,run_id,save_cfg,validate
 from .core import escape,progress,repo_root,reports_dir,write_json
 from .processes import explain_memory,short_errors,tune_malloc
 from .stored_files import damaged_files,remove_unfinished,write_checked
-from .training.checkpoint import (CheckpointTimer,Preempted,REMADE,backup_path,check_disk_space,newest_ckpt,restart_reason,
-    rng_state,save_ckpt,sigterm_flag)
+from .training.checkpoint import (CheckpointTimer,Preempted,REMADE,backup_path,check_disk_space,end_with_process,newest_ckpt,
+    restart_reason,rng_state,run_attached,save_ckpt,sigterm_flag)
 from .training.distributed import DistributedContext,any_rank,init_distributed,main_process_lock
 from .training.graphs import pick_gradients
 from .training.loop import build_model,make_optimiser,make_schedule,steps_per_epoch,train_epoch
+from .training.memory import HalvingGradients,micro_batch_of,set_micro_batch
 from .training.predict import head_threads,validation_rho
 from .training.prepare import RunData,prepare
 
@@ -41,8 +42,7 @@ def environment()->dict: # Names and versions, no paths
     "Software and hardware of this process"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return dict(commit=_commit(), python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                pandas=pd.__version__,
-                machine=platform.machine(), threads=torch.get_num_threads(), gpu=gpu)
+                pandas=pd.__version__, machine=platform.machine(), threads=torch.get_num_threads(), gpu=gpu)
 
 # %% ../nbs/base/09_train.ipynb #2c592cc9
 _PARTS = ('model','optimiser','schedule') # attributes of `_Trainer` whose state dicts are saved
@@ -60,7 +60,7 @@ class _Trainer:
         self.model,self.data,self.run,self.timer = model,data,run,CheckpointTimer(max_overhead)
         self.optimiser = make_optimiser(model, cfg)
         self.schedule = make_schedule(self.optimiser, cfg, cfg.train.epochs*steps_per_epoch(data))
-        self.gradients = pick_gradients(model, data)
+        self.gradients = pick_gradients(model, data) if data.backbone is None else HalvingGradients(cfg, lambda size: _write_provenance(self))
         state = state or dict(epoch=0, within_epoch=None, history=[], best=float('-inf'))
         self.first_epoch,self.within_epoch,self.history,self.best = (state[name]
             for name in ('epoch','within_epoch','history','best'))
@@ -74,7 +74,7 @@ class _Trainer:
         "Write last.pt"
         if not self.data.dist.is_main_process: return
         with self.timer.time_write():
-            parts = {name: getattr(self, name).state_dict() for name in _PARTS}
+            parts = {name: getattr(self, name).state_dict() for name in _PARTS}|micro_batch_of(self.model)
             save_ckpt(self.run/'last.pt', keep_backup=True, run_id=self.data.run_id, inputs=self.data.inputs.hashes,
                       epoch=epoch, within_epoch=within_epoch, history=self.history, best=self.best, **parts)
 
@@ -129,6 +129,15 @@ def _resume_state(run, data):
         for path in (run/'last.pt', backup_path(run/'last.pt'), run/'best_val.pt'): path.unlink(missing_ok=True)
 
 # %% ../nbs/base/09_train.ipynb #d718da12
+def _write_provenance(trainer):
+    "Write what the run is made from, and how it is computed; while `trainer` trains that may change"
+    run,data,cfg = trainer.run,trainer.data,trainer.data.cfg
+    if not data.dist.is_main_process: return
+    parameters = sum(param.numel() for param in trainer.model.parameters())
+    write_json(run/'provenance.json', dict(
+        data.provenance, run_id=data.run_id, preset=cfg.preset, seed=cfg.seed, checkpoint_selection=cfg.eval.checkpoint_selection,
+        environment=environment(), parameters=parameters, fspn_nb=fspn_nb.__version__, **micro_batch_of(trainer.model)), write_checked)
+
 def _start_folder(trainer, damaged):
     "Write what is known before training, configuration and provenance; the log too where one of these was `damaged`"
     run,data,cfg = trainer.run,trainer.data,trainer.data.cfg
@@ -136,10 +145,7 @@ def _start_folder(trainer, damaged):
     if damaged and trainer.history: _write_log(trainer)
     save_cfg(cfg, run/'config.json', write_checked)
     write_inputs(run, data.inputs)
-    parameters = sum(param.numel() for param in trainer.model.parameters())
-    write_json(run/'provenance.json', dict(
-        data.provenance, run_id=data.run_id, preset=cfg.preset, seed=cfg.seed, checkpoint_selection=cfg.eval.checkpoint_selection,
-        environment=environment(), parameters=parameters, fspn_nb=fspn_nb.__version__), write_checked)
+    _write_provenance(trainer)
 
 # %% ../nbs/base/09_train.ipynb #ebf9746d
 def run_folder(
@@ -175,6 +181,7 @@ def fit(
         with head_threads(data):
             model = build_model(data)
             check_disk_space(run, model)
+            set_micro_batch(model, data, (state or {}).get('micro_batch'))
             trainer = _Trainer(model, data, run, state, max_checkpoint_overhead)
             if data.dist.is_main_process: _start_folder(trainer, damaged)
             _train_epochs(trainer, on_epoch_end)
@@ -200,6 +207,7 @@ def _parser():
     p.add_argument('--processes', type=int, default=1, help='processes on this machine, one per GPU; finetune mode only')
     p.add_argument('--nodes', type=int, default=1, help='machines')
     p.add_argument('--max-overhead', type=float, default=.02, help='fraction of the time that may go into checkpoints')
+    p.add_argument('--end-with', type=int, default=0, help=argparse.SUPPRESS) # number of a process; `launch`
     return p
 
 # %% ../nbs/base/09_train.ipynb #d2b25ca4
@@ -209,6 +217,7 @@ def train_cli(
 )->None:
     "Train the run that a JSON file describes"
     a = _parser().parse_args(args)
+    if a.end_with: end_with_process(a.end_with)
     cfg,dist = load_cfg(a.config),init_distributed(a.processes, a.device, a.nodes)
     device = a.device if dist.fabric is None else str(dist.fabric.device)
     try: run = fit(cfg, a.out, device, dist=dist, max_checkpoint_overhead=a.max_overhead)
@@ -229,16 +238,12 @@ def launch(
     if processes == 1: return fit(cfg, out, device, data)
     run = run_folder(cfg, out, data)
     if data: check_inputs(run, data.inputs, new=True)
-    line = 'no output'
     with tempfile.TemporaryDirectory() as folder: # the run's own folder is written by the processes, once they have compared it
         config = save_cfg(cfg, Path(folder)/'config.json')
-        command = [sys.executable, '-m', 'fspn_nb.train', str(config), '--out', str(run.parent.parent), '--device', device,
-                   '--processes', str(processes)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-            for line in process.stdout: print(line, end='')
-    if process.returncode:
-        raise RuntimeError(f'{processes} processes were to train {run.name}, and ended with status '
-                           f'{process.returncode}: {line.strip()}')
+        status,line = run_attached([sys.executable, '-m', 'fspn_nb.train', str(config), '--out', str(run.parent.parent), '--device', device,
+                                    '--processes', str(processes)])
+    if status:
+        raise RuntimeError(f'{processes} processes were to train {run.name}, and ended with status {status}: {line}')
     return run
 
 # %% ../nbs/base/09_train.ipynb #811c723c

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['available_memory', 'equal_parts', 'find_micro_batch', 'surely_fits', 'remembered_micro_batch', 'pick_micro_batch',
-           'clips_of', 'HalvingGradients']
+           'set_micro_batch', 'micro_batch_of', 'clips_of', 'HalvingGradients']
 
 # %% ../../nbs/training/09_memory.ipynb #16c16def
-import gc,json
+import gc
 from dataclasses import asdict,replace
 
 import psutil
@@ -24,6 +24,7 @@ from ..stored_files import read_sealed,seal
 from .checkpoint import rng_state,set_rng_state
 from .distributed import DistributedContext
 from .loop import compute_gradients
+from .prepare import RunData
 from .rehearsal import rehearse
 
 # %% ../../nbs/training/09_memory.ipynb #1fafd431
@@ -158,6 +159,21 @@ def pick_micro_batch(
     if size < 0: raise MemoryError('need memory for a training step in all processes, got too little in another one, which says how much')
     if line and dist.is_main_process: print(line)
     return size
+
+# %% ../../nbs/training/09_memory.ipynb #add141cc
+def set_micro_batch(
+    model:nn.Module, # Of `build_model`; changed in place
+    data:RunData, # The run
+    last:int|None=None, # As in `pick_micro_batch`
+)->None:
+    "Let `model` take as many clips at a time as `pick_micro_batch` says"
+    if data.backbone is not None: model.options['micro_batch'] = pick_micro_batch(data.cfg, data.device, data.dist, last)
+
+def micro_batch_of(
+    model:nn.Module, # Of `build_model`
+)->dict: # {'micro_batch': clips at a time}; empty for a head on kept features
+    "What a checkpoint and provenance.json say about it"
+    return {'micro_batch': model.options['micro_batch']} if hasattr(model, 'options') else {}
 
 # %% ../../nbs/training/09_memory.ipynb #29c84faf
 def clips_of(
