@@ -155,9 +155,8 @@ def record_state(
     try: header,row = read_frame_record(path)
     except (SafetensorError, OSError): return 'damaged'
     if header.get('sum') != _record_checksum(row, header) or len(row['scene']) != len(kept_positions(sample, cfg)): return 'damaged'
-    if header['key'] != record_name(sample, cfg, boxes, sources=True): return 'source changed'
-    reachable = reachable_files(sample, cfg)
-    same = header['seen'] == _times_checksum(reachable) != '' or header['source'] == _bytes_checksum(reachable)
+    reachable,key = reachable_files(sample, cfg),record_name(sample, cfg, boxes, sources=True)
+    same = (header['key'], header['seen']) == (key, _times_checksum(reachable) or None) or header['source'] == _bytes_checksum(reachable)
     return '' if same else 'source changed'
 
 # %% ../../nbs/batches/06_frame_store.ipynb #58f7ff0b

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['REMADE', 'MEASURED', 'checksum', 'backup_path', 'save_ckpt', 'load_ckpt', 'newest_ckpt', 'restart_reason',
-           'check_disk_space', 'CheckpointTimer', 'Preempted', 'sigterm_flag', 'rng_state', 'set_rng_state']
+           'check_disk_space', 'CheckpointTimer', 'Preempted', 'sigterm_flag', 'end_with_process', 'run_attached',
+           'rng_state', 'set_rng_state']
 
 # %% ../../nbs/training/02_checkpoint.ipynb #75e2bced
-import io,shutil,signal,threading,time,zlib
+import io,os,shutil,signal,subprocess,sys,threading,time,zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ..config import RunCfg
 from ..core import write_atomic
 from ..processes import explain_memory
 from ..stored_files import damaged_files,is_newer
+from .distributed import is_alive,watch_for
 from ..untrusted import load_checkpoint
 
 # %% ../../nbs/training/02_checkpoint.ipynb #8a48abb1
@@ -188,6 +190,41 @@ def sigterm_flag():
     previous = signal.signal(signal.SIGTERM, lambda *_: received.set())
     try: yield received.is_set
     finally: signal.signal(signal.SIGTERM, previous)
+
+# %% ../../nbs/training/02_checkpoint.ipynb #b1b160a8
+class _UnlessClosed:
+    "An output stream that whoever reads it may leave"
+    def __init__(self, stream): self.stream = stream
+    def __getattr__(self, name): return getattr(self.stream, name)
+    def write(self, text):
+        try: return self.stream.write(text)
+        except BrokenPipeError: return len(text)
+    def flush(self):
+        try: self.stream.flush()
+        except BrokenPipeError: pass
+
+def end_with_process(
+    pid:int, # Number of the process that reads the output of this one
+)->None:
+    "Once that process has ended, send this one SIGTERM, on which a training saves itself"
+    sys.stdout,sys.stderr = _UnlessClosed(sys.stdout),_UnlessClosed(sys.stderr)
+    watch_for(lambda: not is_alive(pid), lambda _: os.kill(os.getpid(), signal.SIGTERM))
+
+# %% ../../nbs/training/02_checkpoint.ipynb #e8b56b94
+def run_attached(
+    command:list[str], # A program that takes `--end-with`
+)->tuple[int,str]: # Exit status; last line of the output
+    "Run `command` and show its output; it ends when this process does"
+    line = 'no output'
+    with subprocess.Popen([*command, '--end-with', str(os.getpid())], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            for line in process.stdout: print(line, end='')
+        except BaseException: # also Ctrl-C
+            process.terminate()
+            try: process.communicate(timeout=30)
+            except subprocess.TimeoutExpired: process.kill()
+            raise
+    return process.returncode,line.strip()
 
 # %% ../../nbs/training/02_checkpoint.ipynb #da60bf12
 def rng_state()->dict: # 'cpu', and 'cuda' where there is one

@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['DistributedContext', 'all_gather_with_grad', 'all_gather', 'gather_batch', 'all_reduce_gradients',
-           'main_process_first', 'any_rank', 'main_process_lock', 'init_distributed']
+           'main_process_first', 'any_rank', 'explain_lost_process', 'main_process_lock', 'watch_for', 'is_alive',
+           'init_distributed']
 
 # %% ../../nbs/training/01_distributed.ipynb #7174c6d6
+import atexit,os,subprocess,sys,threading,time
 from contextlib import ExitStack,contextmanager
 from dataclasses import dataclass,fields
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor,nn
 
@@ -110,6 +113,20 @@ def any_rank(
     if dist.world_size == 1: return flag
     return bool(dist.fabric.all_reduce(torch.tensor(float(flag), device=dist.fabric.device), reduce_op='sum') > 0)
 
+# %% ../../nbs/training/01_distributed.ipynb #b42255a9
+_LOST = 'lost the connection to another one, which has ended (killed, or out of memory); what is saved is kept: start the same command again'
+
+@contextmanager
+def explain_lost_process(
+    dist:DistributedContext, # Of any size
+    run:str, # Name of the run
+):
+    "Inside the `with` block, an error of the connection is a `ConnectionError` that says what to do"
+    try: yield
+    except RuntimeError as e:
+        if dist.world_size == 1 or not (isinstance(e, torch.distributed.DistError) or 'gloo' in str(e)): raise
+        raise ConnectionError(f'run {run}: process {dist.rank+1} of {dist.world_size} {_LOST}') from e
+
 # %% ../../nbs/training/01_distributed.ipynb #5b06d8c9
 @contextmanager
 def main_process_lock(
@@ -124,8 +141,71 @@ def main_process_lock(
         except (LockHeld, OSError) as e: refused = e
         stop = bool(refused) if dist.fabric is None else any_rank(dist, bool(refused))
         if stop: raise refused or LockHeld(f'run {Path(run).name}: the main process was refused, it says why')
+        stack.enter_context(explain_lost_process(dist, Path(run).name))
         for part in Path(run).glob('.*.part') if dist.is_main_process else (): part.unlink(missing_ok=True) # left by a kill: nobody else writes here now
         yield
+
+# %% ../../nbs/training/01_distributed.ipynb #bd8add67
+_SAVED = 143 # Exit status of a process that was asked to stop and has saved itself
+
+def watch_for(
+    find, # Called five times a second until it gives something true
+    act, # Called with that
+)->None:
+    "Call `act` in a thread of its own once there is something"
+    def _run():
+        while not (result := find()): time.sleep(.2)
+        act(result)
+    threading.Thread(target=_run, daemon=True).start()
+
+def is_alive(
+    pid:int, # Number of a process of this machine
+)->bool:
+    "Whether the process runs; one that has ended and was not yet asked for its status does not"
+    try: return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess: return False
+
+# %% ../../nbs/training/01_distributed.ipynb #53060d0a
+_FIRST = 'FSPN_FIRST_PROCESS' # environment variable with the number of the process that has started this one
+
+def _start_others(processes, nodes):
+    "Processes 2 to `processes` of this machine"
+    from lightning_fabric.plugins.environments.lightning import find_free_network_port
+    main,env = sys.modules['__main__'].__spec__,os.environ
+    if nodes > 1 and (missing := [name for name in ('MASTER_ADDR','MASTER_PORT','NODE_RANK') if name not in env]):
+        raise ValueError(f'need MASTER_ADDR, MASTER_PORT and NODE_RANK in the environment of {nodes} machines, got no {", ".join(missing)}; '
+                         'set them, or start with torchrun or srun')
+    for name,value in dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=find_free_network_port(), NODE_RANK=0).items(): env.setdefault(name, str(value))
+    env |= dict(LOCAL_RANK='0', WORLD_SIZE=str(processes*nodes))
+    command = [sys.executable, *(['-m', main.name] if main else [os.path.abspath(sys.argv[0])]), *sys.argv[1:]]
+    return [subprocess.Popen(command, env=env|{'LOCAL_RANK': str(rank), _FIRST: str(os.getpid())}) for rank in range(1, processes)]
+
+def _stay_together(children=(), first=0):
+    "End this process and its `children` ten seconds after one of them, or the `first` one, which has started this one, has ended in the midst of the run"
+    def _lost(): return any(child.poll() not in (None, 0, _SAVED) for child in children) or first and not (os.getppid() == first and is_alive(first))
+    def _end_children(seconds=0):
+        try: [child.wait(seconds) for child in children]
+        except subprocess.TimeoutExpired: [child.kill() for child in children]
+    def _end(_):
+        time.sleep(10) # as a rule the connection has said it by then, and files that were being written are there
+        print(f'process {int(os.environ["LOCAL_RANK"])+1} of {os.environ["WORLD_SIZE"]} {_LOST}', file=sys.stderr)
+        _end_children()
+        os._exit(1)
+    watch_for(_lost, _end)
+    atexit.register(_end_children, 10)
+
+# %% ../../nbs/training/01_distributed.ipynb #93da508e
+def _cluster(processes, nodes):
+    "Who has started the processes, for Fabric: srun, or None for torchrun and for this program itself"
+    from lightning_fabric.plugins.environments import LightningEnvironment,SLURMEnvironment,TorchElasticEnvironment
+    if TorchElasticEnvironment.detect(): return TorchElasticEnvironment()
+    tasks = int(os.environ.get('SLURM_STEP_NUM_TASKS', 1)) # of the srun step that this process belongs to; outside of one there is no such number
+    if tasks == 1: return LightningEnvironment()
+    if tasks != processes*nodes:
+        raise ValueError(f'need srun with {processes*nodes} tasks for {processes} processes on each of {nodes} machines, got {tasks}; '
+                         f'start with srun --nodes {nodes} --ntasks-per-node {processes}')
+    os.environ['SLURM_NTASKS_PER_NODE'] = str(processes) # srun sets it only where it was given
+    return SLURMEnvironment(auto_requeue=False)
 
 # %% ../../nbs/training/01_distributed.ipynb #f79f9498
 def _fabric_class():
@@ -150,6 +230,11 @@ def init_distributed(
     kind = 'cuda' if torch.device(device).type == 'cuda' else 'cpu'
     if kind == 'cuda' and processes > (n := torch.cuda.device_count()):
         raise ValueError(f"need a GPU for each of {processes} processes, got {n}; lower processes, or take device='cpu'")
-    fabric = _fabric_class()(accelerator=kind, devices=processes, num_nodes=nodes, strategy='ddp')
+    fabric_class = _fabric_class()
+    fabric = fabric_class(accelerator=kind, devices=processes, num_nodes=nodes, strategy='ddp', plugins=[cluster := _cluster(processes, nodes)])
+    if not cluster.creates_processes_externally: _stay_together(_start_others(processes, nodes))
+    elif _FIRST in os.environ: _stay_together(first=int(os.environ[_FIRST]))
     fabric.launch()
+    if fabric.world_size != processes*nodes:
+        raise ValueError(f'need {processes*nodes} processes, got {fabric.world_size}; give the numbers that the processes were started with')
     return DistributedContext(fabric.global_rank, fabric.world_size, fabric)
