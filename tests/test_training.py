@@ -15,7 +15,7 @@ import torch
 from fspn_nb.batches.sources import ClipDataset
 from fspn_nb.config import override,finediving,run_id,save_cfg
 from fspn_nb.evaluate import evaluate
-from fspn_nb.train import fit
+from fspn_nb.train import fit,launch
 from fspn_nb.training.checkpoint import load_ckpt,newest_ckpt
 from fspn_nb.training.loop import build_model
 from fspn_nb.training.predict import predict
@@ -149,21 +149,20 @@ def test_clips_in_small_portions_change_nothing(release, tmp_path):
 
 
 def test_two_processes_are_one(release, tmp_path):
-    cfg,predicted = finediving('smoke', **SMALL, model__name='fspn_s', **dict(TINY, train__epochs=2)),{}
-    for n in ('1','2'):
-        p = start(cfg, tmp_path/n, '--processes', n)
-        assert p.wait(timeout=300) == 0, p.stdout.read()
-        run = tmp_path/n/'finediving'/run_id(cfg)
-        tables = []
-        for m in ('1','2'): # measured by one process and by two
-            subprocess.run([sys.executable, '-m', 'fspn_nb.evaluate', str(run), '--device', 'cpu', '--processes', m], check=True, capture_output=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
-            tables.append(pd.read_csv(run/'predictions.csv'))
-        assert list(tables[0].uid) == list(tables[1].uid) and not tables[0].uid.duplicated().any()
-        assert (tables[0].pred-tables[1].pred).abs().max() < 1e-3
-        predicted[n] = tables[0]
+    cfg = finediving('smoke', **SMALL, model__name='fspn_s', **dict(TINY, train__epochs=2))
+    def measured(run):
+        table = pd.read_csv(run/'predictions.csv')
+        assert not table.uid.duplicated().any()
+        return table.set_index('uid').pred
+    one,two = fit(cfg, tmp_path/'1', 'cpu'),launch(cfg, tmp_path/'2', 'cpu', 2)
+    assert json.loads((two/'provenance.json').read_text())['processes'] == 2
+    command = [sys.executable, '-m', 'fspn_nb.evaluate', str(two), '--device', 'cpu', '--processes', '2']
+    subprocess.run(command, check=True, capture_output=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    by_two = measured(two)
+    for run in (one, two): evaluate(run, device='cpu')
+    assert list(by_two.index) == list(measured(two).index) and (by_two-measured(two)).abs().max() < 1e-3
     # the gradients of the backbone are added up in another order, and Adam lends every weight its step, also those whose gradient is nothing but rounding
-    assert ((predicted['1'].pred-predicted['2'].pred).abs()/predicted['1'].pred.abs()).max() < 1e-5
-    assert json.loads((run/'provenance.json').read_text())['processes'] == 2
+    assert (measured(two)/measured(one)-1).abs().max() < 1e-5
 
 
 def test_several_processes_want_a_backbone_to_train(release, tmp_path):

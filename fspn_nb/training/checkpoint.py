@@ -211,6 +211,8 @@ def end_with_process(
     watch_for(lambda: not is_alive(pid), lambda _: os.kill(os.getpid(), signal.SIGTERM))
 
 # %% ../../nbs/training/02_checkpoint.ipynb #e8b56b94
+_PATIENCE = 30 # Seconds in which a program that was asked to stop can save itself
+
 def run_attached(
     command:list[str], # A program that takes `--end-with`
 )->tuple[int,str]: # Exit status; last line of the output
@@ -221,7 +223,7 @@ def run_attached(
             for line in process.stdout: print(line, end='')
         except BaseException: # also Ctrl-C
             process.terminate()
-            try: process.communicate(timeout=30)
+            try: process.communicate(timeout=_PATIENCE)
             except subprocess.TimeoutExpired: process.kill()
             raise
     return process.returncode,line.strip()

@@ -114,18 +114,20 @@ def any_rank(
     return bool(dist.fabric.all_reduce(torch.tensor(float(flag), device=dist.fabric.device), reduce_op='sum') > 0)
 
 # %% ../../nbs/training/01_distributed.ipynb #b42255a9
-_LOST = 'lost the connection to another one, which has ended (killed, or out of memory); what is saved is kept: start the same command again'
+def _lost_process(rank, total):
+    "The message of process `rank` of `total` that has lost another one"
+    return (f'need {total} processes to the end, process {rank+1} has lost another one (killed, or ended for want of memory); '
+            'what is saved is kept: start the same command again')
 
 @contextmanager
 def explain_lost_process(
     dist:DistributedContext, # Of any size
-    run:str, # Name of the run
 ):
     "Inside the `with` block, an error of the connection is a `ConnectionError` that says what to do"
     try: yield
     except RuntimeError as e:
         if dist.world_size == 1 or not (isinstance(e, torch.distributed.DistError) or 'gloo' in str(e)): raise
-        raise ConnectionError(f'run {run}: process {dist.rank+1} of {dist.world_size} {_LOST}') from e
+        raise ConnectionError(_lost_process(dist.rank, dist.world_size)) from e
 
 # %% ../../nbs/training/01_distributed.ipynb #5b06d8c9
 @contextmanager
@@ -141,7 +143,7 @@ def main_process_lock(
         except (LockHeld, OSError) as e: refused = e
         stop = bool(refused) if dist.fabric is None else any_rank(dist, bool(refused))
         if stop: raise refused or LockHeld(f'run {Path(run).name}: the main process was refused, it says why')
-        stack.enter_context(explain_lost_process(dist, Path(run).name))
+        stack.enter_context(explain_lost_process(dist))
         for part in Path(run).glob('.*.part') if dist.is_main_process else (): part.unlink(missing_ok=True) # left by a kill: nobody else writes here now
         yield
 
@@ -188,7 +190,7 @@ def _stay_together(children=(), first=0):
         except subprocess.TimeoutExpired: [child.kill() for child in children]
     def _end(_):
         time.sleep(10) # as a rule the connection has said it by then, and files that were being written are there
-        print(f'process {int(os.environ["LOCAL_RANK"])+1} of {os.environ["WORLD_SIZE"]} {_LOST}', file=sys.stderr)
+        print(_lost_process(int(os.environ['LOCAL_RANK']), os.environ['WORLD_SIZE']), file=sys.stderr)
         _end_children()
         os._exit(1)
     watch_for(_lost, _end)
