@@ -9,12 +9,10 @@ __all__ = ['MIXED', 'IMAGENET', 'same_pad', 'Unit3D', 'SamePool', 'InceptionBloc
 # %% ../../nbs/models/02_i3d.ipynb #b24065e0
 import copy
 from pathlib import Path
-
 import torch
 from torch import Tensor,nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-
 from ..file_hashes import file_hash
 from .weights import LAYOUTS,backbone_part,kinetics_weights,match_weights,read_weights
 
@@ -29,6 +27,12 @@ def same_pad(
     return [(t//2, t-t//2) for t in total]
 
 # %% ../../nbs/models/02_i3d.ipynb #c316ff34
+class _Conv3d(nn.Conv3d):
+    "Two frames in bf16 on a CPU get a third one of zeros: oneDNN's gradient of the weights reads memory there that nobody wrote"
+    def _conv_forward(self, x, weight, bias):
+        if x.shape[2] != 2 or x.device.type != 'cpu' or not torch.is_autocast_enabled('cpu'): return super()._conv_forward(x, weight, bias)
+        return super()._conv_forward(F.pad(x, (0,0,0,0,0,1)), weight, bias)[:, :, :2]
+
 class Unit3D(nn.Module):
     "Convolution with SAME padding, batch normalisation, ReLU"
     def __init__(self,
@@ -40,17 +44,14 @@ class Unit3D(nn.Module):
     ):
         super().__init__()
         self.stride,self.relu = stride,relu
-        self.conv = nn.Conv3d(ins, outs, kernel, stride, padding=kernel//2 if stride == 1 else 0, bias=False)
+        self.conv = _Conv3d(ins, outs, kernel, stride, padding=kernel//2 if stride == 1 else 0, bias=False)
         self.bn = nn.BatchNorm3d(outs, eps=1e-3)
 
     def forward(self,
         x:Tensor, # (B,ins,T,H,W)
     )->Tensor: # (B,outs,T/stride,H/stride,W/stride); after the ReLU never negative
-        if self.stride > 1:
-            pads = same_pad(x.shape[2:], self.conv.kernel_size, self.conv.stride)
-            x = F.pad(x, [p for pair in reversed(pads) for p in pair])
-        frozen = isinstance(self.bn, nn.BatchNorm3d) and not self.bn.training
-        x = self._fused(x) if frozen else self.bn(self.conv(x))
+        if self.stride > 1: x = F.pad(x, [p for pair in reversed(same_pad(x.shape[2:], self.conv.kernel_size, self.conv.stride)) for p in pair])
+        x = self._fused(x) if isinstance(self.bn, nn.BatchNorm3d) and not self.bn.training else self.bn(self.conv(x))
         return F.relu(x, inplace=True) if self.relu else x
 
     def _fused(self, x):
@@ -59,7 +60,7 @@ class Unit3D(nn.Module):
         weight,bias = self.conv.weight*scale.view(-1, 1, 1, 1, 1),bn.bias-bn.running_mean*scale
         if self.conv.kernel_size == (1,1,1):
             return F.linear(x.permute(0, 2, 3, 4, 1), weight.flatten(1), bias).permute(0, 4, 1, 2, 3)
-        return F.conv3d(x, weight, bias, self.stride, self.conv.padding)
+        return self.conv._conv_forward(x, weight, bias)
 
 # %% ../../nbs/models/02_i3d.ipynb #9c4ea2a7
 class _MaxPool(torch.autograd.Function):
@@ -226,8 +227,7 @@ def encode_clips(
     device,out = next(model.parameters()).device,[]
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for part in clips.split(batch):
-            part = part.to(device)
-            if part.dtype == torch.uint8: part = normalize_clip(part)
+            part = normalize_clip(part.to(device)) if part.dtype == torch.uint8 else part.to(device)
             features = model.features(part.contiguous(memory_format=torch.channels_last_3d)).float()
             out.append(features.mean(2 if maps else (2,3,4)).cpu())
     return torch.cat(out)
