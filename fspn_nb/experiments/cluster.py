@@ -25,11 +25,12 @@ from ..training.prepare import prepare
 
 # %% ../../nbs/experiments/07_cluster.ipynb #50f9807a
 def _last_line(folder, job):
-    "(path, last line) of what a job wrote"
+    "(path, last line about an error, else the last line) of what a job wrote"
     logs = [Path(folder)/f'{job}_0_log.{end}' for end in ('err','out')]
     for log in logs:
         lines = log.read_text(errors='replace').split('\n') if log.is_file() else []
-        if lines := [line.strip() for line in lines if line.strip()]: return log,lines[-1][:300]
+        errors = [line for line in lines if 'rror' in line] # srun has more to say after the one that matters
+        if lines := errors or [line for line in lines if line.strip()]: return log,lines[-1].strip()[:300]
     return logs[0],'nothing'
 
 def training_answer(
@@ -41,12 +42,12 @@ def training_answer(
     "How a training stands"
     folder,nan = Path(root)/'jobs'/entry['name'],float('nan')
     outcome = read_outcome(folder, training.run)
-    status,active = outcome.get('status', ''),is_active(entry, states)
+    status = outcome.get('status', '')
     if status and status != 'running':
         log = f" (log: {folder}/{outcome['job']}_0_log.out)" if status == 'failed' else ''
         return status,outcome['seconds'],nan if outcome['rho'] is None else outcome['rho'],outcome['problem']+log
-    if active: return status or 'queued',0.,nan,''
     job,state,_ = states.get((entry['name'], entry['index']), (entry['job'], 'GONE', ''))
+    if is_active(entry, states): return 'running' if status and state != 'PENDING' else 'queued',0.,nan,'' # it may wait for another turn
     log,line = _last_line(folder, job)
     problem = f'job {job} ended ({state}) before this training did; its log {log} ends with: {line}'
     return 'died' if status or state == 'CANCELLED' else 'lost',0.,nan,escape(problem)

@@ -186,6 +186,7 @@ def submit_missing(
         works = [TrainingPack([new[i] for i in pack], root, settings.device, folder) for pack in packs]
         longest = max(sum(minutes[i] for i in pack) for pack in packs)
         ids = submit_packs(works, longest, root, settings, after)
-        print(f'{len(new)} trainings in {len(ids)} jobs called {folder.name} ({ids[0]} to {ids[-1]}), the longest about {longest:.0f} min; '
-              f'logs: {escape(folder)}')
+        count = lambda n,noun: f"{n} {noun}{'s'*(n != 1)}"
+        print(f"{count(len(new), 'training')} in {count(len(ids), 'job')} called {folder.name} ({', '.join(dict.fromkeys((ids[0], ids[-1])))}), "
+              f'the longest about {longest:.0f} min; logs: {escape(folder)}')
         return ids
