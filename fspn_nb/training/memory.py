@@ -7,7 +7,7 @@ __all__ = ['available_memory', 'equal_parts', 'find_micro_batch', 'surely_fits',
            'set_micro_batch', 'micro_batch_of', 'clips_of', 'HalvingGradients']
 
 # %% ../../nbs/training/09_memory.ipynb #16c16def
-import gc
+import gc,traceback
 from dataclasses import asdict,replace
 
 import psutil
@@ -218,6 +218,7 @@ class HalvingGradients:
         try: return compute(),''
         except (RuntimeError, MemoryError) as e:
             if not out_of_memory(e): raise
+            traceback.clear_frames(e.__traceback__) # whoever holds the error, nothing of the pass is kept, and no hook of it stays
             return None,(str(e).strip() or type(e).__name__).splitlines()[0][:200]
 
     def _halve(self, model, batch, dist, reason):

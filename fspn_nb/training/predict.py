@@ -7,7 +7,7 @@ __all__ = ['EncodedSet', 'for_inference', 'FittingExtractor', 'encode_dives', 's
            'validation_rho']
 
 # %% ../../nbs/training/05_predict.ipynb #2b47bd4b
-import copy
+import copy,traceback
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -79,8 +79,9 @@ class FittingExtractor:
             try: return self._by_parts(batch, size)
             except (RuntimeError, MemoryError) as e:
                 if not out_of_memory(e) or size == 1: raise
+                traceback.clear_frames(e.__traceback__) # whoever holds the error, nothing of the pass is kept
                 reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
-            self.size = -(-size//2) # what the failed pass kept is gone by now
+            self.size = -(-size//2)
             if batch.scene.device.type == 'cuda': torch.cuda.empty_cache()
             print(escape(f'memory ran out with {size} videos at a time ({reason}): they are encoded again, from now on with {self.size}'))
 
