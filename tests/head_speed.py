@@ -161,7 +161,7 @@ def full_rate():
 def worker(kind, method, shards):
     "Print a line of JSON for every line that comes in"
     import torch
-    from fspn_nb.training.loop import compute_gradients,train_epoch
+    from fspn_nb.training.loop import train_epoch
     torch.set_num_threads(1)
     amount,operations_of_a_step = PART,0
     def processor(): return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -174,8 +174,8 @@ def worker(kind, method, shards):
                     for _ in range(n): function(*args, **kwargs)
     else:
         run = run_of(method, shards)
-        gradients = compiled_gradients(run[0]) if kind == 'compiled' else compute_gradients
-        def work(): train_epoch(*run, 0, gradients=gradients)
+        options = dict(gradients=compiled_gradients(run[0])) if kind == 'compiled' else {} # which older checkouts do not know
+        def work(): train_epoch(*run, 0, **options)
     began = processor()
     work()
     first = processor()-began
