@@ -152,7 +152,7 @@ def make_plan(
 # %% ../../nbs/training/10_plan.ipynb #287751ef
 def _gib(size): return f'{size/2**30:.1f} GiB' if size > 2**29 else f'{size/2**20:.0f} MiB'
 def _disk(size): return f'{size/1e9:.1f} GB' if size > 5e8 else f'{size/1e6:.1f} MB'
-def _flop(n): return next(f'{n/10**e:.3g} {unit}FLOP' for e,unit in ((15,'P'),(12,'T'),(9,'G')) if n >= 10**e or e == 9)
+def _flop(n): return next(f'{n/10**e:.3g} {unit}FLOP' for e,unit in ((18,'E'),(15,'P'),(12,'T'),(9,'G')) if n >= 10**e or e == 9)
 
 def _parts(step): # the large ones
     parts = sorted(((size, kind) for kind,size in step.parts.items() if size > .01*step.peak), reverse=True)
