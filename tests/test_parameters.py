@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import UnionType
 
 import pytest
 
@@ -54,7 +55,7 @@ def test_types_are_those_of_the_defaults(name):
     (3, float, 3.), ('3.2', float, 3.2), ('1e-3', float, .001), ('nan', float, 'need a number'), (False, float, 'need a number'),
     (0, list, '0'), ('0,1', list, '0,1'), ([0, 1], list, '0,1'), (('fspn', 'usdl'), list, 'fspn,usdl'), (1.5, list, 'need text'), ([None], list, 'need text'),
     (407, str, '407'), (Path('a')/'b', str, str(Path('a')/'b')), (None, str, 'need text'), (True, str, 'need text'), (['a'], str, 'need text'), (2e5, str, 'need text'),
-    ('0,10', tuple, (0, 10)), ('7', tuple, (7,)), ('0,', tuple, 'need whole numbers'), ('0,a', tuple, 'need whole numbers')])
+    ('0,10', tuple, (0, 10)), ('7', tuple, (7,)), ('7', UnionType, 7), ('auto', UnionType, 'auto'), ('0,', tuple, 'need whole numbers'), ('0,a', tuple, 'need whole numbers')])
 def test_a_value_gets_its_type_or_is_refused(value, kind, result):
     if isinstance(result, str) and 'need' in result or isinstance(result, str) and result.startswith('a '):
         with pytest.raises(ValueError, match=f'^size: .*{result}.*got '): cast_value(value, kind, 'size')
@@ -109,7 +110,7 @@ def test_what_differs_is_printed_for_each_run(cell, capsys):
 
 def test_every_setting_can_be_changed_by_its_name():
     "Each of its type, and each gives the run another name"
-    base, samples = finediving('demo'), {bool: 'no', int: '7', float: '0.25', str: 'x', tuple: '1,2'}
+    base, samples = finediving('demo'), {UnionType: '7', bool: 'no', int: '7', float: '0.25', str: 'x', tuple: '1,2'}
     for name, kind in setting_types().items():
         if name in ('dataset', 'preset'): continue
         value = getattr(base, name) if '.' not in name else getattr(getattr(base, name.partition('.')[0]), name.partition('.')[2])

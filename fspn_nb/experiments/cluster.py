@@ -82,13 +82,15 @@ def follow(
                     word = answer[0]+_reason(answer, submitted[training.run], states)
                     counts[word] = counts.get(word, 0)+1
                 else: answers[training.run] = answer
-            text = ', '.join([f'{len(answers)} of {len(trainings)} trainings have ended', *(f'{n} {word}' for word,n in sorted(counts.items()))])
+            words = [f'{n} {word}' for word,n in sorted(counts.items())]
+            text = ', '.join([f'{len(answers)} of {len(trainings)} trainings have ended', *words])
             if text != shown: print(time.strftime('%H:%M:%S'), text, flush=True)
             shown,pause = text,min(1.3*pause, slowest)
             if counts: time.sleep(pause)
     except KeyboardInterrupt:
         names = sorted({submitted[training.run]['name'] for training in trainings})
-        print(f"the jobs {', '.join(names)} go on without this notebook; the same command comes back to them, `scancel --name={','.join(names)}` ends them")
+        print(f"the jobs {', '.join(names)} go on without this notebook; the same command comes back to them, "
+              f"`scancel --name={','.join(names)}` ends them")
         raise
     return answers
 
@@ -101,7 +103,8 @@ def train_on_cluster(
     "Train what is not finished, as jobs; what a job left behind when it died, or another process had, is submitted once more"
     known,answers = {},{}
     if own := {training.cfg.model.name for training in trainings if method_code(training.cfg.model.name)}:
-        raise ValueError(f"need cluster='local' for methods that this notebook registered itself, got {', '.join(sorted(own))}: a job does not know them")
+        raise ValueError(f"need cluster='local' for methods that this notebook registered itself, got {', '.join(sorted(own))}: "
+                         'a job does not know them')
     for training in trainings:
         if answer := finished_answer(training, root, known): answers[training.run] = answer
     for _ in range(2):
@@ -150,7 +153,9 @@ def train_runs(
     if session.cluster is None: return train_all(session, datas)
     answers = train_on_cluster([Training(cfg) for cfg in session.runs], session.reports, session.cluster)
     failed = [(cfg, answer) for cfg,answer in zip(session.runs, answers) if answer[0] in ('failed','elsewhere')]
-    if failed: raise RuntimeError(f'{len(failed)} of {len(answers)} trainings failed; the first, {Training(failed[0][0]).run}: {failed[0][1][3]}')
+    if failed:
+        cfg,(_,_,_,problem) = failed[0]
+        raise RuntimeError(f'{len(failed)} of {len(answers)} trainings failed; the first, {Training(cfg).run}: {problem}')
     printed,session.done = [sentence for data in datas.values() for sentence in data.provenance['deviations']],[]
     for cfg in session.runs:
         run,data = session.reports/Training(cfg).run,prepare(cfg, session.device, reuse=datas[session.variant(cfg).action])

@@ -70,7 +70,7 @@ def past_seconds(
             cfg,provenance = load_cfg(log.with_name('config.json')),parse_json(read_checked(log.with_name('provenance.json')))
             if not provenance['device'].startswith(device): continue
             seconds = read_table(log).seconds.median()/provenance['counts']['train']
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError): continue # unfinished, damaged or of another version
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError): continue # unfinished, damaged
         for model in (cfg.model, cfg.model.name): rows.setdefault((model, cfg.train.backbone, cfg.clip.size), []).append(seconds)
     return {key: float(np.median(values)) for key,values in rows.items()}
 

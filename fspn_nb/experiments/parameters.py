@@ -13,7 +13,7 @@ from dataclasses import dataclass,field,fields,is_dataclass
 from difflib import get_close_matches
 from numbers import Integral
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType,UnionType
 from typing import get_origin,get_type_hints
 
 from ..config import RunCfg,make_config,method_epochs
@@ -21,9 +21,7 @@ from ..core import diff
 
 # %% ../../nbs/experiments/01_parameters.ipynb #4789e4fd
 _TRUTH = dict(true=True, yes=True, false=False, no=False)
-
 def _to_bool(value): return value if isinstance(value, bool) else _TRUTH[value.strip().lower()]
-
 def _to_int(value):
     if isinstance(value, bool) or not isinstance(value, str) and value != int(value): raise ValueError
     return int(value)
@@ -37,15 +35,17 @@ def _to_text(value):
     return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
 
 def _to_list(value): return ','.join(map(_to_text, value)) if isinstance(value, (list, tuple)) else _to_text(value)
+def _to_mixed(value): return _to_int(value) if str(value).lstrip('-').isdecimal() else _to_text(value)
 def _to_tuple(value): return tuple(_to_int(part) for part in _to_list(value).split(','))
 
 # %% ../../nbs/experiments/01_parameters.ipynb #9e1a102c
 _TYPES = {bool: (_to_bool, 'true or false'), int: (_to_int, 'a whole number'), float: (_to_float, 'a number'), str: (_to_text, 'text'),
-          list: (_to_list, 'text, with commas between values'), tuple: (_to_tuple, 'whole numbers with commas between')}
+          list: (_to_list, 'text, with commas between values'), tuple: (_to_tuple, 'whole numbers with commas between'),
+          UnionType: (_to_mixed, 'a whole number or text')} # int|str
 
 def cast_value(
     value, # As papermill, a person or a YAML file gives it
-    kind:type, # bool, int, float, str, tuple (of whole numbers), or list: text with commas between the values
+    kind:type, # bool, int, float, str, tuple (of whole numbers), list (text with commas between the values), UnionType: int|str
     name:str, # Names the value in the error
 ):
     "`value` as a `kind` where it can mean nothing else; a `ValueError` otherwise"
@@ -105,7 +105,7 @@ def notebook_parameters(
     known:dict, # What its parameters cell defines: name to type, as in `cast_value`
 )->dict: # {parameter: value of its type}
     "The parameters of a notebook; a `ValueError` names one that it does not have, one that is missing, or a wrong value"
-    if 'In' not in names: names = {name: value for name,value in CLUSTER_DEFAULTS.items() if name in known}|names # a dictionary of a program
+    if 'In' not in names: names = {name: value for name,value in CLUSTER_DEFAULTS.items() if name in known}|names # a program's
     _check_names(names, known)
     given = {name: cast_value(names[name], kind, name) for name,kind in known.items()}
     if negative := [name for name,kind in known.items() if kind in (int,float) and given[name] < 0]:
@@ -206,7 +206,7 @@ def parse_sbatch(
         if not re.fullmatch('[a-z][a-z-]*', name) or not value.isprintable() or bool(equals) != bool(value):
             raise ValueError(f'sbatch: need name=value, as in "gres=gpu:1 mem=16G", got {word!r} in {text!r}')
         if name in _OWN_OPTIONS:
-            raise ValueError(f"sbatch: {name} is what this notebook decides; {'use -p partition' if name == 'partition' else 'leave it out'}")
+            raise ValueError(f'sbatch: {name} is what this notebook decides; '+('use -p partition' if name == 'partition' else 'leave it out'))
         options[name] = value or True
     return options
 
@@ -229,11 +229,11 @@ def cluster_settings(
     for name in ('jobs','job_minutes'):
         if p[name] < 1: raise ValueError(f'{name}: need 1 or more, got {p[name]}')
     if p['cluster'] == 'local':
-        for name in ('partition','sbatch'):
-            if p[name]: raise ValueError(f"{name}={p[name]!r} needs cluster='slurm', got 'local'; add -p cluster slurm, or leave {name} empty")
+        for name in filter(p.get, ('partition','sbatch')):
+            raise ValueError(f"{name}={p[name]!r} needs cluster='slurm', got 'local'; add -p cluster slurm, or leave it empty")
         return None
     for name,least in (('processes',1), ('workers',0)):
-        if p.get(name, least) > 1: raise ValueError(f"{name}={p[name]} needs cluster='local', as a job of a cluster trains in one process; leave {name} at {least}")
+        if p.get(name, least) > 1: raise ValueError(f"{name}={p[name]} needs cluster='local', a job trains in one process; leave {name} at {least}")
     options = parse_sbatch(p['sbatch'])|(dict(partition=p['partition']) if p['partition'] else {})
     gpu = any(name.startswith('gpus') or name == 'gres' and 'gpu' in str(value) for name,value in options.items())
     cuda = gpu if p['device'] == 'auto' else p['device'].startswith('cuda')

@@ -26,7 +26,8 @@ _COLUMNS = ('run','method','protocol','seed','minutes','extras','keep_weights','
 _README = """{n} trainings, about {hours:.1f} hours on one device. plan.csv lists them; runs go to {out}.
 Part i of n (i from 1 to n; each training is in one part, and all parts take about as long):
     fspn_grid --plan {folder} --shard i/n
-or python -m fspn_nb.experiments.plan_files with the same options. In an array job i is $SLURM_ARRAY_TASK_ID, $SGE_TASK_ID, $PBS_ARRAY_INDEX or the like.
+or python -m fspn_nb.experiments.plan_files with the same options.
+In an array job i is $SLURM_ARRAY_TASK_ID, $SGE_TASK_ID, $PBS_ARRAY_INDEX or the like.
 A part that was stopped goes on where it was when it is started again; what is finished is not repeated.
 """
 
@@ -35,7 +36,8 @@ def read_plan(
 )->tuple[pd.DataFrame,list[Training],dict]: # plan.csv; the trainings; 'out' and 'device'
     "What `write_plan` wrote; a `ValueError` for a file that was changed"
     folder = Path(folder).expanduser().absolute()
-    if not (folder/'plan.csv').is_file(): raise FileNotFoundError(f'{folder}: need the folder of a plan, with a plan.csv in it; write one with fspn_grid --plan')
+    if not (folder/'plan.csv').is_file():
+        raise FileNotFoundError(f'{folder}: need the folder of a plan, with a plan.csv in it; write one with fspn_grid --plan')
     advice = 'write the plan anew, into another folder'
     table = unquote_formulas(read_table(folder/'plan.csv', advice, keep_default_na=False))
     trainings = [Training(load_cfg(folder/row.config), tuple(row.extras.split()), bool(row.keep_weights)) for row in table.itertuples()]
@@ -122,7 +124,7 @@ def _parser():
     p = argparse.ArgumentParser('fspn_grid', description='Write the trainings of a run notebook into a folder, or train a part of them.')
     p.add_argument('--plan', required=True, metavar='DIR', help='folder of the plan')
     p.add_argument('--shard', metavar='I/N', help='train the I-th of N parts of the plan; without it the plan is written')
-    p.add_argument('--runs', default='ablations', choices=[*NOTEBOOK_DEFAULTS], help='the run notebook whose trainings are planned (default: ablations)')
+    p.add_argument('--runs', default='ablations', choices=[*NOTEBOOK_DEFAULTS], help='whose trainings are planned: a run notebook (default: ablations)')
     p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME','VALUE'), help='one of its parameters')
     p.add_argument('--device', default='', help='where to train this part: auto, cpu, cuda ... (default: as planned)')
     p.add_argument('--workers', type=int, default=1, help='trainings of this part side by side')
@@ -139,7 +141,7 @@ def grid_cli(
             if a.p: raise ValueError('-p belongs to the plan, got it beside --shard; write the plan with it, into another folder')
             table = run_shard(a.plan, a.shard, a.device, a.workers)
             print(escape(table[['run','status','seconds','problem']].to_string(index=False)))
-            if len(failed := table[table.status == 'failed']): raise SystemExit(f'fspn_grid: {len(failed)} of {len(table)} trainings failed')
+            if n := (table.status == 'failed').sum(): raise SystemExit(f'fspn_grid: {n} of {len(table)} trainings failed')
         else:
             trainings,out,device = planned_trainings(a.runs, dict(a.p))
             print(escape(f'{len(trainings)} trainings: {write_plan(a.plan, trainings, reports_dir(out), device)}'))

@@ -42,7 +42,8 @@ _RESTARTS = 100 # Times that a job may reach its limit; a training goes on each 
 def _missing_programs():
     "What `cluster='slurm'` needs and this machine lacks; '' where all is there"
     lacking = [name for name in ('sbatch','squeue','srun','scontrol') if not shutil.which(name)]
-    return f"cluster='slurm': need the commands of SLURM, got a machine without {', '.join(lacking)}; start this where sbatch works" if lacking else ''
+    if not lacking: return ''
+    return f"cluster='slurm': need the commands of SLURM, got a machine without {', '.join(lacking)}; start this where sbatch works"
 
 def make_executor(
     settings:ClusterSettings, # What a job gets
@@ -52,7 +53,9 @@ def make_executor(
 ):
     "submitit's executor; an `ImportError` or a `FileNotFoundError` where a program is missing"
     try: import submitit
-    except ImportError: raise ImportError("cluster='slurm' needs submitit, which is not installed: pip install 'fspn_nb[cluster]', or leave cluster at 'local'") from None
+    except ImportError:
+        raise ImportError("cluster='slurm' needs submitit, which is not installed: pip install 'fspn_nb[cluster]', "
+                          "or leave cluster at 'local'") from None
     limit,name = limit_minutes(settings.options, minutes),Path(folder).name
     if settings.executor == 'local':
         executor = submitit.LocalExecutor(folder, max_num_timeout=_RESTARTS)
@@ -65,7 +68,8 @@ def make_executor(
     executor = submitit.SlurmExecutor(folder, max_num_timeout=_RESTARTS)
     executor.update_parameters(
         job_name=name, time=limit, array_parallelism=settings.jobs, signal_delay_s=min(90, 15*limit), setup=setup,
-        srun_args=[f'--cpus-per-task={cores}'], additional_parameters={'cpus-per-task': cores, 'requeue': True, **settings.options, 'time': limit},
+        srun_args=[f'--cpus-per-task={cores}'], # srun does not take it over from sbatch
+        additional_parameters={'cpus-per-task': cores, 'requeue': True, **settings.options, 'time': limit},
         **(dict(dependency=f'afterany:{after}') if after else {}))
     return executor
 
@@ -136,7 +140,8 @@ def submit_packs(
         with contextlib.redirect_stderr(io.StringIO()): jobs = executor.submit_array(packs)
     except RuntimeError as e: # submitit's, with what sbatch said
         reason = '; '.join(line.removeprefix('sbatch: error: ') for line in str(e).splitlines() if line.strip())
-        raise RuntimeError(f'sbatch refused the jobs: {escape(reason)}; look at -p partition and -p sbatch, `sinfo` shows the partitions') from None
+        raise RuntimeError(f'sbatch refused the jobs: {escape(reason)}; look at -p partition and -p sbatch, '
+                           '`sinfo` shows the partitions') from None
     _note(root, {run: entry|dict(job=jobs[entry['index']].job_id) for run,entry in entries.items()})
     return [job.job_id for job in jobs]
 
@@ -187,6 +192,6 @@ def submit_missing(
         longest = max(sum(minutes[i] for i in pack) for pack in packs)
         ids = submit_packs(works, longest, root, settings, after)
         count = lambda n,noun: f"{n} {noun}{'s'*(n != 1)}"
-        print(f"{count(len(new), 'training')} in {count(len(ids), 'job')} called {folder.name} ({', '.join(dict.fromkeys((ids[0], ids[-1])))}), "
+        print(f"{count(len(new), 'training')} in {count(len(ids), 'job')} called {folder.name} (from {ids[0]} on), "
               f'the longest about {longest:.0f} min; logs: {escape(folder)}')
         return ids
