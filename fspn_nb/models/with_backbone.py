@@ -6,6 +6,7 @@
 __all__ = ['encode_frames', 'encode_videos', 'encode_streams', 'extract_features', 'set_batchnorm_eval', 'WithBackbone']
 
 # %% ../../nbs/models/11_with_backbone.ipynb #7fd956e6
+import traceback
 from types import SimpleNamespace
 
 import torch
@@ -17,6 +18,13 @@ from ..data.clips import recut
 from .i3d import normalize_clip
 
 # %% ../../nbs/models/11_with_backbone.ipynb #368dd7e8
+def _checkpointed(encode, clips):
+    "`checkpoint` that leaves nothing open where `encode` fails: its hook would catch what the next step of this program keeps"
+    try: return checkpoint(encode, clips, use_reentrant=False)
+    except BaseException as e: # Ctrl-C in a notebook, which remembers the last error with all its frames
+        traceback.clear_frames(e.__traceback__)
+        raise
+
 def encode_frames(
     features, # Clips (N,3,L,H,W) in [-1,1] to maps (N,1024,T',h,w): I3D's
     clips:Tensor, # (N,3,L,H,W) uint8
@@ -31,7 +39,7 @@ def encode_frames(
         return features(normalize_clip(x).to(dtype, memory_format=torch.channels_last_3d)).mean(2 if maps else (2,3,4))
     if not micro_batch: return torch.cat([_encode(part) for part in clips.split(chunk or len(clips))])
     parts = clips.split(micro_batch)
-    return torch.cat([checkpoint(_encode, part, use_reentrant=False) if torch.is_grad_enabled() else _encode(part)
+    return torch.cat([_checkpointed(_encode, part) if torch.is_grad_enabled() else _encode(part)
                       for part in parts])
 
 # %% ../../nbs/models/11_with_backbone.ipynb #6e0842a3
