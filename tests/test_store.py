@@ -100,15 +100,15 @@ def all_draws(cfg, sample, keys=300):
 
 T103,T96 = make_config('mtl_aqa').clip,make_config('finediving').clip
 
-@pytest.mark.parametrize('n,before,after,clip,offsets', [
-    (103, 3, 3, dict(frames=103, starts=T103.starts), range(-3, 4)), # ten clips, inside a broadcast
-    (96, 1, 3, dict(frames=96, starts=T96.starts), range(-1, 4)), # nine clips, near the first frame
-    (20, 3, 0, dict(frames=20, starts=(0,4)), range(-3, 1)), # at the end
-    (20, 0, 0, dict(frames=20, starts=(0,4)), [0]), # alone
-    (7, 5, 2, dict(frames=20, starts=(0,4)), range(-3, 3)), # a short video: the axis repeats its frames
-    (50, 3, 3, dict(frames=20, starts=(0,4)), range(-3, 4)), # a long one: the axis skips two of three
+@pytest.mark.parametrize('n,before,after,clip,offsets,orientation', [
+    (103, 3, 3, dict(frames=103, starts=T103.starts), range(-3, 4), 'correct'), # ten clips, inside a broadcast
+    (96, 1, 1, dict(frames=96, starts=T96.starts), range(-1, 2), 'correct'), # nine clips, one frame on each side
+    (20, 3, 0, dict(frames=20, starts=(0,4)), range(-3, 1), 'peer'), # at the end
+    (20, 0, 3, dict(frames=20, starts=(0,4)), range(0, 4), 'correct'), # at the beginning
+    (20, 0, 0, dict(frames=20, starts=(0,4)), [0], 'correct'), # alone
+    (7, 5, 2, dict(frames=20, starts=(0,4)), range(-3, 3), 'peer'), # a short video: the axis repeats its frames
+    (50, 3, 3, dict(frames=20, starts=(0,4)), range(-3, 4), 'correct'), # a long one: the axis skips two of three
 ])
-@pytest.mark.parametrize('orientation', ['correct', 'peer'])
 def test_a_window_that_moves(tmp_path, n, before, after, clip, offsets, orientation):
     sample,table = broadcast(tmp_path/'frames', n, before, after)
     cfg = make_config('mtl_aqa', 'smoke', train__temporal_jitter=3, clip__size=32, clip__orientation=orientation, **{f'clip__{name}': value for name,value in clip.items()})

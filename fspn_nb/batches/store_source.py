@@ -82,6 +82,13 @@ def _check_store(store, cfg):
         raise ValueError(f'need a store for windows that move by up to {cfg.train.temporal_jitter} frames (train.temporal_jitter), '
                          f'got one for {store.cfg.train.temporal_jitter}; build_store with the config of the run')
 
+# %% ../../nbs/batches/07_store_source.ipynb #7c28f4af
+def _actor_row(store, i, offset):
+    "The kept crops of sample `i` for its moved window; the scene where there are none"
+    row,sample = store.rows[i],store.samples[i]
+    if len(row) < 3: return row.get('actor', row['scene'])
+    return row.get(f'actor_{crop_fineness(sample, store.cfg, store.boxes[sample.uid], offset)}', row['actor'])
+
 # %% ../../nbs/batches/07_store_source.ipynb #789b6735
 class CachedDataset:
     "Cuts the clips of `ClipDataset` from a store"
@@ -106,14 +113,8 @@ class CachedDataset:
                        for row,sample,(flip,position,offset) in zip(rows, samples, draws))
             return stack_clips(squares, [flip for flip,_,_ in draws], self.cfg.clip, self.device)
         scene = [self.store.rows[i]['scene'] for i in ids]
-        actor = [self._actor(i, sample, offset) for i,sample,(_,_,offset) in zip(ids, samples, draws)]
+        actor = [_actor_row(self.store, i, offset) for i,(_,_,offset) in zip(ids, draws)]
         return _stream(scene), _stream(actor)
-
-    def _actor(self, i, sample, offset):
-        "The kept crops of sample `i` for its moved window; the scene where there are none"
-        row,cfg = self.store.rows[i],self.store.cfg
-        if len(row) < 3: return row.get('actor', row['scene'])
-        return row.get(f'actor_{crop_fineness(sample, cfg, self.store.boxes[sample.uid], offset)}', row['actor'])
 
     def extra_fields(self,
         ids:np.ndarray, # Positions of B samples
