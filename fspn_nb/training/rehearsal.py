@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from ..batches.dataset import Labels
 from ..batches.exemplars import find_candidates
 from ..batches.sources import FeatureDataset,make_batch
-from ..config import RunCfg,override
+from ..config import RunCfg
 from ..data.records import Release,Sample
 from ..methods import METHODS
 from ..models.backbone import load_backbone
