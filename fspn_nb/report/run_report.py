@@ -199,7 +199,8 @@ def costs(
 )->pd.DataFrame: # Milliseconds per training video and epoch, minutes, per run
     "Time per run; prints device, time and memory of the whole notebook"
     minutes,memory = (time.perf_counter()-session.began)/60,peak_memory()/1e9
-    print(f'device {session.done[0].data.device}, {torch.get_num_threads()} threads, {session.base.train.backbone} backbone; '
+    device = f'{session.cluster.device} in jobs of a cluster; here' if session.cluster else session.done[0].data.device
+    print(f'device {device}, {torch.get_num_threads()} threads, {session.base.train.backbone} backbone; '
           f'whole notebook {minutes:.1f} min, peak memory {memory:.1f} GB')
     rows = []
     for result in session.done:
