@@ -172,6 +172,7 @@ def _known_states(settings, submitted):
         raise RuntimeError('need squeue to answer before jobs are submitted, got no answer; start the same command again when it does')
     return states
 
+# %% ../../nbs/experiments/06_submit.ipynb #c131b960
 def submit_missing(
     trainings:list[Training], # That are not finished
     root:Path, # Folder for all runs
