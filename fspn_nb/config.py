@@ -91,7 +91,7 @@ class TrainCfg:
     feature_precision:str='fp32' # 'fp32' | 'bf16': features of a frozen backbone
     workers:int=0 # Threads that decode frames in finetune mode; results do not depend on it
     in_batch_exemplars:bool=False # Exemplars come from the same batch: half the backbone passes, fewer different pairs (D-139)
-    micro_batch:int|str=0 # Clips at a time through the backbone, with checkpointing; 0 or 'auto': as many as fit. Results do not depend on it
+    micro_batch:int|str=0 # Clips at a time through the backbone; 0 or 'auto': as many as fit. Results do not depend on it
     compile:bool=False # torch.compile the backbone: pays on a GPU, needs a C++ compiler
     shards:int=1 # Parts of a batch, a thread each, for a head on kept features on a CPU; the number decides the last bits, not the cores
     capture:str='auto' # A GPU replays steps of a head on kept features (CUDA graphs); 'off': kernel by kernel. Results do not depend on it
@@ -142,9 +142,9 @@ _COUNTS = ('train.epochs','train.batch_size','train.shards','eval.num_exemplars'
 def _check_pairs(cfg):
     "Raise a `ValueError` for fields of `cfg` that do not go together"
     name,source,selection,clips,starts = cfg.model.name,cfg.actor.source,cfg.eval.checkpoint_selection,cfg.model.clips,len(cfg.clip.starts)
-    if isinstance(micro_batch := cfg.train.micro_batch, str): raise ValueError(f"train.micro_batch: need 'auto' or a number, got {micro_batch!r}")
+    if isinstance(micro_batch := cfg.train.micro_batch, str): raise ValueError(f"need train.micro_batch='auto' or a number, got {micro_batch!r}")
     if micro_batch and not cfg.train.freeze_bn:
-        raise ValueError(f'need train.micro_batch=0 where train.freeze_bn=False, got {micro_batch}: BatchNorm would see so few clips; lower batch_size')
+        raise ValueError(f'need train.micro_batch=0 without train.freeze_bn, got {micro_batch}: BatchNorm would see so few clips; lower batch_size')
     if METHODS[name].finetune_only and cfg.train.backbone != 'finetune':
         raise ValueError(f"{name} works inside the backbone: need train.backbone='finetune', got {cfg.train.backbone!r}; "
                          'ask for backbone finetune, or for a method that reads clip features')

@@ -215,10 +215,10 @@ def out_of_memory(
     "Whether `error` says that memory is short, of the machine or of a GPU"
     return isinstance(error, MemoryError) or isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in _NO_MEMORY)
 
-def _memory_limit():
+def _memory_limit(reason):
     "What this process may have, as words"
-    free = f'{psutil.virtual_memory().available/1e9:.1f} GB free'
-    if not hasattr(psutil, 'RLIMIT_AS') or (limit := psutil.Process().rlimit(psutil.RLIMIT_AS)[0]) == psutil.RLIM_INFINITY: return free
+    free = 'a full GPU' if 'CUDA' in reason else f'{psutil.virtual_memory().available/1e9:.1f} GB free'
+    if 'CUDA' in reason or not hasattr(psutil, 'RLIMIT_AS') or (limit := psutil.Process().rlimit(psutil.RLIMIT_AS)[0]) == psutil.RLIM_INFINITY: return free
     return f'{free} and a limit of {limit/1e9:.1f} GB for the process (ulimit -v)'
 
 @contextmanager
@@ -230,7 +230,7 @@ def explain_memory(
     except (MemoryError, RuntimeError, OSError) as e:
         if not out_of_memory(e) or str(e).startswith('need '): raise
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
-        raise MemoryError(f'need more memory for {purpose}, got {"a full GPU" if "CUDA" in reason else _memory_limit()} ({reason}); close other programs, raise the limit, '
+        raise MemoryError(f'need more memory for {purpose}, got {_memory_limit(reason)} ({reason}); close other programs, raise the limit, '
                           'or take fewer workers, smaller batches or smaller frames, and start the same command again') from e
 
 # %% ../nbs/base/12_processes.ipynb #d15c0007

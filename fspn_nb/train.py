@@ -60,7 +60,7 @@ class _Trainer:
         self.model,self.data,self.run,self.timer = model,data,run,CheckpointTimer(max_overhead)
         self.optimiser = make_optimiser(model, cfg)
         self.schedule = make_schedule(self.optimiser, cfg, cfg.train.epochs*steps_per_epoch(data))
-        self.gradients = pick_gradients(model, data) if data.backbone is None else HalvingGradients(cfg, lambda size: _write_provenance(self))
+        self.gradients = pick_gradients(model, data) if data.backbone is None else HalvingGradients(cfg, lambda _: _write_provenance(self))
         state = state or dict(epoch=0, within_epoch=None, history=[], best=float('-inf'))
         self.first_epoch,self.within_epoch,self.history,self.best = (state[name]
             for name in ('epoch','within_epoch','history','best'))

@@ -187,14 +187,14 @@ def test_auto_is_the_zero_of_published_runs(tmp_path):
     text = save_cfg(cfg, tmp_path/'a.json').read_text()
     (tmp_path/'b.json').write_text(text.replace('"micro_batch": 0', '"micro_batch": "auto"'))
     assert load_cfg(tmp_path/'b.json') == cfg
-    for value,error in (('all', "need 'auto' or a number, got 'all'"), (-1, 'micro_batch must be at least 0, got -1')):
+    for value,error in (('all', "need train.micro_batch='auto' or a number, got 'all'"), (-1, 'micro_batch must be at least 0, got -1')):
         with pytest.raises(ValueError, match=error): validate(override(cfg, train__micro_batch=value))
 
 
 def test_statistics_of_batchnorm_do_not_depend_on_it(monkeypatch):
     "With freeze_bn=False the clips stay together, on every card"
     cfg = finediving('smoke', **TINY, train__freeze_bn=False)
-    with pytest.raises(ValueError, match='need train.micro_batch=0 where train.freeze_bn=False, got 4'): validate(override(cfg, train__micro_batch=4))
+    with pytest.raises(ValueError, match='need train.micro_batch=0 without train.freeze_bn, got 4'): validate(override(cfg, train__micro_batch=4))
     fake_gpu(monkeypatch, 1)
     assert memory.find_micro_batch(cfg, CPU, 130*2**30)['micro_batch'] == 0
     with pytest.raises(MemoryError, match='takes its statistics over all clips at once, so micro_batch cannot help: train.batch_size=3 would fit'):

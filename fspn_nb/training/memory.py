@@ -85,12 +85,12 @@ def find_micro_batch(
     reason = _cannot_split(cfg)
     if whole.peak <= (memory if reason else share*memory): return result
     if reason:
-        raise MemoryError(f'need {_gib(whole.peak)} for a training step of {cfg.model.name}, got {_gib(memory)} free on {device}; {reason}, so '
-                          f'micro_batch cannot help: {_smaller_batch(cfg, memory, device)}; {_ADVICE}')
+        raise MemoryError(f'need {_gib(whole.peak)} for a training step of {cfg.model.name}, got {_gib(memory)} free on {device}; '
+                          f'{reason}, so micro_batch cannot help: {_smaller_batch(cfg, memory, device)}; {_ADVICE}')
     peak = lambda size: rehearse(cfg, size, device=device.type).peak
     if not (size := _on_the_line(whole.clips, share*memory, peak)):
-        raise MemoryError(f'need {_gib(peak(1))} for a training step of {cfg.model.name} with one clip at a time, got {_gib(memory)} free on '
-                          f'{device}; take a smaller train.batch_size, {_ADVICE}')
+        raise MemoryError(f'need {_gib(peak(1))} for a training step of {cfg.model.name} with one clip at a time, got {_gib(memory)} free '
+                          f'on {device}; take a smaller train.batch_size, {_ADVICE}')
     return result|dict(micro_batch=size, peak=peak(size))
 
 # %% ../../nbs/training/08_memory.ipynb #0aec1480
@@ -106,8 +106,8 @@ def surely_fits(
 def _answer_file(cfg, device):
     "Where the answer for runs like `cfg` on this kind of device is kept"
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
-    facts = [cfg.dataset, cfg.protocol, asdict(cfg.model), asdict(cfg.clip), asdict(cfg.train), name, torch.__version__, fspn_nb.__version__]
-    return data_cache()/'micro_batch'/f'{short_hash(*facts)}.json'
+    settings = [cfg.dataset, cfg.protocol, asdict(cfg.model), asdict(cfg.clip), asdict(cfg.train)]
+    return data_cache()/'micro_batch'/f'{short_hash(settings, name, torch.__version__, fspn_nb.__version__)}.json'
 
 def remembered_micro_batch(
     cfg:RunCfg, # A run that trains its backbone
@@ -134,7 +134,8 @@ def _own_micro_batch(cfg, device, last):
     if device.type == 'cpu' and size > videos: size = videos
     if last and (not size or last < size): size = last
     what = f'{size} of {answer["clips"]} clips at a time' if size else f'all {answer["clips"]} clips at once'
-    return size,f'{what} go through the backbone: a step takes {_gib(answer["peak"])} of {_gib(memory)} free on {device}, {_gib(answer["whole"])} with all'
+    needed = f'a step takes {_gib(answer["peak"])} of {_gib(memory)} free on {device}, {_gib(answer["whole"])} with all'
+    return size,f'{what} go through the backbone: {needed}'
 
 def _agree(dist, size):
     "The smallest `size` of any process, where 0 is more than any number and -1 stands for an error"
@@ -239,6 +240,7 @@ class HalvingGradients:
         needed = rehearse(cfg, size, -(-cfg.train.batch_size//dist.world_size), device.type).peak
         what = f'{size} clips at a time' if size else 'all clips at once'
         why = _cannot_split(cfg) or ('with several processes micro_batch is not halved by itself' if dist.world_size > 1 else '')
-        smaller = 'a smaller train.batch_size' if _cannot_split(cfg) or size == 1 else f'train.micro_batch={max(1, (size or clips_of(batch, model.needs))//2)}'
-        return MemoryError(f'need about {_gib(needed)} for a training step of {cfg.model.name} with {what}, got {_gib(available_memory(device))} free on '
-                           f'{device} after it ran out ({reason}); {why+"; " if why else ""}take {smaller}, {_ADVICE}')
+        half = max(1, (size or clips_of(batch, model.needs))//2)
+        smaller = 'a smaller train.batch_size' if _cannot_split(cfg) or size == 1 else f'train.micro_batch={half}'
+        return MemoryError(f'need about {_gib(needed)} for a training step of {cfg.model.name} with {what}, got '
+                           f'{_gib(available_memory(device))} free on {device} after it ran out ({reason}); {why+"; " if why else ""}take {smaller}, {_ADVICE}')
