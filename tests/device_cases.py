@@ -205,7 +205,9 @@ class Watch(TorchDispatchMode):
         for i in args[1]:
             if i is None or i.dtype != torch.bool: indices.append(i)
             elif i not in self.values: raise NotImplementedError(f'{_caller()} uses a mask that does not follow from labels or boxes')
-            else: indices += [self.wrap(v, i.device) for v in self.values[i].nonzero(as_tuple=True)]
+            else:
+                with unset_fake_temporarily(): places = self.values[i].nonzero(as_tuple=True)
+                indices += [self.wrap(place, i.device) for place in places]
         return args[0], indices, *args[2:]
 
 
