@@ -45,12 +45,13 @@ def _flops(func, args, kwargs, out):
 
 _PLACES = {_aten.arange.default, _aten.arange.start, _aten.arange.start_step, _aten.linspace.default}
 
+# %% ../../nbs/training/07_rehearsal.ipynb #1559364d
 class LiveMemory(TorchDispatchMode):
     "Inside the `with` block, follows the bytes of all tensors by what they are for, and counts operations"
     def __init__(self):
         super().__init__()
         self.kinds,self.live,self.total = {},Counter(),0 # storage to (kind, bytes); bytes per kind, and of all
-        self.flops = Counter() # of 'convolutions' and of other 'products'
+        self.flops = Counter() # of 'convolutions' and other 'products'
         self.peak,self.parts = 0,{} # largest total so far, and its bytes per kind
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -86,8 +87,7 @@ class LiveMemory(TorchDispatchMode):
         self.add(tensors, kind)
         for key in {t.untyped_storage()._cdata for t in tensors}:
             before,size = self.kinds[key]
-            self.live[before] -= size; self.live[kind] += size
-            self.kinds[key] = kind,size
+            self.live[before] -= size; self.live[kind] += size; self.kinds[key] = kind,size
 
     def restart(self):
         "Begin anew with the peak and the operations; what is alive stays counted"
@@ -182,10 +182,10 @@ def _optimiser(memory, model, cfg):
     memory.move([v for state in optimiser.state.values() for v in state.values() if isinstance(v, Tensor)], 'optimiser')
     return optimiser
 
-def _source(memory, data, n, roles=1):
-    "Features, or clips for batches of `n` videos in one or two roles: the next batch is prefetched, so two are alive"
+def _source(memory, data, n, copies=1):
+    "Features, or clips for batches of `n` videos in one or two copies: the next batch is prefetched, so two are alive"
     if data.backbone is None: return _features(data.cfg, len(data.labels.uid))
-    memory.source = source = FakeClips(data.cfg, n, 2*roles) # kept as long as the counting goes on
+    memory.source = source = FakeClips(data.cfg, n, 2*copies) # kept as long as the counting goes on
     memory.move([clips for pair in source.pairs for clips in pair], 'batches')
     return source
 
@@ -219,11 +219,11 @@ def _plain(cfg, **train):
     settings = replace(cfg.train, **{**same, 'micro_batch': micro_batch, **train})
     return RunCfg(cfg.dataset, 'demo', protocol=cfg.protocol, weights='random', clip=cfg.clip, model=cfg.model, train=settings)
 
-def _result(memory, data, model, n, roles=1):
+def _result(memory, data, model, n, copies=1):
     "`Rehearsal` of `n` videos, alone or with an exemplar each"
     clips = sum(name in model.needs for name in ('scene','actor'))*len(data.cfg.clip.starts)+20*('short_clip_features' in model.needs)
-    clips = 0 if data.backbone is None else n*roles*clips
-    return Rehearsal(memory.peak, memory.parts, memory.flops.total(), memory.flops['convolutions'], n, clips)
+    if data.backbone is None: clips = 0
+    return Rehearsal(memory.peak, memory.parts, memory.flops.total(), memory.flops['convolutions'], n, n*copies*clips)
 
 @cache
 def _rehearse(cfg, device):
