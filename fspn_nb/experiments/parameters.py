@@ -206,7 +206,7 @@ def parse_sbatch(
         if not re.fullmatch('[a-z][a-z-]*', name) or not value.isprintable() or bool(equals) != bool(value):
             raise ValueError(f'sbatch: need name=value, as in "gres=gpu:1 mem=16G", got {word!r} in {text!r}')
         if name in _OWN_OPTIONS:
-            raise ValueError(f'sbatch: {name} is what this notebook decides; '+('use -p partition' if name == 'partition' else 'leave it out'))
+            raise ValueError(f'sbatch: {name} is what this notebook decides; '+('use -p partition' if name == 'partition' else 'omit it'))
         options[name] = value or True
     return options
 
@@ -233,7 +233,7 @@ def cluster_settings(
             raise ValueError(f"{name}={p[name]!r} needs cluster='slurm', got 'local'; add -p cluster slurm, or leave it empty")
         return None
     for name,least in (('processes',1), ('workers',0)):
-        if p.get(name, least) > 1: raise ValueError(f"{name}={p[name]} needs cluster='local', a job trains in one process; leave {name} at {least}")
+        if p.get(name, least) > 1: raise ValueError(f"{name}={p[name]} needs cluster='local': a job has one process; leave {name} at {least}")
     options = parse_sbatch(p['sbatch'])|(dict(partition=p['partition']) if p['partition'] else {})
     gpu = any(name.startswith('gpus') or name == 'gres' and 'gpu' in str(value) for name,value in options.items())
     cuda = gpu if p['device'] == 'auto' else p['device'].startswith('cuda')

@@ -124,7 +124,7 @@ def _parser():
     p = argparse.ArgumentParser('fspn_grid', description='Write the trainings of a run notebook into a folder, or train a part of them.')
     p.add_argument('--plan', required=True, metavar='DIR', help='folder of the plan')
     p.add_argument('--shard', metavar='I/N', help='train the I-th of N parts of the plan; without it the plan is written')
-    p.add_argument('--runs', default='ablations', choices=[*NOTEBOOK_DEFAULTS], help='whose trainings are planned: a run notebook (default: ablations)')
+    p.add_argument('--runs', default='ablations', choices=[*NOTEBOOK_DEFAULTS], help='which notebook is planned (default: ablations)')
     p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME','VALUE'), help='one of its parameters')
     p.add_argument('--device', default='', help='where to train this part: auto, cpu, cuda ... (default: as planned)')
     p.add_argument('--workers', type=int, default=1, help='trainings of this part side by side')

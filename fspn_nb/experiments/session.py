@@ -36,7 +36,8 @@ from ..training.prepare import RunData,check_folders,pick_backbone,pick_device,p
 
 # %% ../../nbs/experiments/03_session.ipynb #dff64f83
 RUN_PARAMETERS = dict(data_root=str, preset=str, methods=list, seeds=list, backbone=str, weights=str, device=str, processes=int,
-                      epochs=int, allow_missing=bool, actor=str, actor_file=str, changes=str, out=str, **CLUSTER_PARAMETERS) # of every run notebook
+                      epochs=int, allow_missing=bool, actor=str, actor_file=str, changes=str, out=str,
+                      **CLUSTER_PARAMETERS) # of every run notebook
 DATASET_PARAMETERS = dict(finediving=dict(protocol=list, per_difficulty=bool), mtl_aqa=dict(protocol=list),
                           aqa7=dict(classes=list, score_ranges=str)) # of one
 

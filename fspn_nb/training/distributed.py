@@ -183,7 +183,7 @@ def _start_others(processes, nodes):
     return [subprocess.Popen(command, env=env|{'LOCAL_RANK': str(rank), _FIRST: str(os.getpid())}) for rank in range(1, processes)]
 
 def _stay_together(children=(), first=0):
-    "End this process and its `children` ten seconds after one of them, or the `first` one, which has started this one, has ended in the midst of the run"
+    "End this process and its `children` ten seconds after one of them, or the `first` one that started this one, has ended in the midst"
     def _lost(): return any(child.poll() not in (None, 0, _SAVED) for child in children) or first and not (os.getppid() == first and is_alive(first))
     def _end_children(seconds=0):
         try: [child.wait(seconds) for child in children]
@@ -201,7 +201,7 @@ def _cluster(processes, nodes):
     "Who has started the processes, for Fabric: srun, or None for torchrun and for this program itself"
     from lightning_fabric.plugins.environments import LightningEnvironment,SLURMEnvironment,TorchElasticEnvironment
     if TorchElasticEnvironment.detect(): return TorchElasticEnvironment()
-    tasks = int(os.environ.get('SLURM_STEP_NUM_TASKS', 1)) # of the srun step that this process belongs to; outside of one there is no such number
+    tasks = int(os.environ.get('SLURM_STEP_NUM_TASKS', 1)) # of the srun step of this process; outside of one there is none
     if tasks == 1: return LightningEnvironment()
     if tasks != processes*nodes:
         raise ValueError(f'need srun with {processes*nodes} tasks for {processes} processes on each of {nodes} machines, got {tasks}; '

@@ -176,7 +176,7 @@ def micro_batch_of(
     "What a checkpoint and provenance.json say about it"
     return {'micro_batch': model.options['micro_batch']} if hasattr(model, 'options') else {}
 
-# %% ../../nbs/training/08_memory.ipynb #29c84faf
+# %% ../../nbs/training/08_memory.ipynb #29c84fae
 def clips_of(
     batch:Batch, # Frames (B,K,3,L,H,W), perhaps with exemplars
     needs:tuple[str,...], # What the head reads
@@ -186,6 +186,19 @@ def clips_of(
     own = len(batch)*(sum(name in needs for name in ('scene','actor'))*batch.scene.shape[1]+20*('short_clip_features' in needs))
     return own+(clips_of(batch.exemplar, needs) if batch.exemplar is not None else 0)
 
+def _out_of_memory_error(cfg, model, batch, reason, dist=DistributedContext()):
+    "What is said where halving does not help"
+    device,size = batch.scene.device,model.options['micro_batch']
+    needed = rehearse(cfg, size, -(-cfg.train.batch_size//dist.world_size), device.type).peak
+    what = f'{size} clips at a time' if size else 'all clips at once'
+    why = _cannot_split(cfg) or ('with several processes micro_batch is not halved by itself' if dist.world_size > 1 else '')
+    half = max(1, (size or clips_of(batch, model.needs))//2)
+    smaller = 'a smaller train.batch_size' if _cannot_split(cfg) or size == 1 else f'train.micro_batch={half}'
+    return MemoryError(f'need about {_gib(needed)} for a training step of {cfg.model.name} with {what}, got '
+                       f'{_gib(available_memory(device))} free on {device} after it ran out ({reason}); '
+                       f'{why+"; " if why else ""}take {smaller}, {_ADVICE}')
+
+# %% ../../nbs/training/08_memory.ipynb #29c84faf
 class HalvingGradients:
     "Stands in for `compute_gradients` while one model with a backbone trains"
     def __init__(self,
@@ -211,7 +224,7 @@ class HalvingGradients:
         with torch.no_grad():
             for buffer,before in buffers: buffer.copy_(before)
         losses,reason = self._try(compute)
-        if losses is None: raise self._error(model, batch, reason)
+        if losses is None: raise _out_of_memory_error(self.cfg, model, batch, reason)
         return losses
 
     def _try(self, compute):
@@ -228,19 +241,9 @@ class HalvingGradients:
         gc.collect()
         if batch.scene.device.type == 'cuda': torch.cuda.empty_cache()
         size = model.options['micro_batch'] or clips_of(batch, model.needs)
-        if self.halved or size < 2 or dist.world_size > 1 or _cannot_split(self.cfg): raise self._error(model, batch, reason, dist)
+        final = self.halved or size < 2 or dist.world_size > 1 or _cannot_split(self.cfg)
+        if final: raise _out_of_memory_error(self.cfg, model, batch, reason, dist)
         self.halved = True
         model.options['micro_batch'] = -(-size//2)
         print(escape(f'memory ran out with {size} clips at a time ({reason}): the step is computed again, from now on with {-(-size//2)}'))
         if self.on_halve: self.on_halve(-(-size//2))
-
-    def _error(self, model, batch, reason, dist=DistributedContext()):
-        "What is said where halving does not help"
-        cfg,device,size = self.cfg,batch.scene.device,model.options['micro_batch']
-        needed = rehearse(cfg, size, -(-cfg.train.batch_size//dist.world_size), device.type).peak
-        what = f'{size} clips at a time' if size else 'all clips at once'
-        why = _cannot_split(cfg) or ('with several processes micro_batch is not halved by itself' if dist.world_size > 1 else '')
-        half = max(1, (size or clips_of(batch, model.needs))//2)
-        smaller = 'a smaller train.batch_size' if _cannot_split(cfg) or size == 1 else f'train.micro_batch={half}'
-        return MemoryError(f'need about {_gib(needed)} for a training step of {cfg.model.name} with {what}, got '
-                           f'{_gib(available_memory(device))} free on {device} after it ran out ({reason}); {why+"; " if why else ""}take {smaller}, {_ADVICE}')
