@@ -244,8 +244,9 @@ def test_a_partition_that_is_not_there(cluster, tmp_path):
     tell(text.strip().split('\n')[-1])
 
 
-def test_two_nodes_train_one_run(cluster, tmp_path):
+def test_two_nodes_train_one_run(cluster, tmp_path, monkeypatch):
     "One and two processes on each of two nodes: the exemplars of one process, and its predictions"
+    monkeypatch.setenv('MASTER_ADDR', '127.0.0.1') # n1, which Lightning takes from SLURM, is no name of a machine here
     script = tmp_path/'processes.py'
     script.write_text(PROCESSES)
     answers = {}
