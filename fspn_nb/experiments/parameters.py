@@ -206,7 +206,7 @@ def parse_sbatch(
         if not re.fullmatch('[a-z][a-z-]*', name) or not value.isprintable() or bool(equals) != bool(value):
             raise ValueError(f'sbatch: need name=value, as in "gres=gpu:1 mem=16G", got {word!r} in {text!r}')
         if name in _OWN_OPTIONS:
-            raise ValueError(f'sbatch: {name} is what this notebook decides; '+('use -p partition' if name == 'partition' else 'omit it'))
+            raise ValueError(f'sbatch: {name} is what this notebook decides; '+('use -p partition' if name == 'partition' else 'leave it out'))
         options[name] = value or True
     return options
 
