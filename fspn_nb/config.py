@@ -144,7 +144,7 @@ def _check_pairs(cfg):
     name,source,selection,clips,starts = cfg.model.name,cfg.actor.source,cfg.eval.checkpoint_selection,cfg.model.clips,len(cfg.clip.starts)
     if isinstance(micro_batch := cfg.train.micro_batch, str): raise ValueError(f"need train.micro_batch='auto' or a number, got {micro_batch!r}")
     if micro_batch and not cfg.train.freeze_bn:
-        raise ValueError(f'need train.micro_batch=0 without train.freeze_bn, got {micro_batch}: BatchNorm would see few clips; lower batch_size')
+        raise ValueError(f'need train.micro_batch=0 without train.freeze_bn, got {micro_batch}: BatchNorm would see so few clips; lower batch_size')
     if METHODS[name].finetune_only and cfg.train.backbone != 'finetune':
         raise ValueError(f"{name} works inside the backbone: need train.backbone='finetune', got {cfg.train.backbone!r}; "
                          'ask for backbone finetune, or for a method that reads clip features')

@@ -69,7 +69,7 @@ class _MaxPool(torch.autograd.Function):
     def forward(ctx, x, *window):
         ctx.save_for_backward(x)
         ctx.window = window # kernel, stride, padding, dilation, ceil_mode
-        with torch.autocast(x.device.type, enabled=False): return F.max_pool3d(x, *window)
+        with torch.autocast('cpu', enabled=False): return F.max_pool3d(x, *window) # only there autocast would pool in fp32
 
     @staticmethod
     @torch.autograd.function.once_differentiable
