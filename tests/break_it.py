@@ -60,7 +60,7 @@ def run_case(c, deadline):
         child.join(10)
         if child.is_alive(): _end_group(child.pid)
         child.join()
-    return row | dict(result=result, message=message, seconds=round(time.monotonic()-start, 1))
+    return row | dict(result=result, message=message.replace(folder, 'FOLDER'), seconds=round(time.monotonic()-start, 1))
 
 
 def _end_group(pid):
