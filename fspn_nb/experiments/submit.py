@@ -104,7 +104,7 @@ def job_states(
     if settings.executor == 'local':
         alive = {entry['job'] for entry in submitted.values() if entry['job'] and _is_alive(int(entry['job']))}
         return {(entry['name'], entry['index']): (entry['job'], 'RUNNING', '') for entry in submitted.values() if entry['job'] in alive}
-    command = ['squeue','--noheader','--array','--states=all',f'--user={os.getuid()}','--format=%i|%j|%T|%r']
+    command = ['squeue','--noheader','--array','--states=all','--me','--format=%i|%j|%T|%r']
     try: answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired: return None
     return parse_states(answer.stdout) if answer.returncode == 0 else None
