@@ -7,7 +7,7 @@ __all__ = ['limit_minutes', 'make_executor', 'submitted_jobs', 'parse_states', '
            'submit_inputs', 'submit_missing']
 
 # %% ../../nbs/experiments/06_submit.ipynb #2f1be30a
-import contextlib,io,math,os,re,shlex,shutil,subprocess,uuid
+import contextlib,io,math,re,shlex,shutil,subprocess,uuid
 from pathlib import Path
 
 import psutil
