@@ -470,7 +470,7 @@ def session_worker_killed(folder):
 
 @case('run notebook', 'SIGKILL of papermill alone', seconds=120)
 def kernel_without_papermill(folder):
-    from fspn_nb.processes import LockHeld,run_lock
+    from fspn_nb.processes import LockHeld,lock_owner,run_lock
     command = ['-m','papermill',ROOT/'nbs'/'run_finediving.ipynb',folder/'out.ipynb',*'-p preset smoke -p methods fspn_s -p protocol w_dn -p epochs 2000 -p out'.split(),folder/'runs']
     program = Program(command, folder/'log')
     wait_until(lambda: list(folder.glob('runs/finediving/*/log.csv')) or not program.runs)
@@ -480,7 +480,7 @@ def kernel_without_papermill(folder):
         with run_lock(run): message = 'free at once'
     except LockHeld as e: message = str(e)
     began = time.monotonic()
-    wait_until(lambda: not program.tree(), 30)
+    wait_until(lambda: not program.tree() and lock_owner(run.with_name(f'.{run.name}.lock')) is None, 30)
     gone = time.monotonic()-began
     with run_lock(run): pass
     return outcome('refused', f'{gone:.1f} s later its kernel is gone as well; until then: {message}')

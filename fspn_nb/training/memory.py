@@ -243,7 +243,6 @@ class HalvingGradients:
         size = model.options['micro_batch'] or clips_of(batch, model.needs)
         final = self.halved or size < 2 or dist.world_size > 1 or _cannot_split(self.cfg)
         if final: raise _out_of_memory_error(self.cfg, model, batch, reason, dist)
-        self.halved = True
-        model.options['micro_batch'] = -(-size//2)
+        self.halved,model.options['micro_batch'] = True,-(-size//2)
         print(escape(f'memory ran out with {size} clips at a time ({reason}): the step is computed again, from now on with {-(-size//2)}'))
         if self.on_halve: self.on_halve(-(-size//2))
