@@ -108,7 +108,7 @@ def test_a_step_in_bf16_keeps_half():
                 _,kept = kept_storages(lambda: encode_frames(net.features, torch.zeros(n, 3, 8, 32, 32, dtype=torch.uint8)))
             sizes[dtype,n] = sum(t.untyped_storage().nbytes() for t in kept)
     per_clip = {dtype: sizes[dtype,2]-sizes[dtype,1] for dtype in (torch.float32, torch.bfloat16)}
-    assert per_clip[torch.float32] == 2*per_clip[torch.bfloat16] > 0
+    assert 1.9 < per_clip[torch.float32]/per_clip[torch.bfloat16] <= 2 # a CPU adds a frame of zeros where a clip has two left
     x = torch.randn(1, 3, 2, 6, 6).relu().bfloat16()
     with torch.autocast('cpu', torch.bfloat16):
         assert SamePool((3,3,3), (1,1,1))(x).dtype == torch.bfloat16

@@ -1,5 +1,6 @@
 "Parameters of the notebooks: types, unknown names, changed settings, wrong files; a notebook that is run twice in one kernel"
 import ast
+import atexit
 import json
 import os
 import re
@@ -212,7 +213,7 @@ def up_to(nb, pattern):
 
 def test_run_all_twice_with_another_parameter(environment, tmp_path):
     "Results are those of the new parameters, and nothing red is shown (the whole notebook is run in tests/test_lab.py)"
-    nb = up_to(edited('run_mtl_aqa', preset='smoke', methods='i3d_mlp', protocol='w_dd', weights='random', device='cpu', epochs=1, changes='clip.size=32', out=str(tmp_path/'out')), r'train_all\(')
+    nb = up_to(edited('run_mtl_aqa', preset='smoke', methods='i3d_mlp', protocol='w_dd', weights='random', device='cpu', epochs=1, changes='clip.size=32', out=str(tmp_path/'out')), r'train_runs\(')
     first, second = kernel_run(nb, dict(seeds='1', epochs=2, changes='clip.size=32 train.lr=5e-4'))
     assert 'Warning' not in first+second
     assert re.search(r'i3d_mlp-w_dd-frozen-s0-\w+: rho', first) and re.search(r'i3d_mlp-w_dd-frozen-s1-\w+: rho', second) and '-s0-' not in second
@@ -229,6 +230,7 @@ def shell(environment):
     made.history_manager.enabled = False # no file
     yield made
     made.restore_sys_module_state()
+    atexit.unregister(made.atexit_operations) # its folder is gone by then
 
 
 def run_cells(shell, nb, **values):
