@@ -2,6 +2,7 @@
 At the end stand the bits of one machine, and no training was done twice. Prints a log (pytest -s)"""
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -205,9 +206,11 @@ def test_twelve_trainings_on_two_nodes(cluster, tmp_path):
     plan = pd.read_csv(tmp_path/'slurm.csv', keep_default_na=False).set_index('run')
     print(plan[['experiment','seed','status','seconds','rho']].to_string())
     failed = plan[plan.status == 'failed']
-    assert failed.index.tolist() == [killed] and 'ended (FAILED) before this training did; its log' in failed.problem.iloc[0], plan.to_string()
-    assert (plan.status.drop(killed) == 'trained').all(), plan.to_string()
-    tell(f'{killed}: {failed.problem.iloc[0]}')
+    # on a busy machine SLURM hears of the death with the power cut, and puts the job back: then the same call has trained all twelve
+    assert failed.index.tolist() in ([killed], []), plan.to_string()
+    assert failed.problem.str.contains('ended (FAILED) before this training did; its log', regex=False).all(), plan.to_string()
+    assert (plan.status.drop(failed.index) == 'trained').all(), plan.to_string()
+    tell(f'{killed}: {" ".join(failed.problem) or "put back by SLURM"}')
 
     papermill = [sys.executable, '-m', 'papermill', ROOT/'nbs/run_ablations.ipynb', tmp_path/'again.ipynb', '--no-progress-bar']
     values = [part for name,value in dict(there, job_minutes=1).items() if value != '' for part in ('-p', name, value)]
@@ -216,7 +219,8 @@ def test_twelve_trainings_on_two_nodes(cluster, tmp_path):
     text = json.loads((tmp_path/'again.ipynb').read_text())
     printed = ''.join(''.join(out.get('text', '')) for cell in text['cells'] for out in cell.get('outputs', []))
     tell('the same command again, as a notebook'), print(printed)
-    assert '1 training in 1 job ' in printed and 'there      11' in printed and 'trained     1' in printed, printed
+    if len(failed): assert '1 training in 1 job ' in printed and 'there      11' in printed and 'trained     1' in printed, printed
+    else: assert ' in 1 job ' not in printed and re.search(r'there +12', printed), printed
 
     assert alone.wait(300) == 0, (tmp_path/'local.txt').read_text()
     ends = [line.split()[:2] for log in (root/'jobs').glob('*/*_log.out') for line in log.read_text().splitlines() if line.startswith('finediving/fspn') or line.startswith('finediving/i3d')]
