@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 
+from conftest import until
 from fspn_nb.config import finediving,override,run_id,save_cfg
 from fspn_nb.train import fit,train_cli
 from fspn_nb.training import checkpoint,distributed
@@ -59,14 +60,6 @@ def end_of(ranks, folder, seconds=120):
     texts = [(folder/f'{i}.txt').read_text() for i in range(len(ranks))]
     assert not any(rank.is_alive() for rank in ranks), texts
     return [rank.exitcode for rank in ranks],texts
-
-
-def until(condition, seconds=120):
-    "Wait until `condition()`"
-    end = time.monotonic()+seconds
-    while not condition():
-        assert time.monotonic() < end, 'it never came'
-        time.sleep(.02)
 
 
 # The numbers of one process -------------------------------------------------------------------------------------------------------------------------

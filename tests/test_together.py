@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from conftest import until
 from fspn_nb import core,processes
 from fspn_nb.batches import features,frame_store
 from fspn_nb.analysis.runs import collect
@@ -47,14 +48,6 @@ def program(code, *args, **env):
     "A Python program of its own"
     return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, env=ONE_THREAD|env)
-
-
-def until(condition, seconds=120):
-    "Wait until `condition()`"
-    end = time.monotonic()+seconds
-    while not condition():
-        assert time.monotonic() < end, 'it never came'
-        time.sleep(.02)
 
 
 # One run ----------------------------------------------------------------------------------------------------------------------------------------
