@@ -27,6 +27,7 @@ import psutil
 import torch
 
 from fault_cases import case,outcome
+from waiting import wait_until
 from fspn_nb.config import finediving,run_id,save_cfg
 from fspn_nb.experiments.grid import run_grid,run_one
 from fspn_nb.experiments.variants import config_of,grid_base
@@ -84,16 +85,8 @@ class Program:
         "Wait for a normal end; the text"
         status = self.process.wait(seconds)
         assert status == 0, self.text[-3000:]
-        wait_until(lambda: not self.tree(), 10) # Python's resource tracker ends a moment after its program
+        wait_until(lambda: not self.tree(), seconds=10) # Python's resource tracker ends a moment after its program
         return self.text
-
-
-def wait_until(condition, seconds=120):
-    "Wait for `condition()`"
-    end = time.monotonic()+seconds
-    while not condition():
-        assert time.monotonic() < end, 'it never came'
-        time.sleep(.005)
 
 
 def unfinished(*folders):
@@ -480,7 +473,7 @@ def kernel_without_papermill(folder):
         with run_lock(run): message = 'free at once'
     except LockHeld as e: message = str(e)
     began = time.monotonic()
-    wait_until(lambda: not program.tree() and lock_owner(run.with_name(f'.{run.name}.lock')) is None, 30)
+    wait_until(lambda: not program.tree() and lock_owner(run.with_name(f'.{run.name}.lock')) is None, seconds=30)
     gone = time.monotonic()-began
     with run_lock(run): pass
     return outcome('refused', f'{gone:.1f} s later its kernel is gone as well; until then: {message}')

@@ -1,7 +1,6 @@
 "What the tests share: where real material may lie, and what is asked of several readers and of every method"
 import os
 import pickle
-import time
 from pathlib import Path
 
 import pytest
@@ -23,14 +22,6 @@ def shared():
         if not path.exists(): pytest.skip(f'real material absent: {"/".join(parts)} (set FSPN_SHARED to the folder that holds it)')
         return path
     return find
-
-
-def until(condition, seconds=120):
-    "Wait until `condition()`"
-    end = time.monotonic()+seconds
-    while not condition():
-        assert time.monotonic() < end, 'it never came'
-        time.sleep(.02)
 
 
 def edit_pickle(path, change):

@@ -14,10 +14,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import psutil
+
+from waiting import wait_until
 
 CONF = Path('/etc/slurm/slurm.conf')
 MARK = '# a cluster for tests, until process '
@@ -76,15 +77,6 @@ def free_ports(n):
             except OSError: continue
             return range(first, first+n)
     raise OSError('no free ports')
-
-
-def wait_until(condition, what, seconds=60, pause=.1):
-    "What `condition()` gives as soon as it is true"
-    end = time.monotonic()+seconds
-    while not (result := condition()):
-        if time.monotonic() > end: raise TimeoutError(f'{what} within {seconds} s')
-        time.sleep(pause)
-    return result
 
 
 def processes_of(folder, name, node=''):

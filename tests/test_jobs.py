@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
+from waiting import wait_until
 from fspn_nb.experiments import cluster
 from fspn_nb.experiments.cluster import follow,train_on_cluster
 from fspn_nb.experiments.grid import run_grid
@@ -25,13 +26,6 @@ QUICK = grid_base('smoke', train__epochs=1, model__stages=1)
 LONG = grid_base('smoke', train__epochs=16, model__stages=1, synthetic__n_train=8, synthetic__n_test=4, clip__size=32)
 HERE = ClusterSettings(jobs=2, job_minutes=30, executor='local') # jobs are processes of this machine
 RESULTS = ('predictions.csv', 'parsing.csv', 'metrics.json', 'watched.csv', 'votes.csv')
-
-
-def wait_until(condition, what, seconds=120):
-    until = time.monotonic()+seconds
-    while not condition():
-        assert time.monotonic() < until, f'{what} within {seconds} s'
-        time.sleep(.02)
 
 
 def results(root, run): return {name: (root/run/name).read_bytes() for name in RESULTS if (root/run/name).is_file()}

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from conftest import until
+from waiting import wait_until
 from fspn_nb.config import finediving,override,run_id,save_cfg
 from fspn_nb.train import fit,train_cli
 from fspn_nb.training import checkpoint,distributed
@@ -128,7 +128,7 @@ def test_one_of_four_is_killed(release, tmp_path):
     run = tmp_path/'finediving'/run_id(LONG)
     command = [str(save_cfg(LONG, tmp_path/'config.json')), '--out', str(tmp_path), '--device', 'cpu', '--processes', '4', '--max-overhead', '1']
     ranks = start_ranks(tmp_path, train_cli, command)
-    until(lambda: (run/'last.pt').exists() or not all(rank.is_alive() for rank in ranks))
+    wait_until(lambda: (run/'last.pt').exists() or not all(rank.is_alive() for rank in ranks))
     os.kill(ranks[2].pid, signal.SIGKILL)
     began = time.monotonic()
     status,texts = end_of(ranks, tmp_path, 30)
@@ -159,12 +159,12 @@ def test_no_process_is_left_behind_by_a_notebook(release, tmp_path):
     run = tmp_path/'finediving'/run_id(LONG)
     notebook = subprocess.Popen([sys.executable, '-c', NOTEBOOK, str(save_cfg(LONG, tmp_path/'config.json')), str(tmp_path)], env=dict(os.environ, OMP_NUM_THREADS='1'),
                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    until(lambda: (run/'log.csv').exists() or notebook.poll() is not None)
+    wait_until(lambda: (run/'log.csv').exists() or notebook.poll() is not None)
     trainers = psutil.Process(notebook.pid).children(recursive=True)
     assert len(trainers) == 2, notebook.communicate()[1]
     notebook.kill() # SIGKILL: it can tell nobody
     notebook.communicate()
-    until(lambda: not alive(trainers), 30)
+    wait_until(lambda: not alive(trainers), seconds=30)
     state = newest_ckpt(run, run.name)
     assert state and (state['epoch'] > 0 or state['within_epoch']), 'it has saved itself'
     assert not [path for path in run.parent.iterdir() if 'lock' in path.name]

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from conftest import until
+from waiting import wait_until
 from fspn_nb import core,processes
 from fspn_nb.batches import features,frame_store
 from fspn_nb.analysis.runs import collect
@@ -62,7 +62,7 @@ def test_the_second_of_two_trainings_is_told_who_trains(release, tmp_path):
     cfg = finediving('smoke', **SMALL, model__name='fspn_s', train__epochs=400, train__batch_size=2)
     run = tmp_path/'finediving'/run_id(cfg)
     first = start(cfg, tmp_path, '--max-overhead', '1')
-    until(lambda: (run/'last.pt').exists() or first.poll() is not None)
+    wait_until(lambda: (run/'last.pt').exists() or first.poll() is not None)
     (run/'.note.part').write_text('half') # as if the first one were about to rename it
     refusal = f'run {run.name}: need it for this process alone, got process {first.pid} on .*config.json.*; wait until it has ended, or pass another `out`'
     with pytest.raises(LockHeld, match=refusal): fit(cfg, tmp_path, 'cpu')
@@ -168,7 +168,7 @@ def test_a_release_is_drawn_once(tmp_path):
     first,second = (program(DRAW, root) for _ in range(2))
     for p in (first, second): assert p.stdout.readline() == 'go\n'
     first.stdin.write('\n'); first.stdin.flush()
-    until(lambda: (tmp_path/'.few.lock.json').exists() or first.poll() is not None)
+    wait_until(lambda: (tmp_path/'.few.lock.json').exists() or first.poll() is not None)
     second.stdin.write('\n'); second.stdin.flush()
     texts = [p.communicate(timeout=120) for p in (first, second)]
     assert 'release drawn' in texts[0][0], texts
