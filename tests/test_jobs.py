@@ -97,6 +97,10 @@ def test_what_is_missing_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', str(bin))
     (bin/'sbatch').unlink()
     with pytest.raises(FileNotFoundError, match='need the commands of SLURM, got a machine without sbatch; start this where sbatch works'): submit_missing(trainings, tmp_path, slurm)
+    (bin/'squeue').unlink()
+    with pytest.raises(FileNotFoundError, match='got a machine without sbatch, squeue; start this where sbatch works'): submit_missing(trainings, tmp_path, slurm)
+    programs(bin)
+    (bin/'sbatch').unlink()
     monkeypatch.setitem(sys.modules, 'submitit', None)
     with pytest.raises(ImportError, match=r"pip install 'fspn_nb\[cluster\]'"): submit_missing(trainings, tmp_path, slurm)
 

@@ -58,8 +58,8 @@ _USUAL = ('None','Priority','Resources','Dependency','JobArrayTaskLimit','BeginT
 
 def _reason(answer, entry, states):
     "' (PartitionTimeLimit)' and the like: why a job waits, where somebody must do something about it"
-    reason = (states or {}).get((entry['name'], entry['index']), ('','',''))[2]
-    return f' ({reason})' if answer[0] == 'queued' and reason not in _USUAL else ''
+    _,state,reason = (states or {}).get((entry['name'], entry['index']), ('','',''))
+    return f' ({reason})' if answer[0] == 'queued' and state == 'PENDING' and reason not in _USUAL else ''
 
 def follow(
     trainings:list[Training], # That were submitted
@@ -95,6 +95,12 @@ def follow(
     return answers
 
 # %% ../../nbs/experiments/07_cluster.ipynb #217011be
+def _refuse_own_methods(cfgs):
+    "A `ValueError` for methods that a job does not know"
+    if own := {cfg.model.name for cfg in cfgs if method_code(cfg.model.name)}:
+        raise ValueError(f"need cluster='local' for methods that this notebook registered itself, got {', '.join(sorted(own))}: "
+                         'a job does not know them')
+
 def train_on_cluster(
     trainings:list[Training], # All that are wanted
     root:Path, # Folder for all runs
@@ -102,9 +108,7 @@ def train_on_cluster(
 )->list[tuple]: # (status, seconds, rho, problem) of each, as in `run_grid`
     "Train what is not finished, as jobs; what a job left behind when it died, or another process had, is submitted once more"
     known,answers = {},{}
-    if own := {training.cfg.model.name for training in trainings if method_code(training.cfg.model.name)}:
-        raise ValueError(f"need cluster='local' for methods that this notebook registered itself, got {', '.join(sorted(own))}: "
-                         'a job does not know them')
+    _refuse_own_methods(training.cfg for training in trainings)
     for training in trainings:
         if answer := finished_answer(training, root, known): answers[training.run] = answer
     for _ in range(2):
@@ -134,6 +138,7 @@ def make_inputs(
 )->None:
     "Let a job make what `read_data` reads; a `RuntimeError` where it fails. Nothing to do without a cluster"
     if session.cluster is None: return
+    _refuse_own_methods(session.runs)
     with hold_lock(session.reports/'jobs'/'.submit.lock', 'the list of submitted jobs', wait=True):
         job = submit_inputs(session.runs, session.reports, session.cluster)
     if job: print(f'job {job} makes what the trainings read')

@@ -18,8 +18,9 @@ import numpy as np
 from ..batches.fingerprint import short_hash
 from ..config import RunCfg,load_cfg,run_id
 from ..core import escape,write_json
-from .grid import _compare,_extras,_work,is_finished
+from .grid import _compare,_extras,_work,is_finished,is_there
 from .variants import config_of,plan_grid
+from ..processes import lock_owner,this_process
 from ..protocols import PROTOCOLS
 from ..stored_files import parse_json,read_checked,read_sealed,read_table,seal
 from ..training.checkpoint import Preempted
@@ -144,7 +145,7 @@ def read_outcome(
 def _still_wanted():
     "Whether this is a job of SLURM that was neither cancelled nor put back into the queue"
     if os.environ.get('SUBMITIT_EXECUTOR') != 'slurm': return False
-    command = ['squeue','--noheader','--format=%T',f"--job={os.environ.get('SLURM_JOB_ID')}"]
+    command = ['squeue','--noheader','--format=%T',f'--job={job_name()}']
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() in ('RUNNING','')
 
 @contextmanager
@@ -198,15 +199,19 @@ class TrainingPack:
     def _train(self, training):
         run,outcome = self.out/training.run,read_outcome(self.folder, training.run)
         if outcome.get('status') in ('there','trained') and is_finished(run): return # before this job was put back into the queue
-        if outcome.get('status') == 'running' and outcome['job'] == job_name(): # this job itself, before it was killed: a lock may be left
-            for end in ('lock','lock.json'): run.with_name(f'.{run.name}.{end}').unlink(missing_ok=True) # on a disk without system locks
+        lock = run.with_name(f'.{run.name}.lock')
+        ours = (owner := lock_owner(lock)) is None or owner.command == this_process().command
+        if ours and outcome.get('status') == 'running' and outcome['job'] == job_name(): # this job itself, before it was killed
+            for path in (lock, lock.with_name(f'{lock.name}.json')): path.unlink(missing_ok=True) # left on a disk without system locks
         write_outcome(self.folder, training.run, 'running')
         answer = _work(training.cfg, self.out, self.device, training.extras, training.keep_weights)
         write_outcome(self.folder, training.run, *answer)
         print(training.run, *answer[:2], answer[3], flush=True) # the job's log
 
     def _prepare(self, cfg):
-        try: status,problem = 'there' if prepare(cfg, self.device) else '',''
+        try:
+            prepare(cfg, self.device)
+            status,problem = 'there',''
         except Exception as e: status,problem = 'failed',f'{type(e).__name__}: {e}'
         write_outcome(self.folder, input_name(cfg), status, problem=problem)
         print(input_name(cfg), status, problem, flush=True)
@@ -224,5 +229,5 @@ def finished_answer(
 )->tuple|None: # ('there' or 'failed', 0, NaN, problem); None: to be trained
     "How a training stands that needs no work: it is compared with the data at hand"
     run = Path(root)/training.run
-    if not is_finished(run) or training.keep_weights and not (run/'last.pt').is_file(): return None
+    if not is_there(run, training.keep_weights): return None
     return _compare(training.cfg, run, known)

@@ -10,7 +10,6 @@ __all__ = ['limit_minutes', 'make_executor', 'submitted_jobs', 'parse_states', '
 import contextlib,io,math,re,shlex,shutil,subprocess,uuid
 from pathlib import Path
 
-import psutil
 
 import fspn_nb
 from ..config import RunCfg
@@ -20,6 +19,7 @@ from fspn_nb.experiments.jobs import (Training,TrainingPack,input_name,pack_trai
 from .parameters import ClusterSettings
 from ..processes import hold_lock
 from ..stored_files import read_sealed,seal
+from ..training.distributed import is_alive
 
 # %% ../../nbs/experiments/06_submit.ipynb #919feaca
 def limit_minutes(
@@ -102,16 +102,12 @@ def job_states(
 )->dict|None: # As `parse_states`, without jobs that are gone; None where the scheduler does not answer
     "How the jobs of this user stand"
     if settings.executor == 'local':
-        alive = {entry['job'] for entry in submitted.values() if entry['job'] and _is_alive(int(entry['job']))}
+        alive = {entry['job'] for entry in submitted.values() if entry['job'] and is_alive(int(entry['job']))}
         return {(entry['name'], entry['index']): (entry['job'], 'RUNNING', '') for entry in submitted.values() if entry['job'] in alive}
     command = ['squeue','--noheader','--array','--states=all','--me','--format=%i|%j|%T|%r']
     try: answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired: return None
     return parse_states(answer.stdout) if answer.returncode == 0 else None
-
-def _is_alive(pid):
-    try: return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.Error: return False
 
 # %% ../../nbs/experiments/06_submit.ipynb #68f65ab0
 _ENDED = ('BOOT_FAIL','CANCELLED','COMPLETED','DEADLINE','FAILED','NODE_FAIL','OUT_OF_MEMORY','TIMEOUT','REVOKED')
@@ -168,6 +164,7 @@ def submit_inputs(
 
 def _known_states(settings, submitted):
     "`job_states`; a `RuntimeError` where the scheduler does not answer"
+    if settings.executor == 'slurm' and not shutil.which('squeue'): raise FileNotFoundError(_missing_programs())
     if (states := job_states(settings, submitted)) is None:
         raise RuntimeError('need squeue to answer before jobs are submitted, got no answer; start the same command again when it does')
     return states

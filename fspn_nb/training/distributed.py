@@ -165,7 +165,7 @@ def is_alive(
 )->bool:
     "Whether the process runs; one that has ended and was not yet asked for its status does not"
     try: return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess: return False
+    except psutil.Error: return False
 
 # %% ../../nbs/training/01_distributed.ipynb #53060d0a
 _FIRST = 'FSPN_FIRST_PROCESS' # environment variable with the number of the process that has started this one
@@ -182,7 +182,7 @@ def _start_others(processes, nodes):
     command = [sys.executable, *(['-m', main.name] if main else [os.path.abspath(sys.argv[0])]), *sys.argv[1:]]
     return [subprocess.Popen(command, env=env|{'LOCAL_RANK': str(rank), _FIRST: str(os.getpid())}) for rank in range(1, processes)]
 
-def _stay_together(children=(), first=0):
+def _stay_together(processes, children=(), first=0):
     "End this process and its `children` ten seconds after one of them, or the `first` one that started this one, has ended in the midst"
     def _lost(): return any(child.poll() not in (None, 0, _SAVED) for child in children) or first and not (os.getppid() == first and is_alive(first))
     def _end_children(seconds=0):
@@ -190,7 +190,8 @@ def _stay_together(children=(), first=0):
         except subprocess.TimeoutExpired: [child.kill() for child in children]
     def _end(_):
         time.sleep(10) # as a rule the connection has said it by then, and files that were being written are there
-        print(_lost_process(int(os.environ['LOCAL_RANK']), os.environ['WORLD_SIZE']), file=sys.stderr)
+        rank = int(os.environ['NODE_RANK'])*processes+int(os.environ['LOCAL_RANK'])
+        print(_lost_process(rank, os.environ['WORLD_SIZE']), file=sys.stderr)
         _end_children()
         os._exit(1)
     watch_for(_lost, _end)
@@ -198,7 +199,7 @@ def _stay_together(children=(), first=0):
 
 # %% ../../nbs/training/01_distributed.ipynb #93da508e
 def _cluster(processes, nodes):
-    "Who has started the processes, for Fabric: srun, or None for torchrun and for this program itself"
+    "Who has started the processes, for Fabric: torchrun, srun, or this program itself"
     from lightning_fabric.plugins.environments import LightningEnvironment,SLURMEnvironment,TorchElasticEnvironment
     if TorchElasticEnvironment.detect(): return TorchElasticEnvironment()
     tasks = int(os.environ.get('SLURM_STEP_NUM_TASKS', 1)) # of the srun step of this process; outside of one there is none
@@ -234,8 +235,8 @@ def init_distributed(
         raise ValueError(f"need a GPU for each of {processes} processes, got {n}; lower processes, or take device='cpu'")
     fabric_class = _fabric_class()
     fabric = fabric_class(accelerator=kind, devices=processes, num_nodes=nodes, strategy='ddp', plugins=[cluster := _cluster(processes, nodes)])
-    if not cluster.creates_processes_externally: _stay_together(_start_others(processes, nodes))
-    elif _FIRST in os.environ: _stay_together(first=int(os.environ[_FIRST]))
+    if not cluster.creates_processes_externally: _stay_together(processes, _start_others(processes, nodes))
+    elif _FIRST in os.environ: _stay_together(processes, first=int(os.environ[_FIRST]))
     fabric.launch()
     if fabric.world_size != processes*nodes:
         raise ValueError(f'need {processes*nodes} processes, got {fabric.world_size}; give the numbers that the processes were started with')

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..core import Batch
+from ..processes import out_of_memory
 from .distributed import DistributedContext
 from .loop import compute_gradients
 from .prefetch import tensors_of
@@ -150,9 +151,9 @@ class StepGraph:
         for param in model.parameters(): param.grad = None # so that the graph makes its own
         try: self.losses = graph.capture(lambda: compute_gradients(model, self.batch, precision, exemplar_index=self.index))
         except RuntimeError as e:
-            if isinstance(e, torch.OutOfMemoryError): raise
+            if out_of_memory(e): raise
             raise RuntimeError(f'need a step of {type(model).__name__} that never waits for the GPU, to capture it, got '
-                               f'{str(e).splitlines()[0]}; use train.capture=off') from e
+                               f'{(str(e) or type(e).__name__).splitlines()[0]}; use train.capture=off') from e
         self.grads = [(param, param.grad) for param in model.parameters() if param.grad is not None]
 
     def __call__(self,

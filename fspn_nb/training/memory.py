@@ -51,7 +51,7 @@ def _on_the_line(clips, memory, peak):
     size = min(int(low+(memory-peak(low))/slope), high)
     while size > 0:
         size = equal_parts(clips, size)
-        if clips > 32*size or peak(size) <= memory: return size
+        if peak(size) <= memory: return size
         size -= 1
     return 0
 
@@ -125,16 +125,16 @@ def remembered_micro_batch(
     return answer
 
 # %% ../../nbs/training/08_memory.ipynb #99635c50
-def _own_micro_batch(cfg, device, last):
+def _own_micro_batch(cfg, device, last, processes=1):
     "(micro_batch, a line about it) for this process alone"
-    memory = available_memory(device)
+    memory = available_memory(device)//(processes if device.type == 'cpu' else 1) # processes of a CPU share it
     if surely_fits(cfg, .9*memory) and not last: return 0,''
     answer,videos = remembered_micro_batch(cfg, device, memory),len(cfg.clip.starts)
     size = answer['micro_batch']
     if device.type == 'cpu' and size > videos: size = videos
     if last and (not size or last < size): size = last
     what = f'{size} of {answer["clips"]} clips at a time' if size else f'all {answer["clips"]} clips at once'
-    needed = f'a step takes {_gib(answer["peak"])} of {_gib(memory)} free on {device}, {_gib(answer["whole"])} with all'
+    needed = f'a step takes at most {_gib(answer["peak"])} of {_gib(memory)} free on {device}, {_gib(answer["whole"])} with all'
     return size,f'{what} go through the backbone: {needed}'
 
 def _agree(dist, size):
@@ -151,9 +151,9 @@ def pick_micro_batch(
     last:int|None=None, # What an interrupted run had
 )->int: # Clips at a time, the same in all processes; 0: all at once
     "`train.micro_batch`, or what fits where it is 0 ('auto'); a `MemoryError` where nothing does"
-    if cfg.train.micro_batch or cfg.train.backbone != 'finetune': return cfg.train.micro_batch
+    if cfg.train.micro_batch or cfg.train.backbone != 'finetune': return last or cfg.train.micro_batch
     error,share = None,replace(cfg, train=replace(cfg.train, batch_size=-(-cfg.train.batch_size//dist.world_size))) # of one process
-    try: size,line = _own_micro_batch(share, device, last)
+    try: size,line = _own_micro_batch(share, device, last, dist.world_size)
     except MemoryError as e: size,line,error = -1,'',e
     size = _agree(dist, size)
     if error: raise error

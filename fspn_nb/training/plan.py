@@ -11,8 +11,7 @@ import argparse
 from dataclasses import dataclass,replace
 from functools import cache,cached_property
 from pathlib import Path
-import numpy as np
-import pandas as pd
+import numpy as np,pandas as pd
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -119,8 +118,9 @@ class RunPlan:
     def train(self): return self.counts[0]-round(self.counts[0]*self.cfg.train.val_fraction) # samples
 
     @cached_property
-    def encoding(self): # `Rehearsal` of sixteen videos through the backbone
-        return rehearse_evaluation(override(self.cfg, train__backbone='finetune'))
+    def encoding(self): # `Rehearsal` of the videos that go through the backbone at once: sixteen, one where features are kept
+        if self.cfg.train.backbone != 'frozen': return rehearse_evaluation(self.cfg)
+        return rehearse_evaluation(override(self.cfg, train__backbone='finetune', train__precision=self.cfg.train.feature_precision), videos=1)
 
     @property
     def encoded(self): # videos that go through the backbone without gradients: all of them, or those of the evaluation
@@ -176,7 +176,7 @@ def describe_plan(
     return [f'{cfg.model.name} on {PROTOCOLS[cfg.dataset].title} ({cfg.protocol}), {cfg.preset} preset, {kind}; '
         f'{train:,} training and {test:,} test samples ({where})',
         f'memory of a training step: {_gib(step.peak)} ({_parts(step)}); CUDA takes about 1 GiB more, and leave a tenth free',
-        f'memory of the encoding of {plan.encoding.samples} videos at once: {_gib(plan.encoding.peak)}',
+        f'memory of the encoding, videos at once {plan.encoding.samples}: {_gib(plan.encoding.peak)}',
         f'operations: {_flop(step.flops)} per step, {-(-plan.train//settings.batch_size):,} steps in each of {settings.epochs} epochs, '
         f'{_flop(flops[0])} in training, {_flop(flops[1])} to encode {plan.encoded:,} videos',
         _disk_line(plan),
@@ -241,10 +241,10 @@ def print_plans(
     card:str='a100_40', # As in `make_plan`
 )->None:
     "A line for each method in `runs`: what a training step takes"
-    methods = {(cfg.model.name, cfg.train.backbone): cfg for cfg in reversed(list(runs))}
-    for cfg in list(reversed(methods.values()))[:most]:
+    methods = {}
+    for cfg in runs: methods.setdefault((cfg.model.name, cfg.train.backbone), cfg)
+    for cfg in list(methods.values())[:most]:
         step = rehearse(cfg)
-        seconds = seconds_of(step, CARDS[card], cfg.train.precision)
         print(f'plan: {cfg.model.name}, {cfg.train.backbone}, batch {step.samples} ({step.clips or "no"} clips through the backbone): '
-              f'{_gib(step.peak)} and {_flop(step.flops)} per step, {seconds:.2g} s on {CARDS[card].title} at 40 % of its peak')
+              f'{_gib(step.peak)} and {_flop(step.flops)} per step, {seconds_of(step, CARDS[card], cfg.train.precision):.2g} s on {CARDS[card].title} at 40 % of its peak')
     if len(methods) > most: print(f'plan: {len(methods)-most} more methods; fspn_plan CONFIG tells more')

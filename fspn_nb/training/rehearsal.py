@@ -214,9 +214,8 @@ class Rehearsal:
 # %% ../../nbs/training/07_rehearsal.ipynb #154c79df
 def _plain(cfg, **train):
     "The part of `cfg` on which memory depends, with changes in `train`"
-    micro_batch = cfg.train.micro_batch if isinstance(cfg.train.micro_batch, int) else 0
     same = dict(epochs=1, lr=1e-3, lr_backbone=1e-4, workers=0, val_fraction=0., temporal_jitter=0, compile=False, shards=1)
-    settings = replace(cfg.train, **{**same, 'micro_batch': micro_batch, **train})
+    settings = replace(cfg.train, **{**same, **train})
     return RunCfg(cfg.dataset, 'demo', protocol=cfg.protocol, weights='random', clip=cfg.clip, model=cfg.model, train=settings)
 
 def _result(memory, data, model, n, copies=1):
@@ -239,7 +238,7 @@ def _rehearse(cfg, device):
 
 def rehearse(
     cfg:RunCfg, # Any run; it need not have its data
-    micro_batch:int|None=None, # In place of `train.micro_batch`; None: that of `cfg`, and 0 where it is no number
+    micro_batch:int|None=None, # In place of `train.micro_batch`; None: that of `cfg`
     batch_size:int|None=None, # In place of `train.batch_size`; None: that of `cfg`
     device:str='cuda', # What is planned for: 'cuda' | 'cpu'; no such device is needed
 )->Rehearsal:
