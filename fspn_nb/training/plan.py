@@ -244,7 +244,7 @@ def print_plans(
     methods = {}
     for cfg in runs: methods.setdefault((cfg.model.name, cfg.train.backbone), cfg)
     for cfg in list(methods.values())[:most]:
-        step = rehearse(cfg)
-        print(f'plan: {cfg.model.name}, {cfg.train.backbone}, batch {step.samples} ({step.clips or "no"} clips through the backbone): '
-              f'{_gib(step.peak)} and {_flop(step.flops)} per step, {seconds_of(step, CARDS[card], cfg.train.precision):.2g} s on {CARDS[card].title} at 40 % of its peak')
+        step, gpu = rehearse(cfg), CARDS[card]
+        print(f'plan: {cfg.model.name}, {cfg.train.backbone}, batch {step.samples} ({step.clips or "no"} clips through the backbone): {_gib(step.peak)}'
+              f' and {_flop(step.flops)} per step, {seconds_of(step, gpu, cfg.train.precision):.2g} s on {gpu.title} at 40 % of its peak')
     if len(methods) > most: print(f'plan: {len(methods)-most} more methods; fspn_plan CONFIG tells more')
