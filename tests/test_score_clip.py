@@ -23,8 +23,8 @@ from fspn_nb.inspect import clip_pictures
 from fspn_nb.inspect.clip import MOST,clip_boxes,kept_frames,read_clip,synthetic_clip
 from fspn_nb.inspect.clip_pictures import example_result,overlay_frames,plot_strip,save_pictures
 from fspn_nb.inspect.clip_report import clip_page,headline,score_warnings,write_report
-from fspn_nb.inspect.clip_run import find_run,open_run,parse_parameters,run_facts
-from fspn_nb.inspect.clip_score import LITTLE,clip_dependence,pick_clip_exemplars,score_clip,clip_summary
+from fspn_nb.inspect.clip_run import find_run,open_run,parse_parameters,pick_clip_exemplars,run_facts
+from fspn_nb.inspect.clip_score import LITTLE,clip_dependence,score_clip,clip_summary
 from fspn_nb.train import fit
 from fspn_nb.training.prepare import prepare
 

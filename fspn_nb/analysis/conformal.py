@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['least_dives', 'conformal_quantile', 'coverage_range', 'HeldOutErrors', 'held_out_errors', 'ScoreInterval',
-           'score_interval', 'describe_interval']
+           'score_interval', 'describe_interval', 'RankTest', 'rank_test']
 
 # %% ../../nbs/analysis/14_conformal.ipynb #23bd2d78
 from dataclasses import dataclass
@@ -108,3 +108,27 @@ def describe_interval(
     lo,hi = coverage_range(interval.n, level=interval.level)
     return (f'{interval.lo:.1f} to {interval.hi:.1f}: the judges\' score lies in such an interval for {interval.level:.0%} of all {noun}s like the {made} '
             f'(with so few, {lo:.0%} to {hi:.0%}).')
+
+# %% ../../nbs/analysis/14_conformal.ipynb #e0d354ba
+@dataclass(frozen=True)
+class RankTest:
+    "How a number ranks among those of n held-out dives"
+    value:float # Of the new dive
+    usual:float # The value that a share `rate` of the held-out dives exceeds
+    p:float # Share of all n+1 that are at least `value`
+    n:int # Held-out dives
+    rate:float=.05 # False alarm rate
+
+    @property
+    def outside(self): return self.p <= self.rate if self.n+1 >= 1/self.rate-1e-9 else None # None: too few dives to say
+
+def rank_test(
+    value:float, # Of the new dive
+    held_out, # (n,) values of held-out dives
+    rate:float=.05, # False alarm rate
+)->RankTest:
+    "Is `value` larger than those of nearly all held-out dives?"
+    held_out = np.asarray(held_out, float)
+    if not (np.isfinite(held_out).all() and np.isfinite(value)): raise ValueError(f'need finite values, got {value} and {held_out}')
+    usual = conformal_quantile(held_out, 1-rate)
+    return RankTest(float(value), usual, float((1+(held_out >= value).sum())/(len(held_out)+1)), len(held_out), rate)
