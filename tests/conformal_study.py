@@ -4,7 +4,7 @@
     python tests/conformal_study.py                                                                shares and widths from them, into reports/benchmarks/conformal.csv
 
 A run trains on 91 of 130 dives, 39 are kept for validation, 150 are tested; both protocols, several seeds (weights, order, and which dives are kept). Runs that are in the table are not repeated.
-Beside the test dives, each run scores 60 dives of another release (synthetic MTL-AQA, read as the run reads its own) and 60 test dives at half the brightness: what an interval is worth there.
+Beside the test dives, each run scores 30 dives of another release (synthetic MTL-AQA, read as the run reads its own) and 24 test dives at half the brightness: what an interval is worth there.
 `cv` rows come from five trainings, each without a fifth of the 130 dives (CV+). One thread; about a minute per training.
 """
 import argparse
@@ -22,17 +22,17 @@ from fspn_nb.core import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORES, SHARES = (ROOT/'reports'/'benchmarks'/name for name in ('conformal_scores.csv.gz', 'conformal.csv'))
-KEPT, LEVEL, Z, SPLITS = .3, .9, 1.645, 1000
+KEPT, LEVEL, Z, SPLITS, OTHER, DARK = .3, .9, 1.645, 1000, 30, 24
 KEYS = ['release', 'method', 'protocol', 'seed', 'fold']
 
 
 # ---- predictions
 
-def release_of(seed, **changes):
+def release_of(seed, kept=KEPT):
     "`RunData` of 130 and 150 dives"
     from fspn_nb.config import make_config
     from fspn_nb.training.prepare import prepare
-    return prepare(make_config('finediving', 'demo', synthetic__seed=seed, synthetic__n_train=130, synthetic__n_test=150, train__val_fraction=KEPT, **changes), 'cpu')
+    return prepare(make_config('finediving', 'demo', synthetic__seed=seed, synthetic__n_train=130, synthetic__n_test=150, train__val_fraction=kept), 'cpu')
 
 
 def with_others(data):
@@ -49,12 +49,12 @@ def with_others(data):
     from fspn_nb.models.backbone import feature_extractor
     from safetensors.torch import load_file,save_file
     release = load_samples(make_config('mtl_aqa', 'demo', synthetic__seed=2, synthetic__n_train=1, synthetic__n_test=60))
-    release = replace(release, samples=tuple(replace(sample, uid=f'other {sample.uid}', action=sample.action.lower()) for sample in release.samples if sample.split == 'test'))
+    release = replace(release, samples=tuple(replace(sample, uid=f'other {sample.uid}', action=sample.action.lower()) for sample in release.samples if sample.split == 'test')[:OTHER])
     named = replace(release, samples=tuple(replace(sample, uid=sample.uid.removeprefix('other ')) for sample in release.samples))
     boxes = {f'other {uid}': rows for uid, rows in load_actor_boxes(named, data.cfg.actor)[1].items()}
     encode, key = feature_extractor(data.cfg, data.device)
     other = cache_features(release.samples, data.cfg, boxes, encode, key, frame_hashes(release.samples))
-    ids = data.splits['test'][:60]
+    ids = data.splits['test'][:DARK]
     path = data_cache()/'features'/f'dark-{data.release.root.name}-{key}.safetensors'
     if not path.is_file():
         rows = []
@@ -65,7 +65,7 @@ def with_others(data):
     dark, n = load_file(path), len(data.release.samples)
     samples = (*data.release.samples, *release.samples, *(replace(data.release.samples[i], uid=f'dark {data.release.samples[i].uid}') for i in ids))
     source = FeatureDataset(*(torch.cat([getattr(data.source, name), getattr(other, name), dark[name]]) for name in ('scene', 'actor')))
-    splits = data.splits|dict(other=np.arange(n, n+60), dark=np.arange(n+60, n+120))
+    splits = data.splits|dict(other=np.arange(n, n+OTHER), dark=np.arange(n+OTHER, n+OTHER+DARK))
     labels = replace(read_labels(tuple(samples), data.cfg), transitions=data.labels.transitions)
     return replace(data, release=replace(data.release, samples=samples), labels=labels, source=source, splits=splits,
                    candidate_sets=find_candidates(samples, data.splits['train'], data.variant))
