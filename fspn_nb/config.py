@@ -70,6 +70,7 @@ class ModelCfg:
     dropout:float=0. # In the score head
     clips:int=9 # K: as many as `clip.starts`
     frames:int=96 # T: steps of the parser's axis, whatever the number of frames read (D-18)
+    parser_warmup:float=.375 # fspn_viterbi: share of the training in which equal parts teach the parser
 
 # %% ../nbs/base/05_config.ipynb #e2976bd5
 @dataclass(frozen=True)
@@ -146,8 +147,7 @@ def _check_pairs(cfg):
     if micro_batch and not cfg.train.freeze_bn:
         raise ValueError(f'need train.micro_batch=0 without train.freeze_bn, got {micro_batch}: BatchNorm would see so few clips; lower batch_size')
     if METHODS[name].finetune_only and cfg.train.backbone != 'finetune':
-        raise ValueError(f"{name} works inside the backbone: need train.backbone='finetune', got {cfg.train.backbone!r}; "
-                         'ask for backbone finetune, or for a method that reads clip features')
+        raise ValueError(f"{name} works inside the backbone: need train.backbone='finetune', got {cfg.train.backbone!r}")
     if clips != starts: raise ValueError(f'model.clips must be the number of clip.starts, got {clips} and {starts}')
     if selection == 'best_val' and not cfg.train.val_fraction: raise ValueError(f'{selection} needs train.val_fraction above 0')
     if source == 'boxes' and not cfg.actor.boxes: raise ValueError('actor.source=boxes needs a CSV file in actor.boxes')
@@ -163,7 +163,7 @@ def validate(
         if flat[name] not in allowed: raise ValueError(f'{name} must be one of {", ".join(allowed)}, got {flat[name]!r}')
     protocol_variant(cfg.dataset, cfg.protocol)
     for name,value in flat.items(): # no number of a run is negative
-        low,high = int(name in _COUNTS),1 if name in ('train.val_fraction','model.dropout') else float('inf')
+        low,high = int(name in _COUNTS),1 if name in ('train.val_fraction','model.dropout','model.parser_warmup') else float('inf')
         if isinstance(value, (int, float)) and not low <= value < high:
             raise ValueError(f'{name} must be at least {low}{" and below 1" if high == 1 else ""}, got {value}')
     _check_pairs(cfg)
@@ -231,7 +231,7 @@ def run_id(
     "A name for `cfg` that another configuration cannot have"
     flat = flatten(cfg)
     flat |= {name: Path(flat[name]).name for name in ('weights','actor.boxes','actor.weights')}|{'data_root': bool(cfg.data_root)}
-    newer = {'train.feature_precision': 'fp32', 'train.shards': 1, 'train.capture': 'auto'} # runs of older versions keep their name
+    newer = {'train.feature_precision': 'fp32', 'train.shards': 1, 'train.capture': 'auto', 'model.parser_warmup': .375} # older names stay
     text = json.dumps({name: value for name,value in flat.items() if (name, value) not in newer.items()}, sort_keys=True)
     return f'{cfg.model.name}-{cfg.protocol}-{cfg.train.backbone}-s{cfg.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}'
 

@@ -34,6 +34,7 @@ METHODS = {m.name: m for m in (
     Method('fspn', 'FSPN (Ours)', baseline=False),
     Method('fspn_m', 'FSPN-M', baseline=False),
     Method('fspn_s', 'FSPN-S', baseline=False),
+    Method('fspn_viterbi', 'FSPN-Viterbi', baseline=False),
     Method('i3d_mlp', 'I3D+MLP', epoch_multiplier=_LONGER),
     Method('i3d_clip_mlp', 'i3d_clip_mlp'),
     Method('i3d_lstm', 'i3d_lstm'),

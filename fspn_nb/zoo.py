@@ -19,6 +19,7 @@ from .methods import METHODS,EXTRA_FIELDS,Method
 from .file_hashes import code_hash
 from .models.fspn import build_fspn
 from .models.i3d import I3D
+from .models.step_scores import build_fspn_viterbi
 from .peers.baselines import I3DAvg,I3DClipMLP,I3DLSTM,I3DSVR
 from .peers.core_tree import build_core_tree
 from .peers.hgcn import build_hgcn
@@ -50,6 +51,7 @@ BUILDERS = {
     'fspn_s': lambda cfg,labels,groups: build_fspn(cfg, labels, groups, stages=1),
     'fspn_m': lambda cfg,labels,groups: build_fspn(cfg, labels, groups, stages=2),
     'fspn': build_fspn,
+    'fspn_viterbi': build_fspn_viterbi,
 }
 
 # %% ../nbs/base/08_zoo.ipynb #8f84dc7b

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ..config import ModelCfg
 from .double_conv import ShardGroup
+from .group_contrast import group_contrast
 from .iap import Adapter,IAP,decode_transitions,pooled_tokens
 from .mtf import MTF,Pool
 from .smt import SMT
@@ -135,6 +136,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.parser = SubActionEncoder(cfg)
         self.fusion = FusionModule(cfg, self.parser.width)
+        self.dim,self.tau = self.fusion.dim,cfg.tau if cfg.use_gc and cfg.use_iap else 0.
         self.shards = 1 # of a batch in training, a thread each; `train.shards` of a run
 
     def _encode_shard(self, scene, actor=None):
@@ -165,6 +167,20 @@ class Encoder(nn.Module):
             return EncoderOutput(self.fusion(tokens, tokens), {} if logits is None else {'logits': torch.cat([logits, logits])})
         tokens,logits = self.parser(torch.cat([actor, scene]))
         return EncoderOutput(self.fusion(*tokens.chunk(2)), {} if logits is None else {'logits': logits})
+
+    def parse(self,
+        extras:dict[str,Tensor], # Of `forward`
+        n:int, # Number of videos
+    ): return parse_outputs(extras, n)
+
+    def parse_losses(self,
+        extras:dict[str,Tensor], # Of `forward`
+    )->dict[str,Tensor]: # 'gc' (Eq. 7), or nothing where it is switched off
+        "What is learnt from the parse alone"
+        if not self.tau: return {}
+        with torch.autocast(extras['logits'].device.type, enabled=False): # a small tau magnifies what bf16 rounds off
+            return {'gc': group_contrast(*extras['logits'].float().chunk(2), self.tau)}
+
 
 # %% ../../nbs/models/09_encoder.ipynb #fd370e85
 def parse_outputs(

@@ -15,8 +15,7 @@ from torch import nn,Tensor
 
 from ..config import ModelCfg
 from ..core import Batch,Output,require_fields
-from .encoder import EncoderOutput,Encoder,parse_outputs
-from .group_contrast import group_contrast
+from .encoder import EncoderOutput,Encoder
 from .heads import ScoreBins,ScoreHead,interval_loss
 
 # %% ../../nbs/models/10_fspn.ipynb #b7ca51dc
@@ -79,14 +78,22 @@ class ScoreRegressor(nn.Module):
         exemplar_label:Tensor|None=None, # Labels of the exemplars, (...)
     )->tuple[Tensor|None,Tensor]: # Logits and offsets, (...,I); or None and a value, (...,1)
         "Interval logits and offsets of each pair"
+        return self.head(self.head_input(query, exemplar, exemplar_label))
+
+    def head_input(self,
+        query:Tensor, # As in `forward`
+        exemplar:Tensor|None=None, # As in `forward`
+        exemplar_label:Tensor|None=None, # As in `forward`
+    )->Tensor: # (...,2D+1); without exemplars (...,D)
+        "What the head sees of a pair"
         if not self.bins.fitted:
             raise ValueError('need score intervals, got empty ones; '
                              'build the model with ScoreBins.fit_pairs(labels, groups) or load weights')
-        if not self.paired: return self.head(query)
+        if not self.paired: return query
         if exemplar is None or exemplar_label is None:
             raise ValueError("pairing='exemplar' needs the exemplar's feature and label, got None; pass both or use "
                              "pairing='absolute'")
-        return self.head(concat_pair(*broadcast_pairs(query, exemplar, (exemplar_label-self.bins.mean)/self.bins.std)))
+        return concat_pair(*broadcast_pairs(query, exemplar, (exemplar_label-self.bins.mean)/self.bins.std))
 
     def decode(self,
         logits:Tensor|None, # As `forward` returns them, (...,I)
@@ -146,12 +153,14 @@ class FSPN(nn.Module):
     def __init__(self,
         cfg:ModelCfg=ModelCfg(), # The method and its switches
         bins:ScoreBins|None=None, # Intervals from the training labels; None: empty, to be loaded with weights
+        encoder=Encoder, # Function of `cfg`: a module with `dim`, `parse` and `parse_losses`
+        regressor=ScoreRegressor, # Function of `cfg`, the width of a feature, and `bins`
     ):
         super().__init__()
         self.cfg,self.uses_exemplar = cfg,cfg.pairing == 'exemplar'
         self.needs = ('scene','actor') if cfg.use_actor else ('scene',)
-        self.encoder = Encoder(cfg)
-        self.regressor = ScoreRegressor(cfg, self.encoder.fusion.dim, bins)
+        self.encoder = encoder(cfg)
+        self.regressor = regressor(cfg, self.encoder.dim, bins)
 
     def encode(self,
         batch:Batch, # Needs `scene`, and `actor` unless `cfg.use_actor` is off
@@ -159,7 +168,7 @@ class FSPN(nn.Module):
         "Encode the dives of `batch`, leaving its exemplars aside"
         require_fields(batch, *self.needs, caller='FSPN.encode')
         coded = self.encoder(*(getattr(batch, name) for name in self.needs))
-        return EncoderOutput(coded.feature, parse_outputs(coded.extras, len(batch)))
+        return EncoderOutput(coded.feature, self.encoder.parse(coded.extras, len(batch)))
 
     def score(self,
         feature:Tensor, # (B,D), of `encode`
@@ -177,10 +186,8 @@ class FSPN(nn.Module):
         if self.uses_exemplar: require_fields(batch.exemplar, *self.needs, 'label', caller='FSPN, for the exemplar,')
         query,exemplar,extras = encode_pairs(self, batch)
         prediction,losses = predict_pairs(self.regressor, query, exemplar, batch)
-        if losses and self.cfg.use_gc and self.cfg.use_iap:
-            with torch.autocast(query.device.type, enabled=False): # a small tau magnifies what bf16 rounds off
-                losses['gc'] = group_contrast(*extras['logits'].float().chunk(2), self.cfg.tau)
-        return Output(prediction, losses, {} if self.training else parse_outputs(extras, len(batch)))
+        if losses: losses |= self.encoder.parse_losses(extras)
+        return Output(prediction, losses, {} if self.training else self.encoder.parse(extras, len(batch)))
 
 # %% ../../nbs/models/10_fspn.ipynb #eb8bece0
 def build_fspn(
