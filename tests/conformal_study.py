@@ -97,7 +97,7 @@ def train(methods, seeds, releases, folds):
     table = pd.read_csv(SCORES) if SCORES.is_file() else pd.DataFrame(columns=KEYS)
     for release in releases:
         data = with_others(release_of(release))
-        for method, protocol, seed, fold in itertools.product(methods, ('w_dn', 'wo_dn'), range(seeds), (-1, *range(folds))):
+        for method, fold, seed, protocol in itertools.product(methods, (-1, *range(folds)), range(seeds), ('w_dn', 'wo_dn')):
             if fold >= 0 and seed > 0: continue # five trainings of one seed
             facts = dict(zip(KEYS, (release, method, protocol, seed, fold)))
             if (table[KEYS] == list(facts.values())).all(axis=1).any(): continue
