@@ -16,7 +16,7 @@ from ..actor.crop import crop_actor,square_box
 from ..config import ClipCfg
 from ..data.clips import resize_crop,to_clips
 from ..escaping import figure_text
-from .gradcam import heat
+from .gradcam import LAST,heat
 from ..metrics import bootstrap_ci
 from ..models.i3d import I3D,same_pad
 from ..report.figures import ORANGE,data_words
@@ -54,10 +54,11 @@ def crop_window(
 # %% ../../nbs/inspect/02_heat.ipynb #91f1b3e5
 def cell_centres(
     size:int=112, # Side of the square that I3D sees, pixels
+    layer:str=LAST, # 'Mixed_5c' or another from 'Mixed_4b' on
 )->np.ndarray: # (n,) pixels from the edge; the last may lie beyond the other edge
-    "Where the cells of `Mixed_5c` look, along one axis"
+    "Where the cells of `layer` look, along one axis"
     at,step,n = .5,1,size
-    for kernel,stride in ((7,2),(3,2),(3,2),(3,2),(2,2)): # the layers that halve the picture
+    for kernel,stride in ((7,2),(3,2),(3,2),(3,2),(2,2))[:5 if layer.startswith('Mixed_5') else 4]: # the layers that halve the picture
         front = same_pad((n,), (kernel,), (stride,))[0][0]
         at,step,n = at+step*((kernel-1)/2-front),step*stride,-(-n//stride)
     return at+step*np.arange(n)
@@ -106,7 +107,7 @@ def video_heat(
     boxes:np.ndarray|None=None, # (T,4) boxes that the actor is cut by; None: the whole frame is the actor
     clip:ClipCfg=ClipCfg(), # Clips, size and orientation
     pad:float=.2, # Margin round the boxes
-    **ask, # `target`, `exemplar`, `decode`, `relu`, as in `heat`
+    **ask, # `target`, `exemplar`, `method`, `layer`, `reference` ..., as in `heat`
 )->dict[str,dict]: # 'heat' and 'floor': (T,H,W) for each stream; 'grid': its window, cells (h,w) and their centres
     "Heat of one video in source pixels, and what a map without preference has"
     scene = resize_crop(frames, clip.size, clip.orientation)
@@ -115,7 +116,7 @@ def video_heat(
     h,w = frames.shape[1:3]
     window = dict.fromkeys(heat_maps, crop_window(h, w, clip.size, clip.orientation))
     if boxes is not None and 'actor' in heat_maps: window['actor'] = square_box(boxes, pad)
-    cells = cell_centres(clip.size)/clip.size if isinstance(backbone, I3D) else None
+    cells = cell_centres(clip.size, ask.get('layer', LAST))/clip.size if isinstance(backbone, I3D) else None
     back = lambda maps: {s:paste(on_frames(m, clip.starts, len(frames), clip.length), window[s], h, w, cells) for s,
                          m in maps.items()}
     return dict(heat=back(heat_maps), floor=back({s:torch.ones_like(m) for s,m in heat_maps.items()}),
