@@ -186,6 +186,12 @@ def test_a_run_in_earnest_comes_before_one_that_was_tried_out(tmp_path):
     paper = fake(tmp_path, 'fspn-paper', 999, preset='paper', data_root='/release', protocol='wo_dn')
     assert find_run(tmp_path) == paper
     assert find_run(tmp_path, action='407c') == paper
+    steps = fake(tmp_path, 'fspn_viterbi-demo', 9999, preset='demo', protocol='wo_dn', model__name='fspn_viterbi')
+    assert find_run(tmp_path) == paper, 'a run of the paper preset comes before one of the better method'
+    assert find_run(tmp_path/'none', tmp_path) == paper
+    better = fake(tmp_path, 'fspn_viterbi-paper', 9999, preset='paper', data_root='/release', protocol='wo_dn', model__name='fspn_viterbi')
+    assert find_run(tmp_path) == better != steps, 'the older run of the method with points per step'
+    for file in better.iterdir(): file.unlink()
     fussy = fake(tmp_path, 'fspn-fussy', 0, preset='paper', data_root='/release', protocol='w_dd') # needs the difficulty
     assert find_run(tmp_path, action='407c') == paper and find_run(tmp_path, action='407c', difficulty=3.2) == fussy
 
@@ -402,6 +408,102 @@ def test_true_cuts_are_explained_where_they_are_known():
     assert 'solid: true cut' in label([4, 11]) and 'true' not in label([])
 
 
+# ---- what the steps are called and worth, how sure the score is, and whether the clip is a stranger
+
+def judged(run, folder, n=30):
+    "A copy of `run` whose predictions are 1 to n points off on n test dives"
+    import shutil
+    from fspn_nb.stored_files import write_checked
+    copy = Path(shutil.copytree(run, folder/'finediving'/run.name))
+    rows = pd.DataFrame(dict(uid=[f'x/{i}' for i in range(n)], true=60., pred=61.+np.arange(n), difficulty=3., action='107b', split='test', seed=0))
+    write_checked(copy/'predictions.csv', rows.to_csv(index=False))
+    return copy
+
+
+def test_points_of_the_steps_add_up_to_each_vote(runs, tmp_path):
+    "Vote = score of the exemplar + sum over steps, in points also where the run learnt points per difficulty; the page and the file say so"
+    for protocol in ('w_dn', 'w_dd'):
+        run, data = runs(protocol=protocol, model__name='fspn_viterbi')
+        exemplar = data.release.samples[data.splits['train'][0]]
+        clip = replace(synthetic_clip(), action=exemplar.action.upper(), difficulty=exemplar.difficulty)
+        for known in (clip, replace(clip, difficulty=None)) if protocol == 'w_dd' else (clip,):
+            result = score_clip(known, run, 'cpu')
+            own = np.array([sample.score/(sample.difficulty if protocol == 'w_dd' else 1) for sample in result.exemplars])
+            if result.unit == 'points' and protocol == 'w_dd': own = own*known.difficulty
+            assert result.step_points.shape == (len(result.votes), 3) and np.allclose(own+result.step_points.sum(1), result.votes, atol=1e-3)
+    summary, page = clip_summary(result), clip_page(result, save_pictures(result, tmp_path))
+    json.dumps(summary, allow_nan=False)
+    assert [part['name'] for part in summary['sub_actions']] == list(result.names) and result.names[-1] == 'entry'
+    assert all(len(vote['steps']) == 3 for vote in summary['votes']) and np.isclose(sum(part['points'] for part in summary['sub_actions']), result.step_points.sum(1).mean(), atol=1e-3)
+    assert 'Made up by the model' in page and f'dive number {result.clip.action}' in page and 'aria-label="points of each step"' in page
+    unnamed = replace(result, clip=replace(result.clip, action='gym_vault'))
+    assert unnamed.names == ('sub-action 1', 'sub-action 2', 'sub-action 3') and 'Nobody named them' in clip_page(unnamed, {}) and 'dive number' not in clip_page(unnamed, {})
+
+
+def test_a_method_without_a_sum_over_steps_invents_none(runs):
+    run, _ = runs(protocol='wo_dn')
+    result = score_clip(synthetic_clip(), run, 'cpu')
+    page = clip_page(result, {})
+    assert result.step_points is None and all(part['points'] is None for part in clip_summary(result)['sub_actions'])
+    assert 'points of each step' not in page and 'Points of a part' not in page and 'Made up by the model' in page
+
+
+@pytest.mark.parametrize('action, n, names', [
+    ('307C', 3, ('reverse take-off', '3.5 somersaults in tuck', 'entry')), ('107b', 3, ('forward take-off', '3.5 somersaults in pike', 'entry')),
+    ('5253B', 3, ('back take-off', '1.5 twists and 2.5 somersaults in pike', 'entry')), ('5253b', 4, ('back take-off', '1.5 twists', '2.5 somersaults in pike', 'entry')),
+    ('5132d', 5, ('forward take-off', 'first somersaults', '1 twist', 'rest of 1.5 somersaults in free position', 'entry')),
+    ('626c', 3, ('armstand take-off, back', '3 somersaults in tuck', 'entry')), ('101a', 3, ('forward take-off', '0.5 somersault straight', 'entry')),
+    ('307c', 4, ()), ('307c', 2, ()), ('5253b', 6, ()), ('', 3, ()), ('999', 3, ()), ('gym_vault', 3, ()), ('307e', 3, ()), ('<b>', 3, ())])
+def test_names_of_the_parts(action, n, names):
+    from fspn_nb.inspect.clip import part_names
+    assert part_names(action, n) == names
+
+
+def test_every_dive_of_the_release_has_names():
+    from fspn_nb.data.grammar import step_ids
+    from fspn_nb.inspect.clip import part_names
+    from fspn_nb.synthetic.catalogue import ACTIONS
+    for action in ACTIONS:
+        for n in {3, len(step_ids(action))}: assert len(part_names(action, n)) == n == len(set(part_names(action, n)))
+
+
+def test_interval_of_the_score(runs, tmp_path):
+    "From held-out dives of the run, around the score; too few, or a clip that was compared otherwise than they: none, and it is said"
+    run, data = runs(protocol='w_dn')
+    clip = replace(synthetic_clip(), action=data.release.samples[data.splits['train'][0]].action)
+    few, many = (score_clip(clip, folder, 'cpu') for folder in (run, judged(run, tmp_path/'a')))
+    assert not few.expected.bounded and any('at least 9 dives that the run did not learn from, got 4' in line for line in headline(few))
+    assert clip_summary(few)['expected'] is None and '<path' not in clip_page(few, {})
+    assert many.expected.half_width == 28 and np.isclose(many.expected.hi, many.score+28) # rank 28 of 30 errors of 1 to 30 points
+    assert clip_summary(many)['expected']['held_out'] == dict(test=30) and '<path' in clip_page(many, {})
+    assert any('90%' in line and '30 dives that the run did not learn from (30 test)' in line for line in headline(many))
+    unknown = score_clip(replace(clip, action=''), judged(run, tmp_path/'b'), 'cpu')
+    assert unknown.expected is None and any('interval: not known' in note and 'same action' in note for note in unknown.notes)
+    bare = judged(run, tmp_path/'c')
+    (bare/'predictions.csv').unlink()
+    lost = score_clip(clip, bare, 'cpu')
+    assert lost.expected is None and any('interval: not known' in note and 'predictions.csv' in note for note in lost.notes)
+
+
+@pytest.mark.parametrize('stranger', [True, False])
+def test_outside_of_training(runs, monkeypatch, stranger):
+    "Features far from all: a warning above the score and a sentence; features like the others: no warning; no features: a note"
+    from fspn_nb.inspect import novelty
+    run, _ = runs()
+    result, rng = score_clip(synthetic_clip(), run, 'cpu'), np.random.default_rng(0)
+    assert novelty.check_novelty(result, run, 'cpu').novelty.outside is None, 'four held-out dives cannot say'
+    near = result.features+.1*rng.normal(size=(80, result.features.shape[1]))
+    monkeypatch.setattr(novelty, 'reference_features', lambda *args: dict(train=near[:50], held_out=near[50:]))
+    checked = novelty.check_novelty(replace(result, features=result.features+stranger), run, 'cpu')
+    assert checked.novelty.outside == stranger and clip_summary(checked)['novelty']['held_out'] == 30
+    assert stranger == any('WARNING: The clip is outside what the run was trained on' in line for line in score_warnings(checked))
+    page = clip_page(checked, {})
+    assert page.count('outside what the run was trained on') == stranger and ('not unlike what the run was trained on' in page) == (not stranger)
+    json.dumps(clip_summary(checked), allow_nan=False)
+    monkeypatch.setattr(novelty, 'reference_features', lambda *args: None)
+    assert novelty.check_novelty(result, run, 'cpu').novelty is None
+
+
 # ---- films with faults
 
 def test_film_is_read_by_time(shared):
@@ -458,6 +560,8 @@ def test_a_real_dive(runs, shared, tmp_path):
     result = score_clip(clip, run, 'cpu')
     assert '75 are repeats' in result.notes[0] and result.heat['heat']['scene'].shape == (96, 256, 456)
     assert torch.isfinite(result.heat['heat']['actor']).all()
+    from fspn_nb.inspect.novelty import check_novelty
+    assert check_novelty(result, run, 'cpu').novelty.outside is None, 'four held-out dives cannot say'
 
 
 def test_names_in_any_script_have_pages_of_their_own(tmp_path):
