@@ -29,7 +29,8 @@ PARTS = {
     'i3d_iap_reg': dict(model__use_smt=False, model__use_mtf=False, model__use_bce=False),
     'without_gc': dict(model__use_gc=False),
     'without_bce': dict(model__use_bce=False),
-    'without_actor': dict(model__use_actor=False)}
+    'without_actor': dict(model__use_actor=False),
+    'fspn_viterbi': dict(model__name='fspn_viterbi')} # not of the paper
 
 # %% ../../nbs/experiments/02_variants.ipynb #d5ef88cb
 SIZES = {
@@ -64,6 +65,7 @@ I,I3D+SMT,i3d_smt
 I,I3D+IAP+SMT,i3d_iap_smt
 I,I3D+SMT+MTF,i3d_smt_mtf
 I,FSPN (Ours),fspn
+I,FSPN-Viterbi,fspn_viterbi
 IV,I3D+MLP,i3d_mlp
 IV,I3D+SMT+MTF,i3d_smt_mtf
 IV,I3D+IAP+MLP,i3d_iap_reg
@@ -128,11 +130,11 @@ def _table_ix(methods):
     "Cells of Table IX for `methods`, in both blocks"
     paper = paper_table('IX')
     label = dict(zip(paper.method, paper.label))
-    return pd.DataFrame([dict(table='IX', row=label.get(m, m), experiment=m, protocol=v) for m in methods
+    return pd.DataFrame([dict(table='IX', row=label.get(m, METHODS[m].title), experiment=m, protocol=v) for m in methods
                          for v in ('w_dn','wo_dn')])
 
 # %% ../../nbs/experiments/02_variants.ipynb #7a8ab431
-TABLE_CELLS = pd.concat([_table_ix(['fspn','i3d_mlp']), TABLE_CELLS, _table_ix(BASELINES)], ignore_index=True)
+TABLE_CELLS = pd.concat([_table_ix(['fspn','i3d_mlp','fspn_viterbi']), TABLE_CELLS, _table_ix(BASELINES)], ignore_index=True)
 TABLE_CELLS = TABLE_CELLS[TABLE_CELLS.experiment.isin(EXPERIMENTS)].reset_index(drop=True)
 
 # %% ../../nbs/experiments/02_variants.ipynb #5dd91b7c

@@ -68,9 +68,11 @@ class OrderedSegments(nn.Module):
         sub_actions:int=3, # S
         dim:int=1024, # Width of a clip vector (I3D)
         warmup:float=.375, # Share of the training steps with equal parts as teacher
+        gain:float=4., # Of the normalised vectors: with Adam, as if only this layer learnt so much faster
     ):
         super().__init__()
-        self.norm,self.classify,self.warmup = nn.LayerNorm(dim, elementwise_affine=False),nn.Linear(dim, sub_actions),warmup
+        self.norm,self.classify = nn.LayerNorm(dim, elementwise_affine=False),nn.Linear(dim, sub_actions)
+        self.warmup,self.gain = warmup,gain
         self.min_length = max(1, frames//(2*sub_actions))
         self.register_buffer('weights', frame_weights(clips, frames), persistent=False)
         for name,value in dict(warmup_steps=torch.iinfo(torch.long).max, steps_done=0).items(): # equal parts until the length is known
@@ -84,7 +86,7 @@ class OrderedSegments(nn.Module):
         x:Tensor, # Clip vectors, (B,K,dim)
     )->Tensor: # Log odds, (B,T,S)
         with torch.autocast(x.device.type, enabled=False): # a cut is a comparison of small numbers
-            return self.weights @ self.classify(self.norm(x.detach().float()))
+            return self.weights @ self.classify(self.gain*self.norm(x.detach().float()))
 
     def segment(self,
         logits:Tensor, # Of `forward`, actor streams first, (2B,T,S)
