@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEAN_TRANSITIONS', 'valid_transitions', 'iou_hits', 'parse_quality', 'constant_iou_grid', 'constant_cuts',
            'random_transitions', 'parse_baselines', 'training_cuts', 'folder_label', 'runs_frame', 'parse_table',
-           'seed_means']
+           'overlap_gain', 'seed_means']
 
 # %% ../../nbs/analysis/04_parse_quality.ipynb #217cdb06
 import warnings
@@ -18,6 +18,7 @@ from ..config import load_cfg,make_config
 from ..core import diff
 from ..stored_files import read_table
 from ..metrics import bootstrap_ci,spearman,temporal_iou
+from .significance import retrain_test
 from ..training.prepare import RunData
 
 # %% ../../nbs/analysis/04_parse_quality.ipynb #cc3864f0
@@ -200,6 +201,21 @@ def parse_table(
     if not rows: raise ValueError('need at least one finished run, got none; train one with fspn_nb.train.fit')
     tables = pd.DataFrame(rows),parse_baselines(first_steps, train, n)
     return pd.concat([table.astype({'seed': 'Int64'}) for table in tables], ignore_index=True)
+
+# %% ../../nbs/analysis/04_parse_quality.ipynb #d21b1191
+def _mean_overlap(overlap, _): return overlap.mean()
+
+def overlap_gain(
+    runs, # Folders of one method's runs on the same test dives, one per seed
+    cuts=MEAN_TRANSITIONS, # First and last cut for every dive
+)->dict: # gain: mean temporal IoU minus that of `cuts`; p, two-sided, NaN for a single seed
+    "How much better a parser overlaps the true steps than a rule that sees no video"
+    steps = [valid_transitions(_read_parsing(Path(run))[0].sort_values('uid')) for run in runs]
+    true = steps[0][1]
+    if any(not np.array_equal(true, other) for _,other,_ in steps): raise ValueError('need runs on the same test dives, got others; compare within a release')
+    rule = temporal_iou(np.broadcast_to(cuts, true.shape), true)
+    gain,p = retrain_test(_mean_overlap, [temporal_iou(pred, true) for pred,_,_ in steps], [rule]*len(steps), np.arange(len(true)))
+    return dict(gain=gain, p=p)
 
 # %% ../../nbs/analysis/04_parse_quality.ipynb #e26d9abc
 def seed_means(

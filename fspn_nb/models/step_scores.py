@@ -19,11 +19,11 @@ from .fspn import FSPN,ScoreRegressor
 from .heads import ScoreBins
 from .iap import pooled_tokens
 from .mtf import Pool
-from .ordered_segments import OrderedSegments,best_segmentation,fuse_streams
+from .ordered_segments import OrderedSegments
 
 # %% ../../nbs/models/14_step_scores.ipynb #d0e032f3
 class SegmentParser(nn.Module):
-    "Clip vectors of any stream to tokens, step by step, and the log odds of the steps"
+    "Clip vectors of both streams to tokens, step by step, and the log odds of the steps"
     def __init__(self,
         cfg:ModelCfg, # Sizes `clips`, `frames`, `sub_actions`, `tokens_per_step`; `parser_warmup`
         dim:int=1024, # Width of a clip vector (I3D)
@@ -36,12 +36,14 @@ class SegmentParser(nn.Module):
         self.pos_embed = nn.Parameter(.02*torch.randn(cfg.sub_actions*cfg.tokens_per_step, width))
 
     def forward(self,
-        x:Tensor, # Clip vectors, (B,K,1024)
-    )->tuple[Tensor,Tensor]: # Tokens (B,S*n,width) and log odds (B,T,S)
-        logits = self.segments(x)
-        tokens = self.project(x)
-        frames = self.segments.weights.to(tokens.dtype) @ tokens # (B,T,width)
-        return pooled_tokens(frames, logits.detach().softmax(-1), self.per_step)+self.pos_embed,logits
+        actor:Tensor, # Clip vectors, (B,K,1024)
+        scene:Tensor, # The same of the scene
+    )->tuple[Tensor,Tensor]: # Tokens of the actor, then of the scene, (2B,S*n,width), and log odds (B,T,S)
+        logits = self.segments(actor)
+        tokens = self.project(torch.cat([actor, scene]))
+        frames = self.segments.weights.to(tokens.dtype) @ tokens # (2B,T,width)
+        probs = logits.detach().softmax(-1).repeat(2, 1, 1)
+        return pooled_tokens(frames, probs, self.per_step)+self.pos_embed,logits
 
 # %% ../../nbs/models/14_step_scores.ipynb #4ad9888e
 class SegmentEncoder(nn.Module):
@@ -57,9 +59,9 @@ class SegmentEncoder(nn.Module):
     def forward(self,
         scene:Tensor, # (B,K,1024)
         actor:Tensor|None=None, # The same for the actor; None: the scene takes both roles
-    )->EncoderOutput: # Feature (B,S*D), step by step; extras: 'logits' (2B,T,S), actor first
+    )->EncoderOutput: # Feature (B,S*D), step by step; extras: 'logits' (B,T,S)
         "Segments, transformer, fusion"
-        tokens,logits = self.parser(torch.cat([scene if actor is None else actor, scene]))
+        tokens,logits = self.parser(scene if actor is None else actor, scene)
         fa,fi = (part.unflatten(1, (self.steps, -1)).flatten(0, 1) for part in tokens.chunk(2)) # (B*S,n,width)
         return EncoderOutput(self.fusion(fa, fi).unflatten(0, (-1, self.steps)).flatten(1), {'logits': logits})
 
@@ -68,8 +70,8 @@ class SegmentEncoder(nn.Module):
         n:int, # Number of videos, n <= V
     )->dict[str,Tensor]: # 'step_probs' (n,T,S) and 'transitions' (n,S-1)
         "The steps of the first `n` videos"
-        log_probs = fuse_streams(extras['logits'])[:n]
-        return dict(step_probs=log_probs.exp(), transitions=best_segmentation(log_probs, self.parser.segments.min_length))
+        logits = extras['logits'][:n].detach()
+        return dict(step_probs=logits.softmax(-1), transitions=self.parser.segments.segment(logits))
 
     def parse_losses(self,
         extras:dict[str,Tensor], # Of `forward`
