@@ -4,6 +4,7 @@ import io
 import json
 import re
 import tokenize
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ BELOW['report'] = (*BELOW['experiments'],'experiments')
 BELOW['inspect'] = (*BELOW['report'],'report')
 
 
+@cache # tests of one notebook read all the others
 def cells(path, kind='code'):
     "Sources of the cells of one kind"
     return [''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == kind]
@@ -40,6 +42,7 @@ def exported(path):
     return [c for c in cells(path) if re.search(r'^#\| *export', c, re.M)]
 
 
+@cache
 def module_of(path):
     "Name after default_exp"
     return re.search(r'#\| default_exp (\S+)', cells(path)[0])[1]
