@@ -212,7 +212,8 @@ def overlap_gain(
     "How much better a parser overlaps the true steps than a rule that sees no video"
     steps = [valid_transitions(_read_parsing(Path(run))[0].sort_values('uid')) for run in runs]
     true = steps[0][1]
-    if any(not np.array_equal(true, other) for _,other,_ in steps): raise ValueError('need runs on the same test dives, got others; compare within a release')
+    if any(not np.array_equal(true, other) for _,other,_ in steps):
+        raise ValueError('need runs on the same test dives, got others; compare within a release')
     rule = temporal_iou(np.broadcast_to(cuts, true.shape), true)
     gain,p = retrain_test(_mean_overlap, [temporal_iou(pred, true) for pred,_,_ in steps], [rule]*len(steps), np.arange(len(true)))
     return dict(gain=gain, p=p)

@@ -237,8 +237,9 @@ def parsing_section(
     means,used = _parse_means(index, cells, each),index.select(cells.run)
     best,baseline = (means[own].sort_values('tiou').iloc[-1] for own in (means.runs != '', means.runs == ''))
     gain = overlap_gain([index.root/run for run in best.runs.split()])
-    line = (f'The best variant, {best.label}, reaches a temporal IoU of {best.tiou:.3f}, the best rule that sees no frame {baseline.tiou:.3f}. '
-            f"It is {gain['gain']:+.3f} from cutting every dive at {MEAN_TRANSITIONS} ({_is(gain['p'])}, for other trainings and other dives).")
+    line = (f'The best variant, {best.label}, reaches a temporal IoU of {best.tiou:.3f}, the best rule that sees no frame '
+            f'{baseline.tiou:.3f}. It is {gain["gain"]:+.3f} from cutting every dive at {MEAN_TRANSITIONS} '
+            f'({_is(gain["p"])}, for other trainings and other dives).')
     fig = plot_tiou(each, *figure_note(used))
     save_figure(fig, Path(out)/'figures'/'tiou', pdf=True)
     plt.close(fig)
