@@ -1,6 +1,7 @@
 """How often the interval of a score holds the judges' score, on synthetic FineDiving, beside the spread of the votes
 
     python tests/conformal_study.py train [--methods fspn_viterbi] [--seeds 5] [--releases 1]     predictions, into reports/benchmarks/conformal_scores.csv.gz
+    python tests/conformal_study.py train --runs FOLDER ...                                        the same of runs that were trained before
     python tests/conformal_study.py                                                                shares and widths from them, into reports/benchmarks/conformal.csv
 
 A run trains on 91 of 130 dives, 39 are kept for validation, 150 are tested; both protocols, several seeds (weights, order, and which dives are kept). Runs that are in the table are not repeated.
@@ -71,14 +72,14 @@ def with_others(data):
                    candidate_sets=find_candidates(samples, data.splits['train'], data.variant))
 
 
-def scores_of(data, facts, splits):
-    "One training, and what it predicts: a row per dive, with the standard deviation of its votes"
+def scores_of(data, facts, splits, run=None):
+    "What one training, or the one in the folder `run`, predicts: a row per dive, with the standard deviation of its votes"
     from fspn_nb.evaluate import load_model
     from fspn_nb.train import fit
     from fspn_nb.training.predict import predict
     tables, cfg = [], data.cfg
     with tempfile.TemporaryDirectory() as out:
-        model = load_model(fit(cfg, out, 'cpu', data), data)
+        model = load_model(run or fit(cfg, out, 'cpu', data), data)
         for split in splits:
             ids = data.splits[split]
             pred, votes, _ = predict(model, data, ids, cfg.eval.num_exemplars)
@@ -88,9 +89,24 @@ def scores_of(data, facts, splits):
     return pd.concat(tables)
 
 
+def of_runs(folders):
+    "Predictions of runs that were trained before, each with its own validation split"
+    from fspn_nb.config import load_cfg
+    from fspn_nb.training.prepare import prepare
+    table, data = pd.read_csv(SCORES) if SCORES.is_file() else pd.DataFrame(columns=KEYS), None
+    for folder in map(Path, folders):
+        cfg = load_cfg(folder/'config.json')
+        facts = dict(zip(KEYS, (cfg.synthetic.seed, cfg.model.name, cfg.protocol, cfg.seed, -1)))
+        if (table[KEYS] == list(facts.values())).all(axis=1).any(): continue
+        data = prepare(cfg, 'cpu', data)
+        table = pd.concat([table, scores_of(data, facts, ('train', 'val', 'test'), folder)], ignore_index=True)
+        save(table)
+        print(*facts.values(), flush=True)
+
+
 def train(methods, seeds, releases, folds):
     "Predictions of every run that the table does not have"
-    from fspn_nb.config import override
+    from fspn_nb.config import method_epochs,override
     from fspn_nb.protocols import protocol_variant
     from fspn_nb.batches.dataset import split_indices
     from fspn_nb.batches.exemplars import find_candidates
@@ -101,7 +117,7 @@ def train(methods, seeds, releases, folds):
             if fold >= 0 and seed > 0: continue # five trainings of one seed
             facts = dict(zip(KEYS, (release, method, protocol, seed, fold)))
             if (table[KEYS] == list(facts.values())).all(axis=1).any(): continue
-            cfg, samples = override(data.cfg, model__name=method, protocol=protocol, seed=seed), data.release.samples
+            cfg, samples = method_epochs(override(data.cfg, model__name=method, protocol=protocol, seed=seed)), data.release.samples
             splits = data.splits|split_indices(samples[:280], KEPT, seed)
             if fold >= 0: # train on four fifths of all 130
                 everyone = np.random.default_rng(7).permutation(np.concatenate([splits['train'], splits['val']]))
@@ -136,6 +152,7 @@ def counted(run):
     "Rows of one training: each interval on each split"
     parts, rows = dict(list(run.groupby('split'))), []
     for split in ('test', 'other', 'dark'):
+        if split not in parts: continue
         target = parts[split]
         error = (target.true-target.pred).abs().to_numpy()
         widths = half_widths(parts['val'], target)|{'training dives': half_widths(parts['train'], target)['plain']}
@@ -170,9 +187,34 @@ def cross_validated(folds):
     return [dict(on='test', interval='CV+, five trainings', n_cal=n, n_test=len(test), covered=((true >= lo) & (true <= hi)).mean(), width=(hi-lo).mean())]
 
 
+def published():
+    "Rows of the published runs, whose 13 validation dives give the interval, and of random halves of their held-out dives"
+    from fspn_nb.analysis.conformal import held_out_errors
+    from fspn_nb.analysis.published import unpack_runs
+    rows, rng = [], np.random.default_rng(0)
+    for file in sorted(Path(unpack_runs(ROOT/'reports'/'published')).glob('finediving/*/predictions.csv')):
+        run, kinds = file.parent, {}
+        method, protocol = run.name.split('-')[:2]
+        val, test = (held_out_errors(run, (split,)).values for split in ('val', 'test'))
+        if not len(val): continue
+        kinds['published, validation only'] = conformal_quantile(val, LEVEL), test, len(val)
+        order = rng.permutation(np.concatenate([val, test]))
+        half = len(order)//2
+        kinds['published, half of validation and test'] = conformal_quantile(order[:half], LEVEL), order[half:], half
+        per_difficulty = protocol == 'w_dd'
+        rows += [dict(release=0, method=method, protocol=protocol, on=on, interval='plain', n_cal=n, n_test=len(errors), covered=(errors <= half).mean(),
+                      width=np.nan if per_difficulty else 2*half) for on, (half, errors, n) in kinds.items()]
+    table, keys = pd.DataFrame(rows), ['release', 'method', 'protocol', 'on', 'interval', 'n_cal', 'n_test']
+    out = [dict(zip(keys, key))|dict(seeds=len(g), covered=g.covered.mean(), lo=g.covered.min(), hi=g.covered.max(), width=g.width.mean(), **dict(zip(('chance_lo', 'chance_hi'), coverage_range(key[-2], key[-1], LEVEL))))
+           for key, g in table.groupby(keys, sort=False)]
+    for on, g in table.groupby('on', sort=False):
+        out.append(dict(release=0, method='all', protocol='all', on=on, interval='plain', seeds=len(g), covered=g.covered.mean(), lo=g.covered.quantile(.025), hi=g.covered.quantile(.975)))
+    return out
+
+
 def study():
     "One row per configuration, split and interval; means over seeds, with the range that chance alone would give one of them"
-    table, rows = pd.read_csv(SCORES), []
+    table, rows = pd.read_csv(SCORES), published()
     for (release, method, protocol), own in table.groupby(KEYS[:3], sort=False):
         facts, single = dict(release=release, method=method, protocol=protocol), [run for _, run in own[own.fold < 0].groupby('seed')]
         each = pd.DataFrame([row|dict(seed=run.seed.iloc[0]) for run in single for row in counted(run)])
@@ -198,5 +240,7 @@ if __name__ == '__main__':
     parser.add_argument('--seeds', type=int, default=5)
     parser.add_argument('--releases', nargs='+', type=int, default=[1])
     parser.add_argument('--folds', type=int, default=5, help='trainings for CV+ with seed 0; 0: none')
+    parser.add_argument('--runs', nargs='+', help='folders of trained runs, whose predictions are added; nothing is trained')
     args = parser.parse_args()
-    train(args.methods, args.seeds, args.releases, args.folds) if args.what == 'train' else study()
+    if args.runs: of_runs(args.runs)
+    else: train(args.methods, args.seeds, args.releases, args.folds) if args.what == 'train' else study()

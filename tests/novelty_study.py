@@ -3,7 +3,8 @@
     FSPN_CACHE=... python tests/novelty_study.py [--releases 1] [--shared ../shared]     into reports/benchmarks/novelty.csv
 
 Features of a frozen backbone, synthetic FineDiving of 130 and 150 dives. Half of the test dives calibrate each detector, the other half counts its false alarms; 200 random halves, means with the middle 95 %.
-Foreign videos: other sports (synthetic AQA-7), dives played backwards, at half the brightness, of another synthetic release of the same kind and of MTL-AQA's, a grey clip, and real frames where `shared` is there.
+Foreign videos: two other sports (synthetic AQA-7), dives played backwards, at half the brightness, of MTL-AQA's synthetic release (still frames around the dive), a grey clip, noise, and real frames where `shared` is there.
+Dives of another synthetic release of the same kind are not foreign: they should be called outside as rarely as test dives.
 One thread; about four minutes the first time, then features are kept.
 """
 import argparse
@@ -24,20 +25,18 @@ from fspn_nb.models.backbone import feature_extractor
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT/'reports'/'benchmarks'/'novelty.csv'
-RATE, HALVES = .05, 200
+RATE, HALVES, OTHER_SEED = .05, 200, {1: 0, 0: 1}
 
 
 # ---- videos
 
 def foreign_clips(shared):
-    "(kind, clip) of what a run on dives was not trained on, and of new dives, which it should know"
-    for seed in range(8): yield 'new dive, same kind', synthetic_clip(seed=555_000_000+seed)
-    for sport in ('gym_vault', 'ski_big_air', 'snowboard_big_air', 'sync_diving_3m'):
-        for seed in range(4): yield sport.replace('_', ' '), synthetic_clip('aqa7', sport, 556_000_000+seed)
-    for seed in range(8):
+    "(kind, clip) of what a run on dives was not trained on"
+    for sport in ('gym_vault', 'ski_big_air'):
+        for seed in range(3): yield sport.replace('_', ' '), synthetic_clip('aqa7', sport, 556_000_000+seed)
+    for seed in range(3):
         dive = synthetic_clip(seed=557_000_000+seed)
         yield 'dive backwards', Clip('backwards', dive.frames[::-1].copy(), boxes=dive.boxes[::-1].copy(), kind='synthetic')
-        if seed < 4: yield 'dive upside down', Clip('upside_down', dive.frames[:, ::-1].copy(), kind='synthetic')
     yield 'grey clip', Clip('grey', np.full((96, 144, 256, 3), 128, np.uint8))
     yield 'noise', Clip('noise', np.random.default_rng(0).integers(0, 256, (96, 144, 256, 3), dtype=np.uint8))
     for name in ('diving_sample.gif', 'actor_frames/images'):
@@ -62,10 +61,13 @@ def all_vectors(release, shared):
     data = with_others(release_of(release, 0.))
     pooled = torch.cat([data.source.scene.mean(1), data.source.actor.mean(1)], 1).numpy()
     found = {kind: pooled[data.splits[split]] for kind, split in (('train', 'train'), ('test', 'test'), ('MTL-AQA dive', 'other'), ('dive, half as bright', 'dark'))}
+    again = release_of(OTHER_SEED[release], 0.)
+    found['dive of another release'] = torch.cat([again.source.scene.mean(1), again.source.actor.mean(1)], 1).numpy()[again.splits['test']]
     encode, rows = feature_extractor(data.cfg, data.device)[0], {}
-    for kind, clip in foreign_clips(shared):
-        rows.setdefault(kind, []).append(vector_of(clip, data.cfg, encode))
-        print(kind, clip.name, flush=True)
+    for k, (kind, clip) in enumerate(foreign_clips(shared)):
+        kept = path.with_name(f'{path.stem}-{k}.npy')
+        if not kept.is_file(): np.save(kept, vector_of(clip, data.cfg, encode))
+        rows.setdefault(kind, []).append(np.load(kept))
     found |= {kind: np.stack(own) for kind, own in rows.items()}
     np.savez(path, **found)
     return found

@@ -100,14 +100,14 @@ def describe_interval(
     noun:str='dive', # What a sample is called
 )->str: # One or two sentences
     "The interval in words, with what it was made from"
-    parts = ' and '.join(f"{n} {dict(val='validation', test='test').get(split, split)}" for split,n in interval.counts.items())
-    made = f'{interval.n} {noun}s that the run did not learn from ({parts})' if interval.n else f'no {noun} that the run did not learn from'
+    learnt = f'{noun}s that the run did not learn from'
     if not interval.bounded:
         return (f'How far the score may be from the judges\' is not known: an interval of {interval.level:.0%} needs at least '
-                f'{least_dives(interval.level)} {noun}s that the run did not learn from, got {interval.n}.')
+                f'{least_dives(interval.level)} {learnt}, got {interval.n}.')
+    parts = ' and '.join(f"{n} {dict(val='validation', test='test').get(split, split)}" for split,n in interval.counts.items())
     lo,hi = coverage_range(interval.n, level=interval.level)
-    return (f'{interval.lo:.1f} to {interval.hi:.1f}: the judges\' score lies in such an interval for {interval.level:.0%} of all {noun}s like the {made} '
-            f'(with so few, {lo:.0%} to {hi:.0%}).')
+    return (f'{interval.lo:.1f} to {interval.hi:.1f}: {interval.level:.0%} interval for the judges\' score, from the errors on {interval.n} {learnt} ({parts}). '
+            f'It holds for clips like those {noun}s only; with this number of them, {lo:.0%} to {hi:.0%} of such intervals hold the score.')
 
 # %% ../../nbs/analysis/14_conformal.ipynb #e0d354ba
 @dataclass(frozen=True)
