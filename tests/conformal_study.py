@@ -23,7 +23,7 @@ from fspn_nb.core import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORES, SHARES = (ROOT/'reports'/'benchmarks'/name for name in ('conformal_scores.csv.gz', 'conformal.csv'))
-KEPT, LEVEL, Z, SPLITS, OTHER, DARK = .3, .9, 1.645, 1000, 30, 24
+KEPT, LEVEL, Z, SPLITS, OTHER, DARK = .3, .9, 1.645, 400, 30, 24
 KEYS = ['release', 'method', 'protocol', 'seed', 'fold']
 
 
@@ -161,17 +161,17 @@ def counted(run):
     return rows
 
 
-def resplit(run, draws=SPLITS):
+def resplit(run, draws=SPLITS, half=False):
     "Validation and test dives of one training pooled and split anew: mean coverage, and its spread over splits"
     pool, rng, rows = run[run.split.isin(('val', 'test'))].reset_index(drop=True), np.random.default_rng(0), []
-    n = (run.split == 'val').sum()
+    n = len(pool)//2 if half else (run.split == 'val').sum()
     for _ in range(draws):
         order = rng.permutation(len(pool))
         target = pool.iloc[order[n:]]
         error = (target.true-target.pred).abs().to_numpy()
         rows += [dict(interval=name, covered=(error <= half).mean(), width=2*half.mean()) for name, half in half_widths(pool.iloc[order[:n]], target).items()]
     own = pd.DataFrame(rows).groupby('interval', sort=False)
-    return [dict(on='random splits', interval=name, n_cal=n, n_test=len(pool)-n, covered=g.covered.mean(), lo=g.covered.quantile(.025), hi=g.covered.quantile(.975), width=g.width.mean())
+    return [dict(on='random halves' if half else 'random splits', interval=name, n_cal=n, n_test=len(pool)-n, covered=g.covered.mean(), lo=g.covered.quantile(.025), hi=g.covered.quantile(.975), width=g.width.mean())
             for name, g in own]
 
 
@@ -222,11 +222,11 @@ def study():
             n, m = int(g.n_cal.iloc[0]), int(g.n_test.iloc[0])
             chance = coverage_range(n, m, LEVEL) if name not in ('spread of votes', 'training dives') else (np.nan, np.nan)
             rows.append(facts|dict(on=on, interval=name, seeds=len(g), n_cal=n, n_test=m, covered=g.covered.mean(), lo=g.covered.min(), hi=g.covered.max(), chance_lo=chance[0], chance_hi=chance[1], width=g.width.mean()))
-        again = pd.DataFrame([row for run in single for row in resplit(run)])
-        for name, g in again.groupby('interval', sort=False):
+        again = pd.DataFrame([row for run in single for half in (False, True) for row in resplit(run, half=half)])
+        for (on, name), g in again.groupby(['on', 'interval'], sort=False):
             n, m = int(g.n_cal.iloc[0]), int(g.n_test.iloc[0])
             chance = coverage_range(n, m, LEVEL) if name != 'spread of votes' else (np.nan, np.nan)
-            rows.append(facts|dict(on='random splits', interval=name, seeds=len(g), n_cal=n, n_test=m, **g[['covered', 'lo', 'hi']].mean(), chance_lo=chance[0], chance_hi=chance[1], width=g.width.mean()))
+            rows.append(facts|dict(on=on, interval=name, seeds=len(g), n_cal=n, n_test=m, **g[['covered', 'lo', 'hi']].mean(), chance_lo=chance[0], chance_hi=chance[1], width=g.width.mean()))
         if (folds := own[own.fold >= 0]).fold.nunique() == 5: rows += [facts|dict(seeds=1)|row for row in cross_validated(folds)]
     columns = ['release', 'method', 'protocol', 'on', 'interval', 'seeds', 'n_cal', 'n_test', 'covered', 'lo', 'hi', 'chance_lo', 'chance_hi', 'width']
     write_atomic(SHARES, pd.DataFrame(rows).reindex(columns=columns).to_csv(index=False, float_format='%.3f', lineterminator='\n'))
