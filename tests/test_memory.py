@@ -330,11 +330,18 @@ def log_of(run): return pd.read_csv(run/'log.csv').drop(columns='seconds')
 def same_weights(a, b): return all(torch.equal(v, b[name]) for name,v in a.items())
 
 
+HALVED = finediving('smoke', **SMALL, model__name='fspn_s', model__dropout=.3, **TINY, train__micro_batch=6)
+
+
+@pytest.fixture(scope='module')
+def half(release, tmp_path_factory):
+    "The run with half as many clips from the start"
+    return run_with(override(HALVED, train__micro_batch=3), tmp_path_factory.mktemp('half'))[0]
+
+
 @pytest.mark.parametrize('call,where', [(2, 'the forward pass'), (5, 'the backward pass')]) # 16 clips, six at a time: three parts, and three again
-def test_a_run_whose_first_step_fails_is_the_run_with_half_as_many_clips(release, tmp_path, capsys, call, where):
-    cfg = finediving('smoke', **SMALL, model__name='fspn_s', model__dropout=.3, **TINY)
-    cfg = override(cfg, train__micro_batch=6)
-    (run,_),(expected,_) = run_with(cfg, tmp_path/'fails', at=(call,)),run_with(override(cfg, train__micro_batch=3), tmp_path/'half')
+def test_a_run_whose_first_step_fails_is_the_run_with_half_as_many_clips(half, tmp_path, capsys, call, where):
+    run,expected = run_with(HALVED, tmp_path/'fails', at=(call,))[0],half
     said = capsys.readouterr().out
     assert said.count('memory ran out with 6 clips at a time (CUDA out of memory. Tried to allocate 2.00 GiB): the step is computed again, from now on with 3') == 1
     a,b = (load_ckpt(folder/'last.pt', folder.name) for folder in (run, expected))

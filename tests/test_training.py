@@ -63,12 +63,8 @@ LONG = finediving('smoke', **SMALL, model__name='fspn_s', train__epochs=60, trai
 
 @pytest.fixture(scope='session')
 def whole(release, tmp_path_factory):
-    "A run that nobody interrupts"
-    tmp = tmp_path_factory.mktemp('whole')
-    p = start(LONG, tmp)
-    text = p.communicate(timeout=300)[0]
-    assert p.returncode == 0, text
-    return tmp/'finediving'/run_id(LONG)
+    "A run that nobody interrupts; in this process, while those that are stopped are processes of their own"
+    return fit(LONG, tmp_path_factory.mktemp('whole'), 'cpu')
 
 
 @pytest.mark.parametrize('sign,status', [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
@@ -98,7 +94,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, tmp_path, capsy
         (run/'last.pt').write_bytes(damage(sound))
         assert newest_ckpt(run, run_id(cfg)) is not None
         assert 'going on from the checkpoint before it' in capsys.readouterr().out
-    assert start(cfg, tmp_path).wait(timeout=300) == 0
+    assert fit(cfg, tmp_path, 'cpu') == run
     assert same(weights(run), weights(whole))
 
 
@@ -200,27 +196,39 @@ def test_finetune_mode_trains_the_backbone(release, tmp_path):
     assert running and all(torch.equal(w[k], before.state_dict()[k.removeprefix('backbone.')]) for k in running), 'BatchNorm statistics must stay frozen'
 
 
-def test_finetune_results_do_not_depend_on_workers(release, tmp_path):
-    base = finediving('smoke', **SMALL, model__name='fspn_s', **TINY)
-    runs = []
-    for n in (0,1,4):
-        data = prepare(override(base, train__workers=n), 'cpu')
-        data = replace(data, source=ClipDataset(data.release.samples, data.cfg, data.boxes[1])) # as where the disk is too small for the store
-        assert bool(data.source.pool) == (n > 0)
+def decoding(n):
+    "What a run with `n` workers works on that decodes each clip anew, as where the disk is too small for the store"
+    data = prepare(override(finediving('smoke', **SMALL, model__name='fspn_s', **TINY), train__workers=n), 'cpu')
+    return replace(data, source=ClipDataset(data.release.samples, data.cfg, data.boxes[1]))
+
+
+@pytest.fixture(scope='module')
+def decoded(release, tmp_path_factory):
+    "A run that decodes each clip, without workers"
+    data = decoding(0)
+    assert not data.source.pool
+    run = fit(data.cfg, tmp_path_factory.mktemp('decoded'), 'cpu', data)
+    evaluate(run, data)
+    return run
+
+
+def test_finetune_results_do_not_depend_on_workers(decoded, tmp_path):
+    runs = [decoded]
+    for n in (1,4):
+        data = decoding(n)
+        assert data.source.pool
         runs.append(fit(data.cfg, tmp_path, 'cpu', data))
         evaluate(runs[-1], data)
-    assert len(set(runs)) == 3
+    assert len({run.name for run in runs}) == 3
     assert all(same(weights(runs[0]), weights(r)) for r in runs[1:])
     assert len({(r/'predictions.csv').read_text() for r in runs}) == 1
 
 
-def test_the_store_gives_what_decoding_gives(release, tmp_path):
-    base = finediving('smoke', **SMALL, model__name='fspn_s', **TINY)
-    kept = prepare(base, 'cpu')
-    decoded = replace(kept, source=ClipDataset(kept.release.samples, base, kept.boxes[1]), backbone=prepare(base, 'cpu').backbone)
+def test_the_store_gives_what_decoding_gives(decoded, tmp_path):
+    kept = prepare(finediving('smoke', **SMALL, model__name='fspn_s', **TINY), 'cpu')
     assert type(kept.source).__name__ == 'CachedDataset'
-    a,b = (weights(fit(base, tmp_path/n, 'cpu', d)) for n,d in (('kept',kept), ('decoded',decoded)))
-    assert same(a, b)
+    run = fit(kept.cfg, tmp_path, 'cpu', kept)
+    assert run.name == decoded.name and same(weights(run), weights(decoded))
 
 
 def test_validation_is_cut_from_training(release, tmp_path):
