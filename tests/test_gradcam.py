@@ -26,7 +26,10 @@ from fspn_nb.report.figures import save_figure
 from fspn_nb.zoo import create_model
 
 captum = pytest.importorskip('captum', reason="Captum is not installed (pip install 'fspn_nb[gradcam]')")
-from fspn_nb.inspect.gradcam import HeadOnMaps,feature_maps,grad_cam,heat,map_agreement,shuffled  # noqa: E402
+from fspn_nb.inspect.gradcam import (MAP_METHODS,HeadOnMaps,feature_maps,grad_cam,grey_reference,heat,layer_cam,map_agreement,  # noqa: E402
+    shuffled,split_backbone)
+from fspn_nb.inspect.map_quality import curve_areas,deletion_insertion,grey_out,occlusion  # noqa: E402
+from fspn_nb.inspect.reference_maps import column_strength,mean_reference,mirror_agreement,on_squares  # noqa: E402
 
 
 def head(**changes):
@@ -314,3 +317,133 @@ def test_pictures_are_the_same_twice(tmp_path):
 def test_heat_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, 'captum.attr', None)
     with pytest.raises(ImportError, match=r"pip install 'fspn_nb\[gradcam\]'"): grad_cam(HeadOnMaps(Red()), maps())
+
+
+# ---- what heat is counted from
+
+class Names(nn.Module):
+    "Kinetics' own last layer as a judge of the scene"
+    uses_exemplar, needs = False, ('scene',)
+
+    def __init__(self, net, name):
+        super().__init__()
+        from torchvision.models.video import R3D_18_Weights
+        self.fc = nn.Linear(1024, 1)
+        self.fc.weight.data = net.Logits.weight[[R3D_18_Weights.KINETICS400_V1.meta['categories'].index(name)]].data.flatten(1)
+
+    def encode(self, batch): return EncoderOutput(batch.scene.mean(1), {})
+
+    def score(self, feature): return self.fc(feature)[..., 0]
+
+
+@pytest.fixture(scope='module')
+def kinetics():
+    "I3D with its weights, folded; a plain one, for the names of classes"
+    from fspn_nb.models.backbone import load_backbone
+    try: net = load_backbone()[0]
+    except FileNotFoundError as e: pytest.skip(str(e))
+    return fuse_conv_bn(net), net
+
+
+def test_mirrored_video_has_mirrored_heat(kinetics):
+    "Counted from zero the heat stays on the right edge; counted from grey it goes with the video"
+    from fspn_nb.data.clips import frame_ids, to_clips
+    from fspn_nb.synthetic.dive_render import demo_dive
+    net, plain = kinetics
+    demo = demo_dive()
+    frames = resize_crop(torch.from_numpy(demo.frames[frame_ids(len(demo.frames))]))
+    clips = to_clips(frames, (20, 60)).transpose(1, 2)
+    grey = grey_reference(net, clips.shape[1:])
+    strength = [column_strength(feature_maps(net, x)) for x in (torch.zeros(1, *clips.shape[1:]), clips, clips.flip(-1))]
+    assert all(row[3] > 3*row[0] for row in strength), 'the border on the right, whatever the video'
+    zero, corrected = (np.mean([mirror_agreement(net, Names(plain, name), clips, ref) for name in ('springboard diving', 'yoga', 'surfing water')]) for ref in (None, grey))
+    assert corrected > zero+.2 and corrected > .2, (zero, corrected)
+    assert np.mean([mirror_agreement(net, Names(plain, name), clips, grey_reference(net, clips.shape[1:], 'Mixed_4f'), 'Mixed_4f') for name in ('springboard diving', 'yoga')]) > .4
+
+
+def test_grey_video_has_no_heat():
+    net = backbone()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm3d): nn.init.uniform_(m.bias, 0, .1) # an untrained network shows nothing on grey
+    model, grey = head(use_actor=False), torch.full((3, 3, 16, 64, 64), 0.)
+    ask = dict(exemplar=votes(model), relu=False)
+    for layer in ('Mixed_5c', 'Mixed_4f'):
+        for method in MAP_METHODS:
+            hot, cold = (heat(net, model, grey, layer=layer, method=method, reference=r, **ask)['scene'] for r in (None, 'grey'))
+            assert hot.abs().max() > 0 and cold.abs().max() <= 1e-4*hot.abs().max(), (layer, method)
+
+
+def test_reference_leaves_the_score_alone():
+    model, m = head(), maps()
+    plain, based = (HeadOnMaps(model, exemplar=votes(model), reference=r) for r in (None, {s: v[1] for s, v in m.items()}))
+    assert torch.allclose(plain(*m.values()), based(*m.values()), atol=1e-3)
+    a, b = (grad_cam(item, m, relu=False) for item in (plain, based))
+    for s in m:
+        assert b[s][1].abs().max() <= 1e-5*a[s].abs().max(), 'a clip that is the reference has no heat'
+        assert not same(b[s], a[s], .01)
+
+
+def test_mean_reference_counts_clips_not_videos():
+    net = backbone()
+    a, b = (torch.randint(0, 256, (k, 3, 16, 32, 32), dtype=torch.uint8) for k in (3, 1))
+    got = mean_reference(net, [dict(scene=a), dict(scene=b)], 'Mixed_4f')['scene']
+    assert same(got, feature_maps(net, torch.cat([a, b]), layer='Mixed_4f').mean(0))
+
+
+def test_layer_cam_by_hand():
+    "Two channels, two cells, another gradient in each: 2 and -1 times the head's 1 and 2, half of it for the mean"
+    class Above(nn.Module):
+        def forward(self, m): return m*torch.tensor([2., -1.])
+
+    class Sum(nn.Module):
+        uses_exemplar, needs = False, ('scene',)
+        def encode(self, batch): return EncoderOutput(batch.scene.mean(1), {})
+        def score(self, feature): return feature@torch.tensor([1., 2.])
+    chain, m = HeadOnMaps(Sum(), above=Above()), dict(scene=torch.tensor([[3., 4.], [5., 6.]]).view(1, 2, 1, 1, 2))
+    assert torch.allclose(layer_cam(chain, m)['scene'].flatten(), torch.tensor([13., 0.]))
+    assert torch.allclose(grad_cam(chain, m)['scene'].flatten(), torch.tensor([3.25, 4.]))
+
+
+@pytest.mark.parametrize('layer', ['Mixed_4b', 'Mixed_4f', 'Mixed_5b'])
+def test_cutting_the_backbone_changes_nothing(layer):
+    net, x = backbone(), torch.rand(1, 3, 16, 32, 32)*2-1
+    below, above = split_backbone(net, layer)
+    with torch.no_grad(): assert torch.equal(above(below(x)), net.features(x))
+
+
+def test_unknown_layer_and_method():
+    with pytest.raises(ValueError, match="need a layer of I3D, got 'Mixed_9z'"): split_backbone(backbone(), 'Mixed_9z')
+    with pytest.raises(ValueError, match='method is one of gradcam, layercam'): heat(Eye().eval(), Red(), *[torch.zeros(1, 3, 16, 32, 32)]*2, method='cam')
+
+
+# ---- how good a map is
+
+@pytest.mark.parametrize('corner', ['tl', 'tr', 'bl', 'br'])
+def test_occlusion_finds_a_known_place(corner):
+    clips = film(corner, 0, n=16).permute(3, 0, 1, 2)[None].repeat(2, 1, 1, 1, 1)
+    clips[0] = 0
+    y, x = dict(tl=(0, 0), tr=(0, 3), bl=(3, 0), br=(3, 3))[corner]
+    truth = occlusion(HeadOnMaps(Red()), Eye().eval(), dict(scene=clips, actor=torch.zeros_like(clips)))
+    assert truth['scene'].nonzero().tolist() == [[1, 0, y, x]] and truth['actor'].abs().max() == 0
+    assert torch.isclose(truth['scene'].max(), torch.tensor(10/32)) # ten points, half of the clips, a sixteenth of the cells
+
+
+def test_right_order_falls_first():
+    clips = film('tl', 0, n=16).permute(3, 0, 1, 2)[None].float()/255
+    clips[:, 0, :, 32:, 32:] = .5
+    given, chain = dict(scene=clips, actor=torch.zeros_like(clips)), HeadOnMaps(Red())
+    truth = occlusion(chain, Eye().eval(), given)['scene']
+    gap = {k: curve_areas(deletion_insertion(chain, Eye().eval(), given, 'scene', v))['gap'] for k, v in dict(right=truth, none=0*truth, wrong=-truth).items()}
+    assert gap['right'] > gap['none'] > gap['wrong']
+    curves = deletion_insertion(chain, Eye().eval(), given, 'scene', truth, shares=(.3,))
+    assert np.allclose(curves['deletion'][[0, -1]], curves['insertion'][[-1, 0]]) and curves['deletion'][1] < curves['insertion'][1]
+
+
+def test_grey_squares_cover_what_they_should():
+    white = torch.ones(1, 3, 2, 30, 30)
+    for n in (2, 4, 7):
+        gone = torch.zeros(n, n).bool()
+        gone[n-1, 0] = True
+        y, x = (grey_out(white, gone)[0, 0, 0] == 0).nonzero().T
+        assert y.max() == 29 and x.min() == 0 and y.min() >= 29-30//n and x.max() <= 30//n
+    assert on_squares(torch.ones(2, 4, 7, 7), 4).shape == (2, 1, 4, 4)

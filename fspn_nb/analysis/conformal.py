@@ -106,7 +106,8 @@ def describe_interval(
                 f'{least_dives(interval.level)} {learnt}, got {interval.n}.')
     parts = ' and '.join(f"{n} {dict(val='validation', test='test').get(split, split)}" for split,n in interval.counts.items())
     lo,hi = coverage_range(interval.n, level=interval.level)
-    return (f'{interval.lo:.1f} to {interval.hi:.1f}: {interval.level:.0%} interval for the judges\' score, from the errors on {interval.n} {learnt} ({parts}). '
+    return (f'{interval.lo:.1f} to {interval.hi:.1f}: {interval.level:.0%} interval for the judges\' score, '
+            f'from the errors on {interval.n} {learnt} ({parts}). '
             f'It holds for clips like those {noun}s only; with this number of them, {lo:.0%} to {hi:.0%} of such intervals hold the score.')
 
 # %% ../../nbs/analysis/14_conformal.ipynb #e0d354ba

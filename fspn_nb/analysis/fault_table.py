@@ -20,7 +20,8 @@ MEASURES = dict(order='fall and cost, rank correlation', slope='points fallen pe
     lost_actor_place='lost heat on the place, actor, gain', faulty_scene_frames='heat of the faulty film on the frames, scene, gain',
     faulty_scene_place='heat of the faulty film on the place, scene, gain')
 
-_NEEDS = dict.fromkeys(('order','slope','falls'), 'fall')|dict.fromkeys(('step','acts','booked'), 'step_0')|dict(heat_step='heat_0') # else its own name
+_NEEDS = {**dict.fromkeys(('order','slope','falls'), 'fall'), **dict.fromkeys(('step','acts','booked'), 'step_0'),
+          'heat_step': 'heat_0'} # else its own name
 
 def _columns(answers):
     "{column: (R,N)} over seeds and dives, dives in the order of their names"

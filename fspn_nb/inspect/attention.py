@@ -139,10 +139,11 @@ class HeatResults:
 def collect_heat(
     study:Study, # After `train_all`
     sources:list[HeatSource], # From `heat_sources`
-)->HeatResults: # `study.dives` of the test dives, in their order
+    rows:np.ndarray|None=None, # Positions of the videos; None: `study.dives` of the test dives, in their order
+)->HeatResults: # In the order of the videos
     "Ask every watcher about every dive"
-    out,rows,data = HeatResults(None, {}, {}, {}),[],sources[0].data
-    for i in progress(data.splits['test'][:study.dives or None], 'heat maps'):
+    out,table,data = HeatResults(None, {}, {}, {}),[],sources[0].data
+    for i in progress(data.splits['test'][:study.dives or None] if rows is None else rows, 'heat maps'):
         sample,seen = data.release.samples[i],{}
         for source in sources:
             if id(source.backbone) not in seen: # once per backbone
@@ -152,8 +153,8 @@ def collect_heat(
             out.heat_maps[source.name, sample.uid] = hot = source.heat(maps, i)
             share = {s: heat_in_box(m, geometry.boxes) for s,m in geometry.project(hot).items()}
             pred = np.nan if source.pred is None else source.pred[sample.uid]
-            rows.append(dict(run=source.name, uid=sample.uid, true=sample.score, pred=pred, **share,
+            table.append(dict(run=source.name, uid=sample.uid, true=sample.score, pred=pred, **share,
                              **{k: v for k,v in edge.items() if k.split('_')[0] in hot}))
         out.geometry[sample.uid],out.index[sample.uid] = geometry,i
-    out.table = pd.DataFrame(rows)
+    out.table = pd.DataFrame(table)
     return out

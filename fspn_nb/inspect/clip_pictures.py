@@ -101,7 +101,8 @@ def save_pictures(
     figs = dict(strip=plot_strip(result))
     if result.step_probs is not None:
         figs['parse'] = plot_parse(result.frames, result.step_probs, _true_cuts(result), result.transitions,
-                                   [name if len(name) < 26 else f'sub-action {i+1}' for i,name in enumerate(result.names)], result.clip.kind,
+                                   [name if len(name) < 26 else f'sub-action {i+1}' for i,name in enumerate(result.names)],
+                                   result.clip.kind,
                                    note, n=6)
     if result.heat is not None:
         h,w = result.frames.shape[1:3]
@@ -230,9 +231,11 @@ def steps_svg(
     for i,(name,own) in enumerate(zip(result.names, points.T)):
         y,x = 56*i+36,at(own.mean())
         spread = _bar(np.quantile(own, (.1,.9)), at, y) if len(own) > 2 else ''
-        rows.append(f'<text x="20" y="{y-14}">{html.escape(name)}: {own.mean():+.1f}</text><line x1="20" x2="580" y1="{y}" y2="{y}" stroke="#ddd"/>'
+        rows.append(f'<text x="20" y="{y-14}">{html.escape(name)}: {own.mean():+.1f}</text>'
+                    f'<line x1="20" x2="580" y1="{y}" y2="{y}" stroke="#ddd"/>'
                     f'{spread}{_dots(own, at, y)}<line x1="{x}" x2="{x}" y1="{y-9}" y2="{y+9}" stroke="{RED}" stroke-width="3"/>')
     zero,ends = at(0),dict.fromkeys((min(0, points.min()),max(0, points.max())))
     numbers = ''.join(f'<text x="{at(v)}" y="{high+20}" text-anchor="middle">{v:+.1f}</text>' for v in ends)
-    return (f'<svg viewBox="0 0 600 {high+26}" role="img" aria-label="points of each step"><line x1="{zero}" x2="{zero}" y1="26" y2="{high}" '
+    return (f'<svg viewBox="0 0 600 {high+26}" role="img" aria-label="points of each step">'
+            f'<line x1="{zero}" x2="{zero}" y1="26" y2="{high}" '
             f'stroke="#333" stroke-dasharray="4 4"/>{"".join(rows)}{numbers}</svg>')

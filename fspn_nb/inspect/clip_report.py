@@ -65,9 +65,8 @@ def _trained_on(result):
     "What the model was trained on, and what that means for this clip"
     if result.synthetic_only:
         return f"Trained on synthetic (drawn) videos only. {_FILMED if result.clip.kind == 'real' else 'The clip is a drawing as well.'}"
-    return (f'Trained on videos of {PROTOCOLS[result.cfg.dataset].title}. A clip from another event, camera or sport '
-            f'is unlike anything '
-            'that the model has seen.')
+    return (f'Trained on videos of {PROTOCOLS[result.cfg.dataset].title}. A clip from another event, camera or sport is unlike '
+            'anything that the model has seen.')
 
 def _noun(result): return PROTOCOLS[result.cfg.dataset].noun
 
@@ -106,8 +105,7 @@ def _spread(result):
     if not n: return 'The method gives one number without comparing, so there is no spread to show.'
     if not result.interval: return f"Mean of {n} vote{'s' if n > 1 else ''}; too few to speak of a spread."
     lo,hi = result.interval
-    return (f'{lo:.1f} to {hi:.1f}: the middle 80 % of {n} votes, each from a comparison with one training video. This '
-            f'is how far the '
+    return (f'{lo:.1f} to {hi:.1f}: the middle 80 % of {n} votes, each from a comparison with one training video. This is how far the '
             "votes disagree, not how far the score may be from a judge's.")
 
 def _held_out_words(result):
@@ -151,24 +149,27 @@ def _listed(items):
 
 # %% ../../nbs/inspect/10_clip_report.ipynb #01beedc1
 def _parts(result):
-    "The sub-actions as coloured blocks as wide as they are long, and by name, with the clip's frame numbers and what each adds to the score"
+    "The sub-actions as coloured blocks as wide as they are long, and by name, with frame numbers and what each adds to the score"
     colour = lambda i: COLOURS[i % len(COLOURS)]
     blocks = [f'<div style="flex:{b-a+1};background:{colour(i)}">{i+1}<br>{a}-{b}</div>' for i,a,b in result.parts]
     means = [''] if result.step_points is None else [f': <b>{points:+.1f}</b>' for points in result.step_points.mean(0)]
-    items = [f'<li><span style="background:{colour(i)}">{i+1}</span> {html.escape(result.names[i])}{means[i%len(means)]}, frames {a} to {b}</li>' for i,a,b in result.parts]
+    items = [f'<li><span style="background:{colour(i)}">{i+1}</span> {html.escape(result.names[i])}'
+             f'{means[i%len(means)]}, frames {a} to {b}</li>' for i,a,b in result.parts]
     return f'<div class="parts">{"".join(blocks)}</div><ul class="steps">{"".join(items)}</ul>' if blocks else ''
 
 # %% ../../nbs/inspect/10_clip_report.ipynb #84229637
 def _parts_words(result):
     "What is made up about the parts, as notes"
-    named = f'The names follow from the dive number {result.clip.action}, in this order; whether a part is the step of its name was not checked in this clip.'
+    named = (f'The names follow from the dive number {result.clip.action}, in this order; '
+             'whether a part is the step of its name was not checked in this clip.')
     lines = ['Made up by the model: it found where each part begins by itself, nobody told it. '
              +(named if not result.names[0].startswith('sub-action') else 'Nobody named them.')]
     if result.step_points is not None:
         n,total = len(result.step_points),result.step_points.sum(1).mean()
         against = f"{n} training {_noun(result)}{'s' if n > 1 else ''}"
-        lines.append(f'Points of a part are made up as well: by how much it moves the score away from that of the {against} below (dots; bar: middle 80 %; '
-                     f'red: mean). They add up to {total:+.1f} {result.unit}, the difference to the mean of those scores; beside other {_noun(result)}s they would differ.')
+        lines.append(f'Points of a part are made up as well: by how much it moves the score away from that of the {against} '
+                     f'below (dots; bar: middle 80 %; red: mean). They add up to {total:+.1f} {result.unit}, '
+                     'the difference to the mean of those scores.')
     return lines+['Numbers in the bar are frames of the clip; the picture counts those that the network was shown.']
 
 # %% ../../nbs/inspect/10_clip_report.ipynb #a6a046b0

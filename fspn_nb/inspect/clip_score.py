@@ -137,7 +137,8 @@ def _expected(data, run, clip, exemplar_ids, score):
     mine = group_of(Sample(clip.name, 'test', clip.action.lower(), 0., clip.difficulty), rule)
     groups = {str(group_of(data.release.samples[i], rule)).lower() for i in exemplar_ids}
     if groups-{str(mine).lower()}:
-        return None,[f"interval: not known, for the run's own test dives were compared with dives of the same {rule.exemplar_group}, and this clip was not"]
+        return None,[f"interval: not known, for the run's own test dives were compared with dives of the same {rule.exemplar_group}, "
+                      'and this clip was not']
     try: return score_interval(score, held_out_errors(run), clip.difficulty),[]
     except ValueError as e: return None,[f'interval: not known ({e})']
 
@@ -183,10 +184,12 @@ def describe_novelty(
 )->str: # One or two sentences
     "How far the clip lies from what the run was trained on"
     if test is None: return 'Whether the clip is like what the run was trained on was not looked at.'
-    like = f'{noun}s that the run did not learn from'
-    if test.outside is None: return f'Whether the clip is like what the run was trained on cannot be said: that needs {1/test.rate-1:.0f} {like}, got {test.n}.'
+    held_out = f'{noun}s that the run did not learn from'
+    if test.outside is None:
+        return ('Whether the clip is like what the run was trained on cannot be said: '
+                f'that needs {1/test.rate-1:.0f} {held_out}, got {test.n}.')
     far = 'farther than all' if test.p*(test.n+1) < 1.5 else f'farther than {1-(test.p*(test.n+1)-1)/test.n:.0%}'
-    where = f'its features lie {far} of the {test.n} {like}, at {test.value/test.usual:.2f} times the limit'
+    where = f'its features lie {far} of the {test.n} {held_out}, at {test.value/test.usual:.2f} times the limit'
     if not test.outside: return f'The clip is not unlike what the run was trained on: {where} that {test.rate:.0%} of such {noun}s exceed.'
     return (f'The clip is outside what the run was trained on: {where} that {test.rate:.0%} of such {noun}s exceed. Neither the score nor '
             'its interval can be relied on.')
@@ -213,7 +216,8 @@ def clip_summary(
                 novelty=None if novelty is None else dict(outside=novelty.outside, p=r(novelty.p), held_out=novelty.n),
                 votes_10_to_90=None if result.interval is None else [r(item) for item in result.interval], votes=votes,
                 sub_actions=[dict(name=result.names[i], first_frame=a, last_frame=b,
-                                  points=None if result.step_points is None else r(result.step_points[:,i].mean())) for i,a,b in result.parts],
+                                  points=None if result.step_points is None else r(result.step_points[:,i].mean()))
+                              for i,a,b in result.parts],
                 first_frame_of_later_sub_actions=transitions,
                 heat_in_box={k:None if np.isnan(value) else r(value) for k,value in result.shares.items()},
                 true_score=result.clip.score, notes=result.notes)

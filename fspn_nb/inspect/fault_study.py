@@ -10,7 +10,7 @@ import numpy as np,pandas as pd
 import torch
 from torch import Tensor,nn
 from ..core import Batch
-from .fault_pairs import FAULT_STEPS,PairTensors,STEP_NAMES,make_pair,true_steps
+from .fault_pairs import FAULT_STEPS,PairTensors,STEP_NAMES,draw_pair,true_steps
 from .gradcam import HeadOnMaps,grad_cam,shuffled
 from .heat import on_frames
 from ..training.loop import build_model
@@ -87,7 +87,7 @@ def pair_heat(
 # %% ../../nbs/inspect/15_fault_study.ipynb #8a8e5822
 def _heat_facts(model, pair, exemplar, clip):
     "Gains of both maps in each stream, and what the heat lost on each true step"
-    heat,out,film = pair_heat(model, pair, exemplar),{},make_pair(pair.plan, draw=False)
+    heat,out,film = pair_heat(model, pair, exemplar),{},draw_pair(pair.plan, draw=False)
     steps = true_steps(film.faulty, film.ids(clip.frames))
     for what,maps in heat.items():
         out |= {f'{what}_{s}_{name}': value for s,signed in maps.items() for name,value in heat_gain(signed, pair.cells[s]).items()}

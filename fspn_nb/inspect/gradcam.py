@@ -26,7 +26,8 @@ def split_backbone(
     "`backbone`, cut behind `layer`"
     if layer == LAST: return backbone.features,nn.Identity()
     names = list(getattr(backbone, 'names', ()))
-    if layer not in names: raise ValueError(f"need a layer of {type(backbone).__name__}, got {layer!r}; take one of {', '.join(names) or LAST}")
+    if layer not in names:
+        raise ValueError(f"need a layer of {type(backbone).__name__}, got {layer!r}; take one of {', '.join(names) or LAST}")
     k = names.index(layer)+1
     return tuple(nn.Sequential(*(getattr(backbone, name) for name in part)) for part in (names[:k], names[k:]))
 

@@ -4,15 +4,21 @@
 
 # %% auto #0
 __all__ = ['share_table', 'scene_shift', 'readable_shares', 'heat_caption', 'plot_shares', 'typical_dive', 'draw_typical',
-           'draw_failures']
+           'draw_failures', 'class_heat', 'draw_class_heat', 'draw_class_failures', 'save_photos']
 
 # %% ../../nbs/inspect/05_heat_shares.ipynb #2c8d9cb1
+from io import BytesIO
+from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np,pandas as pd
-from ..escaping import escape_md,one_line
+from PIL import Image
+from ..actor.crop import square_box
+from ..analysis.runs import read_predictions
+from ..core import write_atomic
+from ..escaping import escape_md,figure_text,one_line
 from .actor_study import LABELS,Study
-from .attention import HeatResults,shown_frames
-from .heat import pick_failures,plot_failures,plot_heat,share_summary
+from .attention import HeatResults,collect_heat,shown_frames,source_of
+from .heat import _look,_top,pick_failures,plot_failures,plot_heat,share_summary
 from ..metrics import bootstrap_ci
 from ..report.figures import BLUE,RED,data_words
 from ..report.run_report import run_note
@@ -142,3 +148,80 @@ def draw_failures(
                   results.geometry[u].boxes) for u in picks.uid}
     return plot_failures(picks, videos, data.release.source,
                          f'FSPN, heat of the scene stream\n{run_note(study, study.runs[0].protocol)}')
+
+# %% ../../nbs/inspect/05_heat_shares.ipynb #2a05358b
+def class_heat(
+    session, # `RunContext` on AQA-7, after `train_all`
+    error:str='median', # 'median' | 'largest': which video of each class
+)->dict: # Class to (its `RunResult`, `HeatResults` of the one video)
+    "Heat of FSPN in one test video of each class"
+    if error not in ('median','largest'): raise ValueError(f"error is 'median' or 'largest', got {error!r}")
+    frozen,out = None,{}
+    for result in session.done:
+        if result.cfg.model.name != 'fspn' or result.cfg.seed != session.runs[0].seed: continue
+        known = read_predictions(result.run).assign(error=lambda d: (d.pred-d.true).abs()).sort_values(['error','uid']).uid
+        uid,data = known.iloc[(len(known)-1)//2 if error == 'median' else -1],result.data
+        source = source_of(LABELS['fspn'], result, frozen)
+        if not hasattr(source.model, 'backbone'): frozen = source.backbone
+        i = next(i for i,sample in enumerate(data.release.samples) if sample.uid == uid)
+        out[session.variant(result.cfg).action] = result,collect_heat(session, [source], np.array([i]))
+    return out
+
+# %% ../../nbs/inspect/05_heat_shares.ipynb #1a1452ca
+def _class_words(session, chosen):
+    "What the figures of the classes must say below the first line"
+    first = next(iter(chosen.values()))[0]
+    return f'FSPN, one run a class, seed {first.cfg.seed}, preset {first.cfg.preset}; heat counted from a grey clip'
+
+def draw_class_heat(
+    session, # As in `class_heat`
+    chosen:dict, # From `class_heat`, 'median'
+    n:int=3, # Frames of each stream
+    width:float=7.4, # Of the figure, inches
+):
+    "Fig. 10 for the classes of AQA-7: the scene's heat with the box, and the actor's; returns the figure"
+    data = next(iter(chosen.values()))[0].data.release.source
+    fig,axs = plt.subplots(len(chosen), 2*n, figsize=(width, .7+len(chosen)*(.24+.135*width*6/(2*n))), squeeze=False, layout='constrained',
+                           width_ratios=[1.6]*n+[1]*n)
+    for row,(name,(result,found)) in zip(axs, chosen.items()):
+        (uid,i),entry = next(iter(found.index.items())),found.table.iloc[0]
+        frames,boxes = shown_frames(result.data, i)
+        maps,squares = found.geometry[uid].project(found.heat_maps[LABELS['fspn'], uid]),square_box(boxes, result.data.cfg.actor.pad)
+        for ax,t in zip(row, _even(n, len(frames))): _look(ax, np.asarray(frames[t]), maps['scene'][t], _top(maps['scene']), boxes[t])
+        for ax,t in zip(row[n:], _even(n, len(frames))):
+            _look(ax, np.asarray(frames[t]), maps['actor'][t], _top(maps['actor']))
+            ax.set(xlim=squares[t,[0,2]], ylim=squares[t,[3,1]])
+        label = f'{name}, {figure_text(uid)}: true {entry.true:.1f}, predicted {entry.pred:.1f}, '\
+                f'{entry.scene:.0%} of the scene\'s heat in the box'
+        row[0].set_title(' ', fontsize='small')
+        row[0].text(0, 1.05, label, fontsize='small', transform=row[0].transAxes).set_in_layout(False)
+    fig.suptitle(f'Heat of the score, median error of each class, {data_words(data, _class_words(session, chosen))}', fontsize='medium')
+    return fig
+
+def draw_class_failures(
+    session, # As in `class_heat`
+    chosen:dict, # From `class_heat`, 'largest'
+    n:int=5, # Frames of each video
+):
+    "Fig. 12 for the classes of AQA-7: the largest error of each; returns the figure"
+    picks = pd.concat([r.table for _,r in chosen.values()], ignore_index=True)
+    picks = picks.assign(in_box=picks.scene, why='largest error of its class')
+    videos = {uid: (shown_frames(result.data, i)[0], found.geometry[uid].project(found.heat_maps[LABELS['fspn'], uid])['scene'],
+                    found.geometry[uid].boxes) for result,found in chosen.values() for uid,i in found.index.items()}
+    data = next(iter(chosen.values()))[0].data.release.source
+    return plot_failures(picks, videos, data, 'scene stream; '+_class_words(session, chosen), n)
+
+# %% ../../nbs/inspect/05_heat_shares.ipynb #1066bae9
+def save_photos(
+    fig, # A matplotlib figure with frames in it
+    path:Path, # With or without the suffix .png
+    limit:int=250_000, # Bytes
+    colours:int=128, # At most 256
+)->list[Path]: # The one file
+    "Write a figure of frames as a small .png; the same figure gives the same bytes"
+    for dpi in (150,130,110,95,80,65,50):
+        fig.savefig(full := BytesIO(), dpi=dpi)
+        fig.set_layout_engine('none') # laid out once: a second layout would move by a pixel
+        Image.open(full).convert('RGB').quantize(colours, dither=Image.Dither.NONE).save(out := BytesIO(), 'PNG', optimize=True)
+        if out.tell() < limit: return [write_atomic(Path(path).with_suffix('.png'), out.getvalue())]
+    raise ValueError(f'need a figure below {limit} bytes, got {out.tell()} at 50 pixels an inch; show fewer frames')

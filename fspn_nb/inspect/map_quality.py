@@ -20,7 +20,8 @@ def grey_out(
 )->Tensor: # (K,3,L,H,W) float
     "`clips` with some squares grey on all frames"
     x,n = normalize_clip(clips) if clips.dtype == torch.uint8 else clips,gone.shape[-1]
-    if min(x.shape[3:]) < n: raise ValueError(f'need at least a pixel for each of {n} x {n} squares, got clips of {x.shape[3]} x {x.shape[4]} pixels; lower n')
+    if min(x.shape[3:]) < n:
+        raise ValueError(f'need at least a pixel for each of {n} x {n} squares, got clips of {x.shape[3]} x {x.shape[4]} pixels; lower n')
     rows,cols = (torch.arange(size)*n//size for size in x.shape[3:])
     shown = ~gone[...,rows[:,None],cols].expand(len(x), -1, -1)
     return x*shown[:,None,None]

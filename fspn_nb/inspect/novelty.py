@@ -79,6 +79,6 @@ def check_novelty(
         data = open_run(run, device)
         known = reference_features(data, run, load_model(Path(run).expanduser(), data))
     if result.features is None or known is None:
-        return replace(result, notes=[*result.notes, 'outside of training: not known, the method has no clip features that could be compared'])
+        return replace(result, notes=[*result.notes, 'outside of training: not known, the method has no clip features to compare'])
     value,held_out = (neighbour_distance(known['train'], rows) for rows in (result.features,known['held_out']))
     return replace(result, novelty=rank_test(value[0], held_out, rate))

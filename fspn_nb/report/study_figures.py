@@ -222,6 +222,7 @@ def _dots(ax, rows, labels):
     ax.set_yticks(range(len(rows)), [figure_text(label) for label in labels], fontsize='small')
     ax.grid(axis='x', alpha=.25)
 
+# %% ../../nbs/report/03_study_figures.ipynb #f1a70fa7
 def plot_faults(
     answers:pd.DataFrame, # Of one method, as for `fault_table`
     table:pd.DataFrame, # From `fault_table`; rows of other methods are left out
