@@ -413,7 +413,7 @@ def test_cutting_the_backbone_changes_nothing(layer):
 
 def test_unknown_layer_and_method():
     with pytest.raises(ValueError, match="need a layer of I3D, got 'Mixed_9z'"): split_backbone(backbone(), 'Mixed_9z')
-    with pytest.raises(ValueError, match='method is one of gradcam, layercam'): heat(Eye().eval(), Red(), *[torch.zeros(1, 3, 16, 32, 32)]*2, method='cam')
+    with pytest.raises(ValueError, match='method is one of gradcam, hirescam, layercam'): heat(Eye().eval(), Red(), *[torch.zeros(1, 3, 16, 32, 32)]*2, method='cam')
 
 
 # ---- how good a map is
