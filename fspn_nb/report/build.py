@@ -85,7 +85,7 @@ def fault_section(
                'p: answers of two networks '
                'exchanged dive by dive. Gain: share of the heat on the fault minus that of a flat map.')
     words = ('Falls against costs, right steps fault by fault, and lost heat; grey: the same network untrained, and with shuffled weights; '
-             'black bars: the step that a rule without film would name.')
+             'black bars: one step named for all dives of a row, the best one.')
     return [ReportSection('fault_study', 'Does the score know where the fault was', caption, table, readable_faults(table, titles),
                           [*_fault_lines(answered, table, titles)], [('fault_study', words)], 'python tests/fault_study.py')]
 

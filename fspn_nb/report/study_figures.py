@@ -235,11 +235,11 @@ def plot_faults(
     _fall_panel(axs[0], answers)
     steps = rows[rows.measure == ('step' if (rows.measure == 'step').any() else 'heat_step')]
     _dots(axs[1], steps.reset_index(drop=True), steps.fault)
-    for y,fault in enumerate(steps.fault): # the better of two rules that see nothing
+    for y,fault in enumerate(steps.fault): # one step for all dives of the row, the best one
         some = answers if fault == 'all' else answers[answers.fault == fault]
-        axs[1].plot([max(guessed_steps(some).values())]*2, [y-.4,y+.4], color='k', lw=1.5, label='one step, always' if y == 0 else None)
+        axs[1].plot([max(guessed_steps(some).values())]*2, [y-.4,y+.4], color='k', lw=1.5, label='one step for all' if y == 0 else None)
     axs[1].set(xlim=(-.03, 1.03), xlabel='right step loses most (share of dives)')
-    axs[1].legend(fontsize='x-small', frameon=False, loc='lower left')
+    fig.legend(*axs[1].get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False, fontsize='small')
     heat = rows[(rows.fault == 'all') & rows.measure.str.startswith('lost_')]
     places = [MEASURES[key].removeprefix('lost heat on the ').removesuffix(', gain') for key in heat.measure]
     _dots(axs[2], heat.reset_index(drop=True), places)
