@@ -26,7 +26,7 @@ def made(name, seed=0, labels=None, **cfg):
 
 
 def test_the_zoo_lists_them():
-    assert {*BASELINES, 'i3d_mlp', 'tsa', 'tsa_net', 'tpt', 'hgcn', 'fspn', 'fspn_m', 'fspn_s'} == set(ALL)
+    assert {*BASELINES, 'i3d_mlp', 'tsa', 'tsa_net', 'tpt', 'hgcn', 'fspn', 'fspn_m', 'fspn_s', 'fspn_viterbi'} == set(ALL)
 
 
 def test_sizes_of_the_released_heads():

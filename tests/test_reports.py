@@ -329,8 +329,10 @@ def test_nine_real_dives_replace_nothing(beside_published, preset):
     finally:
         for folder in folders: shutil.rmtree(folder)
     filled = index.cells.groupby(['table','row','protocol']).run.apply(lambda runs: (runs != '').any())
+    ours = filled.xs('FSPN-Viterbi', level='row') # not published yet
+    filled = filled.drop('FSPN-Viterbi', level='row')
     own = index.main[index.main.dataset == 'finediving']
-    assert filled.all() and len(filled) == 82 and set(own.data) == {'synthetic'} and set(own.seed) == {0, 1, 2}
+    assert filled.all() and len(filled) == 82 and len(ours) == 3 and set(own.data) == {'synthetic'} and set(own.seed) == {0, 1, 2}
     line = left_out_line(index.hidden, 'finediving')
     reason = 'only tried out' if preset == 'smoke' else 'less than half of the dataset'
     assert f'4 runs (real data, preset {preset}, 9 of 3,000 dives, 3 of them for testing, seed 0): {reason}' in line
