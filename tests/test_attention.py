@@ -30,7 +30,7 @@ from fspn_nb.inspect.gradcam import HeadOnMaps,exemplars_of,grad_cam  # noqa: E4
 from fspn_nb.inspect.heat import box_shares,heat_in_box,video_heat  # noqa: E402
 
 NOTEBOOK = Path(__file__).resolve().parents[1]/'nbs'/'actor_and_heat.ipynb'
-CELL = dict(data_root='', preset='smoke', seeds='0', protocol='w_dn', weights='random', device='cpu', epochs=0, allow_missing=False, actor='auto', actor_file='', changes='', dives=0)
+CELL = dict(data_root='', preset='smoke', seeds='0', protocol='w_dn', weights='random', device='cpu', epochs=0, allow_missing=False, actor='auto', actor_file='', changes='', dives=0, aqa7_root='')
 SMALL = dict(synthetic__n_train=6, synthetic__n_test=4)
 CLIP = ClipCfg(frames=20, starts=(0, 4), size=64)
 
@@ -86,7 +86,7 @@ def test_captum_is_missed_before_training(monkeypatch, tmp_path):
 def test_runs_are_those_of_the_run_notebook(tmp_path, monkeypatch):
     monkeypatch.delenv('IN_TEST', raising=False)
     mine = actor_study.start_study(CELL|dict(preset='demo', weights='', seeds='0,1', out=str(tmp_path)))
-    cell = {k: v for k, v in CELL.items() if k != 'dives'}|dict(preset='demo', weights='', seeds='0,1', out=str(tmp_path))
+    cell = {k: v for k, v in CELL.items() if k not in ('dives', 'aqa7_root')}|dict(preset='demo', weights='', seeds='0,1', out=str(tmp_path))
     theirs = s.start('finediving', cell|dict(methods='i3d_mlp,fspn', backbone='auto', processes=1, per_difficulty=True, protocol='both'))
     assert [item for item in mine.runs if actor_study.method_of(item) != 'without'] == [entry for entry in theirs.runs if entry.protocol == 'w_dn']
     assert mine.dives == 0 and [run.seed for run in mine.runs if actor_study.method_of(run) == 'without'] == [0, 1]

@@ -18,7 +18,7 @@ from ..core import progress
 from ..data.clips import frame_indices,load_frames,resize_crop,to_clips
 from ..evaluate import load_model
 from .actor_study import LABELS,Study,method_of
-from .gradcam import HeadOnMaps,exemplars_of,feature_maps,grad_cam,grey_reference,shuffled,two_parts
+from .gradcam import LAST,HeadOnMaps,exemplars_of,feature_maps,grad_cam,grey_reference,shuffled,two_parts
 from .heat import box_shares,cell_centres,crop_window,heat_in_box,on_frames,paste
 from ..models.i3d import I3D,fuse_conv_bn
 from ..models.backbone import load_backbone
@@ -48,13 +48,14 @@ def extract_maps(
     boxes:np.ndarray, # (T,4) the actor's boxes on the same axis
     clip:ClipCfg=ClipCfg(), # Clips, size and orientation
     pad:float=.2, # Margin round the boxes
+    layer:str=LAST, # As in `split_backbone`
 )->tuple[dict[str,Tensor],MapGeometry]: # Feature maps (K,C,T',h,w) of 'scene' and 'actor', and where they lie
     "What the backbone makes of one video"
     shown = dict(scene=resize_crop(frames, clip.size, clip.orientation), actor=crop_actor(frames, boxes, clip.size, pad))
-    maps = {s: feature_maps(backbone, to_clips(x, clip.starts, clip.length).transpose(1, 2)) for s,x in shown.items()}
+    maps = {s: feature_maps(backbone, to_clips(x, clip.starts, clip.length).transpose(1, 2), layer=layer) for s,x in shown.items()}
     window = dict(scene=crop_window(*frames.shape[1:3], clip.size, clip.orientation), actor=square_box(boxes, pad))
     return maps, MapGeometry(clip, tuple(frames.shape[:3]), boxes, window,
-                             cell_centres(clip.size)/clip.size if isinstance(backbone, I3D) else None)
+                             cell_centres(clip.size, layer)/clip.size if isinstance(backbone, I3D) else None)
 
 # %% ../../nbs/inspect/04_attention.ipynb #bfdd3d67
 def bounds(

@@ -181,9 +181,10 @@ def draw_class_heat(
 ):
     "Fig. 10 for the classes of AQA-7: the scene's heat with the box, and the actor's; returns the figure"
     data = next(iter(chosen.values()))[0].data.release.source
-    fig,axs = plt.subplots(len(chosen), 2*n, figsize=(width, .7+len(chosen)*(.24+.135*width*6/(2*n))), squeeze=False, layout='constrained',
-                           width_ratios=[1.6]*n+[1]*n)
-    for row,(name,(result,found)) in zip(axs, chosen.items()):
+    h,w = next(iter(next(iter(chosen.values()))[1].geometry.values())).shape[1:]
+    fig,axs = plt.subplots(len(chosen), 2*n, figsize=(width, .7+len(chosen)*(.24+.95*width/(n*(1+w/h)))), squeeze=False,
+                           layout='constrained', width_ratios=[w/h]*n+[1]*n)
+    for row,(result,found) in zip(axs, chosen.values()):
         (uid,i),entry = next(iter(found.index.items())),found.table.iloc[0]
         frames,boxes = shown_frames(result.data, i)
         maps,squares = found.geometry[uid].project(found.heat_maps[LABELS['fspn'], uid]),square_box(boxes, result.data.cfg.actor.pad)
@@ -191,7 +192,7 @@ def draw_class_heat(
         for ax,t in zip(row[n:], _even(n, len(frames))):
             _look(ax, np.asarray(frames[t]), maps['actor'][t], _top(maps['actor']))
             ax.set(xlim=squares[t,[0,2]], ylim=squares[t,[3,1]])
-        label = f'{name}, {figure_text(uid)}: true {entry.true:.1f}, predicted {entry.pred:.1f}, '\
+        label = f'{figure_text(uid)}: true {entry.true:.1f}, predicted {entry.pred:.1f}, '\
                 f'{entry.scene:.0%} of the scene\'s heat in the box'
         row[0].set_title(' ', fontsize='small')
         row[0].text(0, 1.05, label, fontsize='small', transform=row[0].transAxes).set_in_layout(False)
@@ -216,7 +217,7 @@ def save_photos(
     fig, # A matplotlib figure with frames in it
     path:Path, # With or without the suffix .png
     limit:int=250_000, # Bytes
-    colours:int=128, # At most 256
+    colours:int=240, # At most 256
 )->list[Path]: # The one file
     "Write a figure of frames as a small .png; the same figure gives the same bytes"
     for dpi in (150,130,110,95,80,65,50):

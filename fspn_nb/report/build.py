@@ -30,7 +30,8 @@ from .tables import method_titles
 from .writers import ReportSection,page_html,page_md,save_section
 
 # %% ../../nbs/report/10_build.ipynb #e93fe2b1
-_PICTURES = {'fig_10': 'Fig. 10: where FSPN looks on a typical dive', 'fig_12': 'Fig. 12: failures',
+_PICTURES = {'fig_10': 'Fig. 10: where FSPN looks, one video of each class of AQA-7', 'fig_12': 'Fig. 12: the largest error of each class',
+             'fig_10_finediving': 'The same on FineDiving: a typical dive', 'fig_12_finediving': 'The same on FineDiving: failures',
              'attention': 'Share of the heat on the athlete'}
 
 # %% ../../nbs/report/10_build.ipynb #01472cb8
