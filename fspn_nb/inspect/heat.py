@@ -202,7 +202,7 @@ def plot_heat(
             _look(ax, frames[t], *warm, box=boxes[t] if name == 'actor box' else None)
             if stream == 'actor': ax.set(xlim=squares[t,[0,2]], ylim=squares[t,[3,1]])
         col[0].set_title(f'frame {t}', fontsize='small')
-    for ax,name in zip(axs[:,0], names): ax.set_ylabel(name, fontsize='small')
+    for ax,name in zip(axs[:,0], names): ax.set_ylabel(name, fontsize='x-small')
     fig.suptitle(f'Heat of the score, {title}', fontsize='medium')
     return fig
 
