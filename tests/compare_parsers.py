@@ -5,9 +5,9 @@
 One linear classifier of clip vectors (`OrderedSegments`) is trained for as many steps as a demo run has, with different teachers: the best ordered
 segmentation of its own log probabilities (Viterbi, what FSPN-Viterbi does), optimal transport with a temporal prior (TOT, CVPR 2022), fused
 Gromov-Wasserstein transport (ASOT, CVPR 2024), equal parts for ever, and with other warm-ups. All are decoded by Viterbi. Change points
-(`ruptures`, which is no dependency: pip install ruptures) need no training. Then FSPN-Viterbi as a
-whole beside variants of it: one judge for all steps, steps that see each other, gradients of the score into the cuts. Settings are chosen on the release of seed 1; the published runs are of
-seed 0. Features are computed once (about ten minutes) and kept.
+(`ruptures`, which is no dependency: pip install ruptures) need no training. Then FSPN-Viterbi as a whole beside
+variants of it: one judge for all steps, steps that see each other, gradients of the score into the cuts. Settings are chosen on the release of
+seed 1; the published runs are of seed 0. Features are computed once (about ten minutes) and kept.
 """
 import argparse
 import time

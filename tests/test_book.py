@@ -260,6 +260,20 @@ def test_an_edited_number_is_found(built):
     with pytest.raises(AssertionError, match='printed'): check(row, 'rho', root)
 
 
+def fault_intervals():
+    "Every interval of the table of injected faults, as it is printed: signed where two networks are compared"
+    t = pd.read_csv(REPORTS/'tables'/'fault_study.csv')
+    return {f'{r[m]:{sign}.3f} [{r[f"{m}_lo"]:{sign}.3f}, {r[f"{m}_hi"]:{sign}.3f}]' for _, r in t[t.fault == 'all'].iterrows()
+            for m, sign in (('trained', ''), ('over_untrained', '+'), ('over_shuffled', '+'))}
+
+
+def test_the_intervals_of_the_fault_table_are_those_of_its_csv():
+    printed()
+    text, number = (REPORTS/'tables'/'fault_study.md').read_text(), r'[-+]?\d+\.\d+'
+    shown = set(re.findall(rf'{number} \[{number}, {number}\]', text))
+    assert shown == fault_intervals() and len(shown) > 50
+
+
 @pytest.mark.parametrize('form', ['README.md', 'report.html', '*.md', '*.tex'])
 def test_every_score_on_the_pages_is_one_of_the_csv_files(form):
     tables, _ = printed()
@@ -267,6 +281,7 @@ def test_every_score_on_the_pages_is_one_of_the_csv_files(form):
     for t in tables.values():
         for m, d in (('rho', 4), ('r_l2_x100', 3), ('r_l2_x100', 2), ('cs_area', 1), ('tiou', 3)):
             if f'{m}_lo' in t: known |= {f'{r[m]:.{d}f} [{r[f"{m}_lo"]:.{d}f}, {r[f"{m}_hi"]:.{d}f}]' for _, r in t.iterrows() if r[m] == r[m]}
+    known |= fault_intervals()
     files = [REPORTS/form] if '*' not in form else sorted(p for k in tables for p in (REPORTS/'tables').glob(k.replace('.csv', form[1:])))
     shown = {s for p in files for s in re.findall(r'-?\d+\.\d+ \[-?\d+\.\d+, -?\d+\.\d+\]', p.read_text())}
     assert shown and shown <= known, f'on the page but in no CSV: {sorted(shown-known)[:5]}'

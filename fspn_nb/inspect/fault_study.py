@@ -78,16 +78,17 @@ def pair_heat(
     model:nn.Module, # Of `study_networks`
     pair:PairTensors, # From `load_pairs`
     exemplar, # As in `pair_scores`
+    reference:Tensor|None=None, # (C,T',h,w) from `grey_reference`, what heat is counted from; None: from zero
 )->dict[str,dict]: # 'lost' (clean minus faulty) and 'faulty', signed; each stream (K,T',h,w)
     "Signed heat of the score, the same exemplars for both films"
-    chain = HeadOnMaps(model, exemplar=exemplar)
+    chain = HeadOnMaps(model, exemplar=exemplar, reference=None if reference is None else dict.fromkeys(pair.maps, reference))
     clean,faulty = (grad_cam(chain, {s: value[i] for s,value in pair.maps.items()}, relu=False) for i in (0,1))
     return dict(lost={s: clean[s]-faulty[s] for s in clean}, faulty=faulty)
 
 # %% ../../nbs/inspect/15_fault_study.ipynb #8a8e5822
-def _heat_facts(model, pair, exemplar, clip):
+def _heat_facts(model, pair, exemplar, clip, reference):
     "Gains of both maps in each stream, and what the heat lost on each true step"
-    heat,out,film = pair_heat(model, pair, exemplar),{},draw_pair(pair.plan, draw=False)
+    heat,out,film = pair_heat(model, pair, exemplar, reference),{},draw_pair(pair.plan, draw=False)
     steps = true_steps(film.faulty, film.ids(clip.frames))
     for what,maps in heat.items():
         out |= {f'{what}_{s}_{name}': value for s,signed in maps.items() for name,value in heat_gain(signed, pair.cells[s]).items()}
@@ -105,6 +106,7 @@ def ask_pairs(
     data:RunData, # Of its run
     pairs:list[PairTensors], # Of test dives of the run's release
     heat:bool=True, # False: no maps, much faster
+    reference:Tensor|None=None, # As in `pair_heat`
 )->pd.DataFrame: # One row per pair: the truth, `fall`, `step_0..2` where steps are added up, `heat_0..2`, gains of heat
     "What one network says of all pairs"
     row,test = {uid: i for i,uid in enumerate(data.labels.uid)},{data.labels.uid[i] for i in data.splits['test']}
@@ -119,5 +121,5 @@ def ask_pairs(
             entry = _truth(pair)|dict(fall=float(score[0]-score[1]))
             if steps is not None and steps.shape[1] == len(STEP_NAMES):
                 entry |= {f'step_{i}': float(value) for i,value in enumerate(steps[0]-steps[1])}
-            rows.append(entry|(_heat_facts(model, pair, exemplar, data.cfg.clip) if heat else {}))
+            rows.append(entry|(_heat_facts(model, pair, exemplar, data.cfg.clip, reference) if heat else {}))
     return pd.DataFrame(rows)

@@ -151,14 +151,18 @@ def _cell_gradients(chain, maps):
     grads = torch.autograd.grad(chain(*given.values()).sum(), list(given.values()))
     return {s:(chain.excess(s, m).detach(),g) for (s,m),g in zip(given.items(), grads)}
 
+def _weighted_cells(chain, maps, relu, weight):
+    "Each cell's excess, weighted with `weight` of its own gradients, summed over channels"
+    heat = {s:(x*weight(g)).sum(1).cpu() for s,(x,g) in _cell_gradients(chain, maps).items()}
+    return {s:h.relu() if relu else h for s,h in heat.items()}
+
 def hires_cam(
     chain:HeadOnMaps, # Head and question
     maps:dict[str,Tensor], # As in `grad_cam`
     relu:bool=True, # Keep only what raises the number
 )->dict[str,Tensor]: # For each stream (K,T',h,w), on the CPU
     "HiResCAM: what each cell shows beyond the reference, weighted with its own gradients"
-    heat = {s:(x*g).sum(1).cpu() for s,(x,g) in _cell_gradients(chain, maps).items()}
-    return {s:h.relu() if relu else h for s,h in heat.items()}
+    return _weighted_cells(chain, maps, relu, lambda g: g)
 
 def layer_cam(
     chain:HeadOnMaps, # Head and question
@@ -166,8 +170,7 @@ def layer_cam(
     relu:bool=True, # Keep only what raises the number
 )->dict[str,Tensor]: # For each stream (K,T',h,w), on the CPU
     "LayerCAM: what each cell shows beyond the reference, weighted with its own gradients above zero"
-    heat = {s:(x*g.relu()).sum(1).cpu() for s,(x,g) in _cell_gradients(chain, maps).items()}
-    return {s:h.relu() if relu else h for s,h in heat.items()}
+    return _weighted_cells(chain, maps, relu, Tensor.relu)
 
 MAP_METHODS = dict(gradcam=grad_cam, hirescam=hires_cam, layercam=layer_cam)
 

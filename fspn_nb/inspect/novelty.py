@@ -58,9 +58,9 @@ def reference_features(
     if weights and kept.is_file(): return {name: value.numpy() for name,value in load_file(kept).items()}
     rows = {name: [_features(data, model, own[k:k+step]) for k in range(0, len(own), step)] for name,own in ids.items()}
     if any(part is None for own in rows.values() for part in own): return None
-    found = {name: np.concatenate(own) for name,own in rows.items()}
-    if weights: write_atomic(kept, save({name: torch.from_numpy(value) for name,value in found.items()}))
-    return found
+    features = {name: np.concatenate(own) for name,own in rows.items()}
+    if weights: write_atomic(kept, save({name: torch.from_numpy(value) for name,value in features.items()}))
+    return features
 
 def _features(data, model, ids):
     "`clip_features` of the run's videos `ids`"
