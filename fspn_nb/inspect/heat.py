@@ -190,16 +190,16 @@ def plot_heat(
 ):
     "Frames with boxes, heat of the scene, crops, heat of the actor (Fig. 10); returns the figure"
     title,frames,squares = data_words(data, note),np.asarray(frames),square_box(boxes, pad)
-    names = ['actor box','heat, scene','actor','heat, actor'][:4 if 'actor' in maps else 2]
+    names = ['scene','heat,\nscene','actor','heat,\nactor'][:4 if 'actor' in maps else 2]
     h,w = frames.shape[1:3]
     high = ([h/w]*2+[1]*2)[:len(names)]
     fig,axs = plt.subplots(len(names), len(ids), figsize=(width, .6+.95*width/len(ids)*sum(high)), height_ratios=high,
                            squeeze=False, layout='constrained')
     for i,(t,col) in enumerate(zip(ids, axs.T)):
         for ax,name in zip(col, names):
-            stream = name.removeprefix('heat, ')
+            stream = name.removeprefix('heat,\n')
             warm = (maps[stream][t],_top(maps[stream])) if stream != name else ()
-            _look(ax, frames[t], *warm, box=boxes[t] if name == 'actor box' else None)
+            _look(ax, frames[t], *warm, box=boxes[t] if name == 'scene' else None)
             if stream == 'actor': ax.set(xlim=squares[t,[0,2]], ylim=squares[t,[3,1]])
         col[0].set_title(f'frame {t}', fontsize='small')
     for ax,name in zip(axs[:,0], names): ax.set_ylabel(name, fontsize='x-small')
