@@ -32,7 +32,9 @@ from fspn_nb.batches.exemplars import find_candidates
 from fspn_nb.batches.fingerprint import RunInputs
 from fspn_nb.batches.sources import FeatureDataset
 from fspn_nb.config import finediving
+from fspn_nb.core import Batch
 from fspn_nb.data.records import Release, Sample
+from fspn_nb.inspect.gradcam import MAP_METHODS,HeadOnMaps
 from fspn_nb.methods import METHODS
 from fspn_nb.models.i3d import I3D, Unit3D
 from fspn_nb.training import prefetch as prefetch_module
@@ -416,6 +418,24 @@ def check_method(name, backbone, mode, precision, device, small=True, **changes)
         result['waits'] = [wait for wait in result['waits'] if wait[0] not in allowed(name)]
     assert not result.get('doubles'), f"{name}: float64 on the device in {result['doubles']}, which some devices (mps) do not have"
     return result
+
+
+def check_heat(name, device='standin'):
+    """Ask all heat maps for the score of method `name` on a device that is not there, with maps, exemplars and reference on the CPU; the shapes that came
+
+    `device`: one for which autograd runs without it, from `register_stand_in`.
+    """
+    register_stand_in()
+    data = make_data(name, 'frozen', device=device)
+    with fake_device() as watch:
+        model = build_model(data).eval()
+        with watch.fake, watch:
+            maps = {s: torch.rand(4, 1024, 2, 4, 4) for s in ('scene', 'actor')}
+            with torch.no_grad(): feature = model.encode(Batch(**{s: torch.rand(2, 4, 1024, device=device) for s in maps})).feature.cpu()
+            chain = HeadOnMaps(model, exemplar=(feature, torch.rand(2)), reference={s: torch.rand(1024, 2, 4, 4) for s in maps})
+            heat = [method(chain, maps) for method in MAP_METHODS.values()]
+        assert {m.device.type for maps in heat for m in maps.values()} == {'cpu'}
+    return {tuple(m.shape) for maps in heat for m in maps.values()}
 
 
 class SmallI3D(I3D):

@@ -39,12 +39,22 @@ def test_every_combination_is_there():
     assert len(set(cases())) == expected and {case[0] for case in cases()} == set(list_models())
 
 
-def test_the_backward_pass_and_the_optimiser_stay_on_the_device():
-    code = "import device_cases, sys; sys.exit(device_cases.main(['fake standin'], ['train'], ['fp32']))"
+def run_apart(code):
+    "What `code` prints in a process of its own: the stand-in device stays for the rest of a process"
     env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join((str(HERE), str(HERE.parent))))
-    done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', f'import device_cases, sys; {code}'], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout+done.stderr[-3000:]
-    assert done.stdout.count('fake standin') == sum(case[2:] == ('train', 'fp32') for case in cases())
+    return done.stdout
+
+
+def test_the_backward_pass_and_the_optimiser_stay_on_the_device():
+    printed = run_apart("sys.exit(device_cases.main(['fake standin'], ['train'], ['fp32']))")
+    assert printed.count('fake standin') == sum(case[2:] == ('train', 'fp32') for case in cases())
+
+
+def test_heat_maps_are_made_on_the_device_of_the_head():
+    printed = run_apart("print([device_cases.check_heat(name) for name in ('fspn', 'fspn_viterbi', 'i3d_mlp')])")
+    assert printed.strip() == str([{(4, 2, 4, 4)}]*3)
 
 
 @pytest.mark.parametrize('changes', [dict(model__pairing='absolute'), dict(train__in_batch_exemplars=True), dict(model__use_iap=False),
