@@ -63,7 +63,7 @@ def read_predictions(
 # %% ../../nbs/analysis/01_runs.ipynb #85deaf9b
 _SCORES = ('spearman','spearman_lo','spearman_hi','relative_l2','relative_l2_lo','relative_l2_hi','n')
 _FACTS = ('method','protocol','seed','data','mode','weights','preset','checkpoint_selection','label')
-_INPUTS = ('inputs','test_set','used','annotated')
+_INPUTS = ('inputs','test_set','used','annotated','held_back')
 _COLUMNS = ('run','dataset',*(name if name != 'label' else 'target' for name in _FACTS),'config',*_SCORES,*_INPUTS,'reason','problem')
 
 # %% ../../nbs/analysis/01_runs.ipynb #cddf83a9
@@ -138,8 +138,9 @@ def _input_facts(provenance, metrics, dataset, test_set):
     "What went into a run whose test videos have the hash `test_set`, and why a metric of it is undefined"
     inputs,reason = provenance.get('inputs') or '',metrics.get('reason') or ''
     used,annotated = used_and_annotated(provenance, dataset, metrics['protocol'], metrics['data'])
+    held_back = (provenance.get('counts') or {}).get('val', float('nan')) # training samples kept for validation
     return dict(inputs=str(inputs.get('total', '') if isinstance(inputs, dict) else inputs), test_set=test_set, used=used,
-                annotated=annotated, reason='; '.join(map(str, reason.values())) if isinstance(reason, dict) else str(reason))
+                annotated=annotated, held_back=held_back, reason='; '.join(map(str, reason.values())) if isinstance(reason, dict) else str(reason))
 
 # %% ../../nbs/analysis/01_runs.ipynb #52a01867
 def read_run(
