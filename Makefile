@@ -9,7 +9,7 @@ DATASET ?= finediving
 OUT ?= reports/runs/$(DATASET)/run.ipynb
 ARGS ?=
 
-.PHONY: help run test docs notebooks env hooks check clean clean-env
+.PHONY: help run test publication docs notebooks env hooks check clean clean-env
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -44,6 +44,9 @@ notebooks: $(ENV)  ## train and execute the run notebooks, the report and a clip
 	@for name in run_finediving run_mtl_aqa run_aqa7 report score_clip; do \
 	  $(BIN)/papermill nbs/$$name.ipynb reports/runs/$$name.ipynb --no-progress-bar; \
 	  $(BIN)/python docs/keep_executed.py reports/runs/$$name.ipynb $$name; done
+
+publication: $(ENV)  ## train and publish every table anew: hours, in as many sittings as it takes; ARGS='--minutes 170' ends in time
+	@$(BIN)/python docs/publish.py $(ARGS)
 
 docs: $(ENV)  ## the site with all notebooks, the published page, the glossary, the API and search: _docs/html/index.html
 	@if test -x $(BIN)/uv; then $(BIN)/uv pip install -q --python $(BIN)/python -c requirements.lock -e '.[docs]'; \

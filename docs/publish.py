@@ -1,0 +1,89 @@
+"""Train and publish every table anew on larger synthetic releases, in as many sittings as it takes
+
+    make publication                       or: python docs/publish.py [--runs DIR] [--minutes 170]
+
+Sizes follow from `reports/benchmarks/power.csv` (tests/power_study.py). Runs go into a folder of their own; what is finished is not trained again, so the
+same command goes on after a break. With `--minutes` it ends between two parts when they are over. All runs come from one commit: a checkout with changes is
+refused, and so are runs of another commit; `--afresh` deletes them. At the end reports/published/ is written from these runs alone, and the page from that.
+"""
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = dict(finediving=(300, 600), mtl_aqa=(300, 600), aqa7=(100, 60)) # training and test videos; of AQA-7 in each class
+SEEDS, MORE_SEEDS = '0,1,2', '3,4' # every row; the rows that the headlines rest on
+HEADLINE = 'fspn,fspn_viterbi,i3d_mlp'
+
+
+def size(dataset):
+    "The release of a dataset, as a run notebook takes it"
+    return 'synthetic.n_train={} synthetic.n_test={}'.format(*SIZES[dataset])
+
+
+def parts(runs, methods):
+    "(name, notebook, parameters) of all that is trained, the most important first"
+    n_train, n_test = SIZES['finediving']
+    notebook = lambda dataset, seeds, names: (f'run_{dataset}', dict(methods=names, seeds=seeds, changes=size(dataset), out=runs))
+    yield 'grid', 'run_ablations', dict(seeds=SEEDS, n_train=n_train, n_test=n_test, out=runs)
+    for dataset in ('mtl_aqa', 'aqa7'): yield dataset, *notebook(dataset, SEEDS, methods)
+    for dataset in SIZES: yield f'{dataset}_more_seeds', *notebook(dataset, MORE_SEEDS, HEADLINE)
+
+
+def run(name, notebook, parameters, folder):
+    "Execute one notebook with papermill; its output lies in `folder`"
+    options = [text for pair in parameters.items() for text in ('-r', pair[0], str(pair[1]))]
+    began = time.time()
+    print(f'== {name}: nbs/{notebook}.ipynb {" ".join(options)}', flush=True)
+    subprocess.run([sys.executable, '-m', 'papermill', f'nbs/{notebook}.ipynb', folder/f'{name}.ipynb', '--no-progress-bar', *options], cwd=ROOT, check=True)
+    print(f'== {name}: {(time.time()-began)/60:.0f} minutes', flush=True)
+
+
+def git(*args):
+    "What git prints"
+    return subprocess.run(['git', *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def same_commit(folder):
+    "Refuse a checkout with changes, and runs of another commit"
+    if changed := git('status', '--porcelain', '--untracked-files=no'):
+        raise SystemExit(f'need a checkout without changes, so that one commit names the code of all runs, got:\n{changed}\ncommit them first')
+    mark, commit = folder/'commit.json', git('rev-parse', 'HEAD')
+    if mark.is_file() and (began := json.loads(mark.read_text())['commit']) != commit:
+        raise SystemExit(f'need the commit {began[:8]}, from which the runs in {folder} come, got {commit[:8]}; check it out, or begin anew with --afresh')
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.write_text(json.dumps(dict(commit=commit)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--runs', default='reports/runs/publication', help='folder of the runs')
+    parser.add_argument('--minutes', type=float, default=float('inf'), help='begin no further part after so many minutes')
+    parser.add_argument('--afresh', action='store_true', help='delete the runs that are there')
+    args = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    from fspn_nb.methods import METHODS
+    folder, until = (ROOT/args.runs).resolve(), time.time()+60*args.minutes
+    if args.afresh:
+        for left in (folder, folder.with_name(f'{folder.name}_pictures')): shutil.rmtree(left, ignore_errors=True)
+    same_commit(folder)
+    methods = ','.join(name for name, row in METHODS.items() if not row.finetune_only and name not in ('fspn_s', 'fspn_m'))
+    for name, notebook, parameters in parts(folder, methods):
+        if (done := folder/f'{name}.done').is_file(): continue
+        if time.time() > until: raise SystemExit(f'the time is over; the same command goes on with {name}')
+        run(name, notebook, parameters, folder)
+        done.touch()
+    pictures = folder.with_name(f'{folder.name}_pictures') # its small runs on AQA-7 have no place beside those of the tables
+    if not (done := folder/'actor.done').is_file():
+        run('actor', 'actor_and_heat', dict(changes=size('finediving'), out=pictures), folder)
+        done.touch()
+    for name in ('figures', 'tables'): shutil.copytree(pictures/name, ROOT/'reports'/name, dirs_exist_ok=True)
+    shutil.rmtree(ROOT/'reports'/'published', ignore_errors=True)
+    run('report', 'report', dict(publish=True, seeds=SEEDS, out=folder), folder)
+
+
+if __name__ == '__main__': main()
