@@ -10,7 +10,7 @@ import warnings
 from functools import lru_cache,partial
 import numpy as np
 from scipy import stats
-from ..metrics import bca,mean_ranks,on_rows,relative_l2,spearman
+from ..metrics import bca,on_rows,relative_l2,spearman
 
 # %% ../../nbs/analysis/02_significance.ipynb #a5953658
 def _by_seed(preds):
@@ -95,12 +95,20 @@ def _each_video(metric, pred, true):
     bound = partial(relative_l2, **dict(lo=true.min(), hi=true.max())|_kind(metric)[1])
     return on_rows(bound, pred, true)(np.arange(len(true))[:,None])
 
-def _rho_of(scores, true):
-    "Rho as a function of which of the `scores` (2n,) stand beside `true` (n,), whose ranks stay, as rows of positions (R,n)"
-    codes,q = stats.rankdata(scores, 'dense').astype(int)-1,stats.rankdata(true)-(len(true)+1)/2
-    def _f(i):
-        r = mean_ranks(codes[i])-(len(true)+1)/2
+def _rho_gap(a, b, true):
+    "Rho of `a` minus rho of `b`, scores (n,), as a function of signs (R,n): -1 swaps a video"
+    n,codes,q = len(true),stats.rankdata(np.r_[a, b], 'dense').astype(int)-1,stats.rankdata(true)-(len(true)+1)/2
+    k,total = codes.max()+1,np.bincount(codes)
+    both = total.cumsum()-total/2+1 # ranks of a score among those taken and among those left add up to this
+    def _rho(r):
+        r = r-(n+1)/2
         with np.errstate(invalid='ignore'): return r@q/np.sqrt(np.vecdot(r, r)*(q@q)) # NaN where all are tied
+    def _f(sign):
+        rows = k*np.arange(len(sign))[:,None]
+        taken,left = (codes[np.arange(n)+n*swap] for swap in (sign < 0,sign > 0)) # (R,n)
+        count = np.bincount((taken+rows).ravel(), minlength=k*len(sign)).reshape(-1, k)
+        ranks = (count.cumsum(1)-(count-1)/2).ravel() # as in `mean_ranks`
+        return _rho(ranks[taken+rows])-_rho(both[left]-ranks[left+rows])
     return _f
 
 def _swapped(metric, preds_a, preds_b, true):
@@ -112,7 +120,8 @@ def _swapped(metric, preds_a, preds_b, true):
         return lambda sign, axis=-1: sign@gap/n
     if metric is spearman: a,b = stats.rankdata(a, axis=1),stats.rankdata(b, axis=1) # D-120
     def _general(p, q):
-        f = _rho_of(np.r_[p, q], true) if metric is spearman else on_rows(metric, np.r_[p, q], np.r_[true, true])
+        if metric is spearman: return _rho_gap(p, q, true)
+        f = on_rows(metric, np.r_[p, q], np.r_[true, true])
         return lambda sign: f(np.arange(n)+n*(sign < 0))-f(np.arange(n)+n*(sign > 0))
     plain = lambda ranks: metric is spearman and (np.sort(ranks) == np.arange(1, n+1)).all()
     per_seed = [_exchanged_ranks(p, q, true) if plain(p) and plain(q) else _general(p, q) for p,q in zip(a, b)]
