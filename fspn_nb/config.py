@@ -7,11 +7,11 @@ __all__ = ['CHOICES', 'PRESETS', 'ClipCfg', 'ActorCfg', 'SyntheticCfg', 'ModelCf
            'override', 'make_config', 'finediving', 'method_epochs', 'run_id', 'save_cfg', 'load_cfg']
 
 # %% ../nbs/base/05_config.ipynb #c2fc2466
-import hashlib,json,os
+import os
 from dataclasses import dataclass,field,fields,replace
 from pathlib import Path
 from .core import flatten,write_atomic
-from .methods import METHODS
+from .methods import METHODS,check_own_settings,settings_hash
 from .protocols import PROTOCOLS,protocol_variant
 from .stored_files import read_settings,write_settings
 
@@ -66,11 +66,16 @@ class ModelCfg:
     use_actor:bool=True # False: the scene plays both roles (Table V)
     use_gc:bool=True # Group contrastive loss (Table IV)
     use_bce:bool=True # Interval loss (Table IV)
-    adapter:bool=True # Learned layer in front of the IAP while the backbone is frozen; off in finetune mode
+    adapter:bool|str='auto' # Learned layer on frozen features: 'on', 'off', or 'auto': FSPN and TSA have one (D-21); True is 'auto', False 'off'
+    standardise:str='auto' # Frozen features by the training videos' mean and deviation: 'on', 'off', or 'auto': for TPT (D-142)
+    norm:str='apart' # tsa: its BatchNorm keeps running statistics of vectors and of maps 'apart', or mixes them as 'released' (D-141)
     dropout:float=0. # In the score head
     clips:int=9 # K: as many as `clip.starts`
     frames:int=96 # T: steps of the parser's axis, whatever the number of frames read (D-18)
     parser_warmup:float=.375 # fspn_viterbi: share of the training in which equal parts teach the parser
+
+    def __post_init__(self): # a switch in the files of older runs
+        if isinstance(self.adapter, bool): object.__setattr__(self, 'adapter', 'auto' if self.adapter else 'off')
 
 # %% ../nbs/base/05_config.ipynb #e2976bd5
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class TrainCfg:
     optimiser:str='adam' # 'adam' (Sec. IV-A2) | 'adamw'
     lr:float=1e-3 # Everything but the backbone (Sec. IV-A2)
     lr_backbone:float=1e-4 # I3D (Sec. IV-A2)
+    decoder_lr_ratio:float=.1 # tpt: rate of its decoder over `lr`, that of its two heads; released: 1e-4 and 1e-3 (D-143)
     weight_decay:float=0. # Sec. IV-A2
     schedule:str='constant' # 'constant' (none is stated) | 'one_cycle'
     backbone:str='finetune' # 'finetune' (the paper) | 'frozen': clip features computed once
@@ -125,14 +131,14 @@ class RunCfg:
     def __post_init__(self):
         "Paths become absolute, so that what is stored and printed holds in every folder; 'auto' becomes the 0 of all runs before it"
         for part,name in ((self,'data_root'), (self,'weights'), (self.actor,'boxes'), (self.actor,'weights')):
-            path = getattr(part, name)
-            if path not in ('', 'random'): object.__setattr__(part, name, os.path.abspath(os.path.expanduser(path)))
+            if (path := getattr(part, name)) not in ('', 'random'): object.__setattr__(part, name, os.path.abspath(os.path.expanduser(path)))
         if self.train.micro_batch == 'auto': object.__setattr__(self.train, 'micro_batch', 0)
 
 CHOICES = {
     'dataset': tuple(PROTOCOLS), 'preset': ('smoke','demo','paper'), 'score_ranges': ('literature','train'),
     'clip.orientation': ('correct','peer'), 'actor.source': ('auto','truth','boxes','motion','ssd300','onnx','none'),
     'model.name': METHODS, 'model.pairing': ('exemplar','absolute'), 'model.token_mode': ('bands','frames'),
+    'model.adapter': ('auto','on','off'), 'model.standardise': ('auto','on','off'), 'model.norm': ('apart','released'),
     'model.residual': ('scene','actor'), 'model.decoding': ('argmax','expected'), 'eval.checkpoint_selection': ('last','best_val'),
     'train.optimiser': ('adam','adamw'), 'train.schedule': ('constant','one_cycle'), 'train.backbone': ('frozen','finetune'),
     'train.precision': ('fp32','bf16'), 'train.feature_precision': ('fp32','bf16'), 'train.capture': ('auto','off')}
@@ -142,16 +148,13 @@ _COUNTS = ('train.epochs','train.batch_size','train.shards','eval.num_exemplars'
 # %% ../nbs/base/05_config.ipynb #77a23aa8
 def _check_pairs(cfg):
     "Raise a `ValueError` for fields of `cfg` that do not go together"
-    name,source,selection,clips,starts = cfg.model.name,cfg.actor.source,cfg.eval.checkpoint_selection,cfg.model.clips,len(cfg.clip.starts)
     if isinstance(micro_batch := cfg.train.micro_batch, str): raise ValueError(f"need train.micro_batch='auto' or a number, got {micro_batch!r}")
     if micro_batch and not cfg.train.freeze_bn:
         raise ValueError(f'need train.micro_batch=0 without train.freeze_bn, got {micro_batch}: BatchNorm would see so few clips; lower batch_size')
-    if METHODS[name].finetune_only and cfg.train.backbone != 'finetune':
-        raise ValueError(f"{name} works inside the backbone: need train.backbone='finetune', got {cfg.train.backbone!r}")
-    if clips != starts: raise ValueError(f'model.clips must be the number of clip.starts, got {clips} and {starts}')
-    if selection == 'best_val' and not cfg.train.val_fraction: raise ValueError(f'{selection} needs train.val_fraction above 0')
-    if source == 'boxes' and not cfg.actor.boxes: raise ValueError('actor.source=boxes needs a CSV file in actor.boxes')
-    if source == 'onnx' and not cfg.actor.weights: raise ValueError("actor.source=onnx needs the detector's file in actor.weights")
+    if (clips := cfg.model.clips) != (starts := len(cfg.clip.starts)): raise ValueError(f'model.clips must be the number of clip.starts, got {clips} and {starts}')
+    if cfg.eval.checkpoint_selection == 'best_val' and not cfg.train.val_fraction: raise ValueError('best_val needs train.val_fraction above 0')
+    if cfg.actor.source == 'boxes' and not cfg.actor.boxes: raise ValueError('actor.source=boxes needs a CSV file in actor.boxes')
+    if cfg.actor.source == 'onnx' and not cfg.actor.weights: raise ValueError("actor.source=onnx needs the detector's file in actor.weights")
     if cfg.preset == 'paper' and not cfg.data_root: raise ValueError('the paper preset needs a real release: give data_root, or use demo')
 
 def validate(
@@ -166,6 +169,7 @@ def validate(
         low,high = int(name in _COUNTS),1 if name in ('train.val_fraction','model.dropout','model.parser_warmup') else float('inf')
         if isinstance(value, (int, float)) and not low <= value < high:
             raise ValueError(f'{name} must be at least {low}{" and below 1" if high == 1 else ""}, got {value}')
+    check_own_settings(flat)
     _check_pairs(cfg)
     return cfg
 
@@ -186,7 +190,7 @@ def override(
 _FROZEN = dict(train__backbone='frozen', train__optimiser='adamw', train__schedule='one_cycle', train__weight_decay=.01,
                train__batch_size=16, model__decoding='expected', model__dropout=.1)
 PRESETS = {
-    'paper': dict(model__adapter=False, model__residual='scene', train__workers=8),
+    'paper': dict(model__adapter='off', model__residual='scene', train__workers=8),
     'demo': dict(_FROZEN, train__epochs=20, train__val_fraction=.1),
     'smoke': dict(_FROZEN, train__epochs=2, train__batch_size=4, synthetic__n_train=10, synthetic__n_test=6,
                   eval__num_exemplars=3, clip__size=64)}
@@ -229,11 +233,7 @@ def run_id(
     cfg:RunCfg, # A run
 )->str: # 'fspn-w_dn-frozen-s0-1a2b3c4d'
     "A name for `cfg` that another configuration cannot have"
-    flat = flatten(cfg)
-    flat |= {name: Path(flat[name]).name for name in ('weights','actor.boxes','actor.weights')}|{'data_root': bool(cfg.data_root)}
-    newer = {'train.feature_precision': 'fp32', 'train.shards': 1, 'train.capture': 'auto', 'model.parser_warmup': .375} # older names stay
-    text = json.dumps({name: value for name,value in flat.items() if (name, value) not in newer.items()}, sort_keys=True)
-    return f'{cfg.model.name}-{cfg.protocol}-{cfg.train.backbone}-s{cfg.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}'
+    return f'{cfg.model.name}-{cfg.protocol}-{cfg.train.backbone}-s{cfg.seed}-{settings_hash(flatten(cfg))}'
 
 def save_cfg(
     cfg:RunCfg, # A run

@@ -19,7 +19,9 @@ from .methods import METHODS,EXTRA_FIELDS,Method
 from .file_hashes import code_hash
 from .models.fspn import build_fspn
 from .models.i3d import I3D
+from .models.iap import Adapter
 from .models.step_scores import build_fspn_viterbi
+from .models.with_backbone import WithInputLayers
 from .peers.baselines import I3DAvg,I3DClipMLP,I3DLSTM,I3DSVR
 from .peers.core_tree import build_core_tree
 from .peers.hgcn import build_hgcn
@@ -79,12 +81,15 @@ def create_model(
     labels:Tensor|None=None, # (n,) training labels; None: a made-up scale of 0 to 100 points
     groups=None, # (n,) exemplar group of each training dive; None: one group
 )->nn.Module:
-    "The method `name`, untrained"
+    "The method `name`, untrained, behind those `InputLayers` that `cfg` switches on"
     if name not in BUILDERS: raise ValueError(f'unknown method {name!r}; there are {", ".join(list_models())}')
     labels = torch.linspace(0, 100, 101) if labels is None else torch.as_tensor(labels, dtype=torch.float32)
     groups = ['all']*len(labels) if groups is None else list(groups)
     if len(groups) != len(labels): raise ValueError(f'need one exemplar group per label, got {len(groups)} for {len(labels)}')
-    return BUILDERS[name](cfg or ModelCfg(name=name), labels, groups)
+    cfg = cfg or ModelCfg(name=name)
+    model = BUILDERS[name](cfg, labels, groups)
+    adapter = cfg.adapter == 'on' and not any(isinstance(part, Adapter) for part in model.modules()) # FSPN has it inside
+    return WithInputLayers(model, adapter, cfg.standardise == 'on') if adapter or cfg.standardise == 'on' else model
 
 # %% ../nbs/base/08_zoo.ipynb #3208bb26
 _LIBRARY_METHODS = frozenset(BUILDERS)

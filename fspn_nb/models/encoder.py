@@ -32,7 +32,7 @@ class SubActionEncoder(nn.Module):
     ):
         super().__init__()
         self.per_step,self.frames = cfg.tokens_per_step,cfg.token_mode == 'frames'
-        self.adapter = Adapter(dim) if cfg.adapter and cfg.use_iap else nn.Identity() # D-21
+        self.adapter = Adapter(dim) if cfg.adapter != 'off' and cfg.use_iap else nn.Identity() # D-21
         self.iap = IAP(cfg.clips, cfg.frames, cfg.sub_actions, dim, cfg.order_prior) if cfg.use_iap else None
         self.project = nn.Sequential(nn.LayerNorm(dim, elementwise_affine=False),
                                      nn.Linear(dim, width)) if not cfg.use_iap else None
@@ -187,7 +187,6 @@ class Encoder(nn.Module):
     def parse_losses(self,
         extras:dict[str,Tensor], # Of `forward`
     ): return contrast_losses(extras, self.tau)
-
 
 # %% ../../nbs/models/09_encoder.ipynb #fd370e85
 def parse_outputs(

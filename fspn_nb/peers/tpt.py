@@ -180,6 +180,10 @@ class PartsScorer(PairwiseRegressor):
         self.decoder = PartDecoder(d, parts, dim, hidden, dropout=dropout)
         self.head = PairHead(d, cfg.num_bins, dropout)
 
+    def decoder_parameters(self)->list: # Of all but the two heads
+        "What learns at `train.decoder_lr_ratio` of the learning rate, as released (D-143)"
+        return [*self.decoder.parameters(), *self.head.pair.parameters()]
+
     def compare(self,
         query:Tensor, # Parts of the dives to be scored, (...,P*d)
         exemplar:Tensor, # Parts of their exemplars, (...,P*d)

@@ -7,14 +7,18 @@ __all__ = ['steps_per_epoch', 'build_model', 'make_optimiser', 'make_schedule', 
            'train_step', 'batch_sampler', 'check_training_labels', 'train_epoch']
 
 # %% ../../nbs/training/06_loop.ipynb #71207b9a
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor,nn
 
 from ..batches.exemplars import group_of,sample_pairs,sample_pairs_in_batch
 from ..config import RunCfg
-from ..core import Batch,seed_all
-from ..models.with_backbone import WithBackbone
+from ..batches.sources import make_batch
+from ..core import Batch,flatten,seed_all
+from ..methods import input_layers
+from ..models.with_backbone import WithBackbone,WithInputLayers
 from .checkpoint import set_rng_state
 from .distributed import DistributedContext,gather_batch,all_reduce_gradients
 from .prefetch import load_batches
@@ -33,7 +37,10 @@ def _make_head(data):
     "The untrained method, without a backbone"
     cfg,train = data.cfg,data.splits['train']
     groups = [group_of(data.release.samples[i], data.variant) for i in train]
-    head = create_model(cfg.model.name, cfg.model, data.labels.label[torch.as_tensor(train)], groups)
+    model = replace(cfg.model, **input_layers(flatten(cfg)))
+    head = create_model(cfg.model.name, model, data.labels.label[torch.as_tensor(train)], groups)
+    if isinstance(head, WithInputLayers) and head.inputs.standardise: # 64 videos at a time: maps of all of them are large
+        head.inputs.fit(make_batch(data.source, data.labels, np.sort(train)[k:k+64]) for k in range(0, len(train), 64))
     if hasattr(head, 'on_train_start'): # TSA begins with true transitions (D-126)
         head.on_train_start(cfg.train.epochs*steps_per_epoch(data))
     return head
@@ -72,18 +79,20 @@ def make_optimiser(
     model:nn.Module, # With or without a backbone
     cfg:RunCfg, # `train` is read
 )->torch.optim.Optimizer:
-    "Adam or AdamW with the paper's two learning rates"
-    train = cfg.train
+    "Adam or AdamW with the paper's two learning rates; a method may have `decoder_parameters` that learn more slowly (TPT)"
+    train,head = cfg.train,model.head if isinstance(model, WithBackbone) else model
     backbone = [param for name,param in model.named_parameters() if name.startswith('backbone.')]
-    ids = {id(param) for param in backbone}
+    decoder = head.decoder_parameters() if hasattr(head, 'decoder_parameters') else []
+    ids = {id(param) for param in backbone+decoder}
     groups = [dict(params=[param for param in model.parameters() if id(param) not in ids], lr=train.lr)]
+    if decoder: groups.append(dict(params=decoder, lr=train.lr*train.decoder_lr_ratio))
     if backbone: groups.append(dict(params=backbone, lr=train.lr_backbone))
     optimiser = dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW)[train.optimiser]
     return optimiser(groups, weight_decay=train.weight_decay, fused=True) # fused: one pass over all weights
 
 # %% ../../nbs/training/06_loop.ipynb #e039e5e6
 def make_schedule(
-    optimiser:torch.optim.Optimizer, # With one or two groups
+    optimiser:torch.optim.Optimizer, # With its groups
     cfg:RunCfg, # `train` is read
     steps:int, # Optimiser steps of the whole run
 )->torch.optim.lr_scheduler.LRScheduler: # Stepped once per optimiser step
