@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict,fields,is_dataclass
 from functools import cache
 from pathlib import Path
+from types import UnionType
 from typing import get_args,get_origin,get_type_hints
 
 import pandas as pd
@@ -43,6 +44,7 @@ def explain_version(
 # %% ../nbs/base/04_stored_files.ipynb #ec0ffff6
 def _fits(value, hint):
     "Is `value` what JSON holds for a field of the type `hint`?"
+    if get_origin(hint) is UnionType: return any(_fits(value, kind) for kind in get_args(hint))
     if get_origin(hint) is tuple: return isinstance(value, (list, tuple)) and all(_fits(v, get_args(hint)[0]) for v in value)
     return isinstance(value, (int, float) if hint is float else hint) and isinstance(value, bool) == (hint is bool)
 
