@@ -9,7 +9,7 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=['='])
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
-extras = {k: shlex.split(cfg[f'{k}_requirements']) for k in ('video', 'onnx', 'gradcam', 'processes', 'cluster')}
+extras = {k: shlex.split(cfg[f'{k}_requirements']) for k in ('video', 'onnx', 'gradcam', 'processes', 'cluster', 'hub', 'tensorboard')}
 docs = {'docs': shlex.split(cfg['docs_requirements'])} # not part of `dev`: only who builds the site needs it
 
 setup(

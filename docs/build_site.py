@@ -16,7 +16,7 @@ OUT = ROOT/'_docs'
 SOURCE = OUT/'source'
 AREAS = {'base': 'Ground floor', 'data': 'Data', 'synthetic': 'Synthetic releases', 'actor': 'The actor', 'models': 'FSPN and its backbone',
          'peers': 'Other methods', 'batches': 'Batches', 'training': 'Training', 'analysis': 'Analysis', 'experiments': 'Experiments',
-         'report': 'Report', 'inspect': 'A closer look'}
+         'report': 'Report', 'inspect': 'A closer look', 'share': 'Handing on'}
 RUN_FIRST = ('run_finediving', 'run_mtl_aqa', 'run_aqa7', 'run_ablations', 'report', 'score_clip', 'actor_and_heat', 'bench_throughput')
 
 

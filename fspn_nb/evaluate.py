@@ -25,13 +25,17 @@ from .training.distributed import DistributedContext,init_distributed,main_proce
 from .training.loop import build_model
 from .training.predict import predict
 from .training.prepare import RunData,prepare
+from .training.pretrained import is_pretrained,load_pretrained_weights
 
 # %% ../nbs/base/10_evaluate.ipynb #eb0e5612
 def load_model(
-    run:str|Path, # A run's folder
-    data:RunData, # What `prepare` gave for its configuration
+    run:str|Path, # A run's folder, or one of `save_pretrained`
+    data:RunData, # What `prepare` gave for its configuration, or `open_pretrained`
 )->nn.Module: # In evaluation mode
     "The trained method of `run`, at the epoch that `eval.checkpoint_selection` names (D-11); a `ValueError` for other data"
+    if is_pretrained(run):
+        check_inputs(run, data.inputs)
+        return load_pretrained_weights(build_model(data), run).eval()
     path = Path(run)/('last.pt' if data.cfg.eval.checkpoint_selection == 'last' else 'best_val.pt')
     if not path.is_file() and path.with_name('last.pt').is_file():
         raise FileNotFoundError(f'{path}: need an epoch with a validation rho, got none, as all predictions for the validation split were '

@@ -29,6 +29,7 @@ BELOW['analysis'] = BELOW['commands']
 BELOW['experiments'] = (*BELOW['analysis'],'analysis','commands')
 BELOW['report'] = (*BELOW['experiments'],'experiments')
 BELOW['inspect'] = (*BELOW['report'],'report')
+BELOW['share'] = (*BELOW['inspect'],'inspect')
 
 
 @cache # tests of one notebook read all the others

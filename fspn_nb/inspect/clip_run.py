@@ -33,6 +33,7 @@ from ..models.backbone import feature_extractor,load_backbone
 from ..training.predict import FittingExtractor,for_inference
 from ..training.prefetch import load_batches
 from ..training.prepare import RunData,pick_device,read_inputs
+from ..training.pretrained import is_pretrained,open_pretrained,pretrained_folder,read_manifest
 
 # %% ../../nbs/inspect/07_clip_run.ipynb #b9547a35
 def _suits(cfg, action, difficulty):
@@ -73,11 +74,12 @@ def _config(run):
 
 # %% ../../nbs/inspect/07_clip_run.ipynb #93448b79
 def open_run(
-    run, # A run's folder
+    run, # A run's folder, or one of `save_pretrained`
     device:str='auto', # As in `pick_device`
-)->RunData: # Without a source: no video is read yet
+)->RunData: # Without a source: no video is read yet; of `save_pretrained` with the exemplars that it keeps
     "What a trained run needs to score something new"
     run = Path(run).expanduser()
+    if is_pretrained(run): return open_pretrained(run, device)
     cfg,device = _config(run),pick_device(device)
     release = load_samples(cfg)
     parts = split_indices(release.samples, cfg.train.val_fraction, cfg.seed)
@@ -110,6 +112,7 @@ def run_facts(
 )->dict: # preset, epochs, seed, seeds, train, test, annotated; rho, rho_lo, rho_hi, spread: None where unknown
     "What the run was trained on and how well it ranked its test videos"
     run = Path(run).expanduser()
+    if is_pretrained(run): return read_manifest(run)['facts'] # of the folder that it was made from
     cfg,metrics,provenance = _config(run),_json_of(run/'metrics.json'),_json_of(run/'provenance.json')
     alike = _readable(file for file in run.parent.glob('*/config.json') if file.with_name('metrics.json').is_file())
     counts = provenance.get('counts', {})
@@ -162,13 +165,15 @@ def run_source(
     own=None, # (scene, actor) clips of a video that is not the run's, (K,3,L,H,W) each; None: none
 )->FeatureDataset: # Features, or clips where the backbone was trained
     "A source of the run's `samples` and, behind them, of `own`"
-    cfg,parts = data.cfg,[]
-    boxes = load_actor_boxes(replace(data.release, samples=tuple(samples)), cfg.actor, data.device)[1] if len(samples) else {}
+    cfg,parts,read = data.cfg,[],len(samples) and data.source is None
+    boxes = load_actor_boxes(replace(data.release, samples=tuple(samples)), cfg.actor, data.device)[1] if read else {}
     if data.backbone is not None:
         rows = [dive_clips(sample, cfg.clip, boxes[sample.uid], cfg.actor.pad) for sample in samples]
         return FeatureDataset(*(torch.stack(entry) for entry in zip(*rows, *([] if own is None else [own]))))
     encode,key = feature_extractor(cfg, data.device)
-    if len(samples):
+    if len(samples) and data.source is not None: # kept with a run that was handed on
+        parts.append(data.source.get_batch([data.labels.uid.index(sample.uid) for sample in samples]))
+    elif len(samples):
         known = cache_features(samples, cfg, boxes, encode, key, frame_hashes(samples))
         parts.append((known.scene, known.actor))
     if own is not None: parts.append(tuple(encode(item).float().cpu()[None] for item in own))
@@ -218,7 +223,7 @@ def parse_parameters(
     input_path(p['actor_file'], 'actor_file')
     reports,action,dd = remove_unfinished(reports_dir(p['out'])),p['action'].strip(),p['difficulty']
     clip = read_clip(p['clip'], action, dd) if p['clip'] else None
-    if p['run']: run = Path(p['run']).expanduser()
+    if p['run']: run = pretrained_folder(p['run'])
     elif os.environ.get('IN_TEST'): run = fit(finediving('smoke'), reports, 'cpu')
     else: run = find_run(reports, repo_root()/'reports'/'runs', action=action if clip else 'known', difficulty=dd if clip else 1.)
     if clip is None:

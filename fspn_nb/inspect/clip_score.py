@@ -146,7 +146,7 @@ def _expected(data, run, clip, exemplar_ids, score):
 @explain_memory('scoring a clip')
 def score_clip(
     clip:Clip, # From `read_clip` or `synthetic_clip`
-    run, # A run's folder
+    run, # A run's folder, or one of `save_pretrained`
     device:str='auto', # As in `pick_device`
     actor:str='auto', # As in `clip_boxes`
     actor_file:str='', # As in `clip_boxes`
@@ -170,7 +170,7 @@ def score_clip(
     order = np.arange(0) if votes is None else pick_exemplars(np.arange(n), n, cfg.seed, 5, n) # as `sample_exemplars` orders them
     step_probs,transitions = (known.extras[k][-1].numpy() if k in known.extras else None for k in ('step_probs','transitions'))
     return ClipResult(
-        clip, cfg, Path(run).name, data.provenance, ids, boxes, score, unit,
+        clip, cfg, data.provenance.get('run_id', Path(run).name), data.provenance, ids, boxes, score, unit,
         points([] if votes is None else votes[0]), [data.release.samples[exemplar_ids[i]] for i in order],
         step_probs, () if transitions is None else tuple(int(t) for t in transitions), heat, shares,
         [about_frames, about_boxes, about_exemplars, *clip.about, *_caveats(data, clip, label[0]), *about_interval, *about_heat],

@@ -19,6 +19,7 @@ from ..file_hashes import file_hash
 from .clip_run import clip_features,open_run,run_source
 from .clip_score import ClipResult
 from ..training.prepare import RunData
+from ..training.pretrained import is_pretrained
 
 # %% ../../nbs/inspect/13_novelty.ipynb #ef47516b
 NEIGHBOURS = 5 # Which of the nearest training videos counts
@@ -49,6 +50,9 @@ def reference_features(
     model, # From `load_model`
 )->dict|None: # 'train' and 'held_out', (n,F) each; None for a method that works inside the backbone
     "What the backbone sees in the run's own videos"
+    if is_pretrained(run):
+        kept = load_file(Path(run)/'exemplars.safetensors')
+        return {name: kept[f'novelty_{name}'].numpy() for name in ('train','held_out')} if 'novelty_train' in kept else None
     picks_epoch,parts = data.cfg.eval.checkpoint_selection == 'best_val',data.splits
     held_out = parts['test'] if picks_epoch else np.concatenate([parts['val'], parts['test']])
     ids = dict(train=_drawn(parts['train'], 0), held_out=_drawn(held_out, 1))
