@@ -9,7 +9,7 @@ __all__ = ['MANIFEST', 'PRETRAINED_FILES', 'LARGEST_RELEASE', 'is_pretrained', '
 
 # %% ../../nbs/training/12_pretrained.ipynb #d8f44ce0
 import re
-from dataclasses import asdict,dataclass,replace
+from dataclasses import dataclass,replace
 from pathlib import Path
 
 import numpy as np
