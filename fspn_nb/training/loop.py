@@ -39,7 +39,8 @@ def _make_head(data):
     groups = [group_of(data.release.samples[i], data.variant) for i in train]
     model = replace(cfg.model, **input_layers(flatten(cfg)))
     head = create_model(cfg.model.name, model, data.labels.label[torch.as_tensor(train)], groups)
-    if isinstance(head, WithInputLayers) and head.inputs.standardise and data.source is not None: # else weights of a run are loaded. 64 videos at a time: maps of all of them are large
+    if isinstance(head, WithInputLayers) and head.inputs.standardise and data.source is not None: # None: a run's weights fill it
+        # 64 videos at a time: maps of all of them are large
         head.inputs.fit(make_batch(data.source, data.labels, np.sort(train)[k:k+64]) for k in range(0, len(train), 64))
     if hasattr(head, 'on_train_start'): # TSA begins with true transitions (D-126)
         head.on_train_start(cfg.train.epochs*steps_per_epoch(data))
