@@ -28,6 +28,8 @@ def _p(value, gain=float('nan')):
     "A p-value as text; a dash where there is a difference `gain` without one"
     return '-' if pd.isna(value) and pd.notna(gain) else '' if pd.isna(value) else '< 0.001' if value < .001 else f'{value:.3f}'
 
+def _is(p, name='p'): return 'no p' if pd.isna(p) else f'{name} {_p(p)}' if p < .001 else f'{name} = {_p(p)}'
+
 # %% ../../nbs/report/04_writers.ipynb #d1643469
 def _score_columns(table, name, short, digits):
     "Text columns of one metric: ours with interval, sd, the paper's"
