@@ -21,7 +21,7 @@ from .training.checkpoint import (CheckpointTimer,Preempted,REMADE,backup_path,c
     restart_reason,rng_state,run_attached,save_ckpt,sigterm_flag)
 from .training.distributed import DistributedContext,any_rank,init_distributed,main_process_lock
 from .training.graphs import pick_gradients
-from .training.loop import build_model,make_optimiser,make_schedule,steps_per_epoch,train_epoch
+from .training.loop import build_model,make_optimiser,make_schedule,standardise_inputs,steps_per_epoch,train_epoch
 from .training.memory import HalvingGradients,micro_batch_of,set_micro_batch
 from .training.predict import head_threads,validation_rho
 from .training.prepare import RunData,prepare
@@ -161,7 +161,7 @@ def fit(
         if state and state['epoch'] >= cfg.train.epochs and not damaged: return run
         tune_malloc()
         with head_threads(data):
-            model = build_model(data)
+            model = build_model(data) if state else standardise_inputs(build_model(data), data)
             check_disk_space(run, model)
             set_micro_batch(model, data, (state or {}).get('micro_batch'))
             trainer = _Trainer(model, data, run, state, max_checkpoint_overhead)

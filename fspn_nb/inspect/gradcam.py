@@ -14,6 +14,7 @@ from torch import Tensor,nn
 from ..core import Batch
 from ..metrics import spearman
 from ..models.i3d import normalize_clip
+from ..models.with_backbone import grey_value,input_stats
 from ..training.predict import encode_dives,sample_exemplars
 
 # %% ../../nbs/inspect/01_gradcam.ipynb #21c0847d
@@ -35,7 +36,7 @@ def split_backbone(
 @torch.no_grad()
 def feature_maps(
     backbone:nn.Module, # I3D in evaluation mode, plain or folded
-    clips:Tensor, # (K,3,L,H,W) uint8, or float already in [-1,1]
+    clips:Tensor, # (K,3,L,H,W) uint8, or float already normalised
     batch:int=3, # Clips at a time
     layer:str=LAST, # As in `split_backbone`
 )->Tensor: # (K,C,T',h,w); of the last layer (K,1024,L/8,H/32,W/32), rounded up
@@ -44,7 +45,7 @@ def feature_maps(
         raise ValueError('need a backbone in evaluation mode, got one in training mode, where BatchNorm mixes the '
                          'clips; call backbone.eval()')
     at,below = next(backbone.parameters(), torch.empty(0)).device,split_backbone(backbone, layer)[0]
-    parts = (normalize_clip(part) if part.dtype == torch.uint8 else part for part in clips.split(batch))
+    parts = (normalize_clip(part, input_stats(backbone)) if part.dtype == torch.uint8 else part for part in clips.split(batch))
     return torch.cat([below(part.to(at).contiguous(memory_format=torch.channels_last_3d)).float() for part in parts])
 
 # %% ../../nbs/inspect/01_gradcam.ipynb #9a7dc2e6
@@ -54,7 +55,7 @@ def grey_reference(
     layer:str=LAST, # As in `split_backbone`
 )->Tensor: # (C,T',h,w)
     "The map of a grey clip: what the backbone shows where there is nothing to see"
-    return feature_maps(backbone, torch.zeros(1, *shape), layer=layer)[0]
+    return feature_maps(backbone, grey_value(backbone).expand(shape)[None], layer=layer)[0]
 
 # %% ../../nbs/inspect/01_gradcam.ipynb #343be36c
 def _score(head, batch, exemplar):
@@ -73,6 +74,7 @@ def _part(head, batch, s):
     if getattr(parser, 'iap', None) is None:
         raise ValueError(f"need a head with a parser to ask for sub-action {s}, got {type(head).__name__} without one; "
                          f"ask for 'score'")
+    batch = head.inputs(batch) if hasattr(head, 'inputs') else batch # a layer in front of the method
     bands = head.encoder(*(getattr(batch, n) for n in head.needs)).extras['logits'].softmax(-1) # A_s, (2,T,S)
     if s not in range(bands.shape[-1]): raise ValueError(f'need a sub-action 0..{bands.shape[-1]-1}, got {s}; count from 0')
     return bands[...,s].mean()
@@ -178,7 +180,7 @@ MAP_METHODS = dict(gradcam=grad_cam, hirescam=hires_cam, layercam=layer_cam)
 def heat(
     backbone:nn.Module, # I3D in evaluation mode, plain or folded
     head:nn.Module, # Any method of the zoo
-    scene_clips:Tensor, # (K,3,L,H,W) uint8, or float in [-1,1]
+    scene_clips:Tensor, # (K,3,L,H,W) uint8, or float already normalised
     actor_clips:Tensor|None=None, # The same for the actor; None where the head reads the scene alone
     target='score', # 'score', or ('sub_action', s)
     exemplar=None, # Features (M,D) and labels (M,); see `exemplars_of`
