@@ -12,7 +12,7 @@ from fspn_nb.core import Batch
 from fspn_nb.metrics import spearman,temporal_iou
 from fspn_nb.peers.psnet import PSNet,assign_steps,check_transitions,conv_pair,predict_transitions,transition_loss
 from fspn_nb.peers.tsa import StepDecoder,StepPooling,TSA,build_tsa,from_cells,sampling_weights,split_query_memory,to_cells
-from fspn_nb.zoo import BUILDERS,check_model,random_batch
+from fspn_nb.zoo import BUILDERS,check_model,create_model,random_batch
 
 count = lambda m: sum(p.numel() for p in m.parameters())
 
@@ -188,6 +188,58 @@ def test_batch_mates_and_batches_of_one():
 
 def test_bf16_is_close():
     bf16_is_close(made(), random_batch())
+
+
+def by_hand(net, parts):
+    "Running mean of the first normalisation of `net` after these inputs (N,9,dim), one pass each"
+    mean = torch.zeros(12)
+    for x in parts: mean = .9*mean+.1*net.blocks[0][0](x).mean((0, 2))
+    return mean.detach()
+
+
+@pytest.mark.parametrize('norm', ['apart', 'released'])
+def test_running_statistics_of_vectors_and_of_maps(norm):
+    "Apart each is that of its own input; released, one average gets vectors and cells in turn, and evaluation uses it for both"
+    batch = small_batch(dim=64)
+    maps = 5*batch.feature_maps
+    torch.manual_seed(0)
+    pooling = StepPooling(dim=64, norm=norm).train()
+    cells, net = to_cells(maps), pooling.psnet
+    for _ in range(3): pooling(batch.scene, maps)
+    expected = dict(apart=[batch.scene]*3, released=[batch.scene, cells]*3)[norm]
+    assert torch.allclose(net.blocks[0][1].running_mean, by_hand(net, expected), atol=1e-5)
+    if norm == 'apart': assert torch.allclose(pooling.cell_psnet.blocks[0][1].running_mean, by_hand(net, [cells]*3), atol=1e-5)
+    assert count(pooling) == count(net), 'the weights are the same'
+
+
+def test_apart_is_the_same_training_and_another_evaluation():
+    batch = replace(small_batch(dim=64), label=torch.tensor([40., 55., 70., 85.]))
+    batch.exemplar.feature_maps = 5*batch.exemplar.feature_maps
+    models = []
+    for norm in ('apart', 'released'):
+        torch.manual_seed(0)
+        models.append(TSA(ModelCfg(heads=2, norm=norm), dim=64).train())
+        opt = torch.optim.Adam(models[-1].parameters(), lr=1e-3)
+        for _ in range(2): opt.zero_grad(); models[-1](batch).total_loss.backward(); opt.step()
+    a, b = models
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    with torch.no_grad(): assert not torch.allclose(a.eval()(batch).prediction, b.eval()(batch).prediction, atol=1e-3)
+    assert {name for name in a.state_dict() if 'cell_psnet' not in name} == set(b.state_dict()), 'a released checkpoint has the names of before'
+
+
+def test_the_adapter_treats_a_cell_as_a_vector():
+    torch.manual_seed(0)
+    model, batch = create_model('tsa', ModelCfg(name='tsa', adapter='on')).eval(), random_batch(2)
+    layers = model.inputs
+    with torch.no_grad():
+        seen, by_hand = layers(batch), layers.adapter(batch.scene)
+        assert torch.allclose(seen.scene, by_hand) and torch.allclose(seen.exemplar.scene, layers.adapter(batch.exemplar.scene))
+        assert torch.allclose(seen.feature_maps[0, 3, :, 1, 0], layers.adapter(batch.feature_maps[0, 3, :, 1, 0]), atol=1e-5)
+        plain = replace(seen, exemplar=None)
+        assert torch.allclose(model.encode(batch).feature, model.head.encode(plain).feature)
+    assert count(model)-count(model.head) == 1024**2+1024
+    model.check_labels(batch)
+    with pytest.raises(ValueError, match='TSA needs transitions with'): model.check_labels(replace(batch, transitions=torch.tensor([[50, 50]]*2)))
 
 
 def test_four_dives_are_learnt_by_heart():
