@@ -83,11 +83,12 @@ def open_run(
     cfg,device = _config(run),pick_device(device)
     release = load_samples(cfg)
     parts = split_indices(release.samples, cfg.train.val_fraction, cfg.seed)
-    backbone = load_backbone('random')[0] if cfg.train.backbone == 'finetune' else None # trained weights come with the run
     try: kept = json.loads(read_checked(run/'provenance.json'))
     except (OSError, ValueError) as e:
         raise ValueError(f'{run.name}: need a provenance.json that says what the run was trained on, got '
                          f'{damage(run/"provenance.json") or type(e).__name__}; train the run again') from e
+    stats = kept.get('weights', {}).get('stats', 'unit') # of the trained weights, which come with the run
+    backbone = load_backbone('random', stats)[0] if cfg.train.backbone == 'finetune' else None
     inputs = read_inputs(cfg, release, backbone is None)
     return RunData(cfg, release, parts, read_labels(release.samples, cfg), CandidateSets((), ()), None, backbone, device, kept, inputs)
 
@@ -166,6 +167,9 @@ def run_source(
 )->FeatureDataset: # Features, or clips where the backbone was trained
     "A source of the run's `samples` and, behind them, of `own`"
     cfg,parts,read = data.cfg,[],len(samples) and data.source is None
+    if read and is_pretrained(data.release.root):
+        raise ValueError(f'need the clip features of exemplars, got a folder without them, as {cfg.model.name} reads more than those; '
+                         'score clips with the run itself')
     boxes = load_actor_boxes(replace(data.release, samples=tuple(samples)), cfg.actor, data.device)[1] if read else {}
     if data.backbone is not None:
         rows = [dive_clips(sample, cfg.clip, boxes[sample.uid], cfg.actor.pad) for sample in samples]

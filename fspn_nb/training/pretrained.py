@@ -66,7 +66,8 @@ def read_manifest(
 )->dict: # As given to `write_manifest`
     "The list of `folder`; a `ValueError` where it, or a file in it, is not what was saved"
     folder = Path(folder)
-    if not is_pretrained(folder): raise FileNotFoundError(f'{folder}: need a folder of save_pretrained, got one without {MANIFEST}')
+    if not is_pretrained(folder):
+        raise FileNotFoundError(f'{folder}: need a folder of save_pretrained, got one without {MANIFEST}')
     values = read_sealed(folder/MANIFEST)
     if is_newer(version := values.get('fspn_nb', '')):
         raise ValueError(f'{folder}: need a folder of fspn_nb {fspn_nb.__version__} or earlier, got one of {version}; update fspn_nb')
@@ -98,9 +99,11 @@ def pretrained_folder(
     path = Path(source).expanduser()
     if path.is_dir(): return path
     if not re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', str(source), re.ASCII) or path.exists():
-        raise FileNotFoundError(f'need the folder of a run or of save_pretrained, or OWNER/NAME on a hub, got {str(source)!r}, which is neither')
+        raise FileNotFoundError('need the folder of a run or of save_pretrained, or OWNER/NAME on a hub, got '
+                                f'{str(source)!r}, which is neither')
     hub = hub_client()
-    try: return Path(hub.snapshot_download(str(source), revision=revision, allow_patterns=[*PRETRAINED_FILES, MANIFEST, 'README.md']))
+    names = [*PRETRAINED_FILES, MANIFEST, 'README.md']
+    try: return Path(hub.snapshot_download(str(source), revision=revision, allow_patterns=names))
     except (OSError, ValueError, hub.errors.HfHubHTTPError) as e: # no network, no such name, no access
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
         raise FileNotFoundError(f'need a folder, or a model that the hub gives out, got {str(source)!r}: no such folder here, '
@@ -137,9 +140,10 @@ def _samples(path, rows, num_samples):
     samples = [Sample('', 'test', '', 0.)]*num_samples
     try:
         for row in rows:
-            dd = row['difficulty']
-            samples[int(row['position'])] = Sample(str(row['uid']), 'train', str(row['action']), float(row['score']), dd if dd is None else float(dd))
-    except (KeyError, TypeError, ValueError, IndexError) as e: raise _foreign(path, 'a list of exemplars', f'{type(e).__name__}: {e}') from e
+            dd = None if row['difficulty'] is None else float(row['difficulty'])
+            samples[int(row['position'])] = Sample(str(row['uid']), 'train', str(row['action']), float(row['score']), dd)
+    except (KeyError, TypeError, ValueError, IndexError) as e:
+        raise _foreign(path, 'a list of exemplars', f'{type(e).__name__}: {e}') from e
     return tuple(samples)
 
 def _check_exemplars(path, tensors, rows, clips):
@@ -148,7 +152,7 @@ def _check_exemplars(path, tensors, rows, clips):
     label,dd = (tensors.get(name, positions) for name in ('label','difficulty'))
     streams = [tensors[name] for name in ('scene','actor') if name in tensors]
     problems = [text for text,bad in (
-        ('positions', n == 0 or positions.tolist() != [row['position'] for row in rows] or len(set(positions.tolist())) < n or positions.min() < 0),
+        ('positions', not n or positions.tolist() != [row['position'] for row in rows] or len(positions.unique()) < n or min(positions) < 0),
         ('labels', any(value.shape != (n,) or value.dtype != torch.float32 for value in (label, dd))),
         ('features', any(value.shape != (n,clips,1024) or value.dtype != torch.float32 for value in streams)),
         ('numbers that are not finite', not all(tensors[name].isfinite().all() for name in {*tensors}-{'difficulty'}))) if bad]
@@ -160,7 +164,8 @@ LARGEST_RELEASE = 10**6 # Videos; FineDiving has 3,000
 def _settings(folder, manifest):
     "The configuration of the run; its backbone is read from the folder"
     cfg = load_cfg(folder/'config.json')
-    if run_id(cfg) != manifest['run_id']: raise _foreign(folder/'config.json', f"the settings of {manifest['run_id']}", f'those of {run_id(cfg)}')
+    if run_id(cfg) != manifest['run_id']:
+        raise _foreign(folder/'config.json', f"the settings of {manifest['run_id']}", f'those of {run_id(cfg)}')
     trained = cfg.train.backbone == 'finetune' # then it is among the weights
     file = folder/('model.safetensors' if trained else 'backbone.safetensors')
     return override(cfg, weights=str(file)) if trained or file.is_file() else cfg
@@ -172,19 +177,23 @@ def open_pretrained(
     "What a run needs to score something new; a `ValueError` for a damaged or foreign folder"
     folder = Path(folder)
     manifest,path = read_manifest(folder),folder/'exemplars.safetensors'
-    cfg,provenance,tensors,n = _settings(folder, manifest),parse_json((folder/'provenance.json').read_bytes()),_tensors(path),manifest['num_samples']
+    cfg,tensors,n = _settings(folder, manifest),_tensors(path),manifest['num_samples']
+    provenance = parse_json((folder/'provenance.json').read_bytes())
     if not 0 < n <= LARGEST_RELEASE: raise _foreign(folder/MANIFEST, f'1 to {LARGEST_RELEASE} samples', n)
     samples = _samples(folder/MANIFEST, manifest['exemplars'], n)
     _check_exemplars(path, tensors, manifest['exemplars'], len(cfg.clip.starts))
-    if not isinstance(provenance, dict) or not isinstance(provenance.get('inputs'), dict): raise _foreign(folder/'provenance.json', 'that of a run', 'no inputs')
+    if not isinstance(provenance, dict) or not isinstance(provenance.get('inputs'), dict):
+        raise _foreign(folder/'provenance.json', 'that of a run', 'no inputs')
     train,hashes = tensors['position'],{kind: value for kind,value in provenance['inputs'].items() if kind != 'total'}
     spread = lambda values: torch.full((n,), float('nan')).index_copy(0, train, values)
     labels = Labels(spread(tensors['label']), spread(tensors['difficulty']), None, tuple(sample.uid for sample in samples),
                     from_dict(LabelTransform, manifest['label_transform'], folder/MANIFEST))
     scene = tensors.get('scene')
     source = None if scene is None else StoredExemplars(scene, tensors.get('actor', scene), train) # without boxes the actor is the scene
-    return RunData(cfg, Release(samples, str(provenance.get('data', '')), folder), dict(train=train.numpy(), val=np.arange(0), test=np.arange(0)),
-                   labels, CandidateSets((), ()), source, None, pick_device(device), provenance, RunInputs(hashes, pd.DataFrame()))
+    splits = dict(train=train.numpy(), val=np.arange(0), test=np.arange(0))
+    release = Release(samples, str(provenance.get('data', '')), folder)
+    return RunData(cfg, release, splits, labels, CandidateSets((), ()), source, None, pick_device(device), provenance,
+                   RunInputs(hashes, pd.DataFrame()))
 
 # %% ../../nbs/training/12_pretrained.ipynb #ada5ae4c
 def load_pretrained_weights(
