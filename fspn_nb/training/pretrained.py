@@ -148,11 +148,13 @@ def _samples(path, rows, num_samples):
 
 def _check_exemplars(path, tensors, rows, clips):
     "A `ValueError` unless `tensors` are of the exemplars in `rows`, of so many `clips` each, and finite"
-    positions,n = tensors.get('position', torch.zeros(0)),len(rows)
-    label,dd = (tensors.get(name, positions) for name in ('label','difficulty'))
+    n,empty = len(rows),torch.zeros(0)
+    positions = tensors.get('position', empty).tolist()
+    same = positions == [row['position'] for row in rows]
+    label,dd = (tensors.get(name, empty) for name in ('label','difficulty'))
     streams = [tensors[name] for name in ('scene','actor') if name in tensors]
     problems = [text for text,bad in (
-        ('positions', not n or positions.tolist() != [row['position'] for row in rows] or len(positions.unique()) < n or min(positions) < 0),
+        ('positions', not n or not same or len({*positions}) < n or min(positions) < 0),
         ('labels', any(value.shape != (n,) or value.dtype != torch.float32 for value in (label, dd))),
         ('features', any(value.shape != (n,clips,1024) or value.dtype != torch.float32 for value in streams)),
         ('numbers that are not finite', not all(tensors[name].isfinite().all() for name in {*tensors}-{'difficulty'}))) if bad]
