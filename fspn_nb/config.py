@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass,field,fields,replace
 from pathlib import Path
 from .core import flatten,write_atomic
-from .methods import METHODS,check_own_settings,settings_hash
+from .methods import METHODS,check_own_settings,check_pairs,settings_hash
 from .protocols import PROTOCOLS,protocol_variant
 from .stored_files import read_settings,write_settings
 
@@ -24,6 +24,7 @@ class ClipCfg:
     starts:tuple[int,...]=tuple(range(0, 90, 10)) # First frame of each clip (TSA)
     size:int=112 # Side of the square that I3D sees, pixels (TSA; the paper gives none)
     orientation:str='correct' # 'peer' repeats the swapped height and width of the released code, to compare with the literature
+    stats:str='auto' # Of the values that I3D reads: 'unit' [-1,1] | 'imagenet' | 'auto': what its weights were fed (D-41)
 
 @dataclass(frozen=True)
 class ActorCfg:
@@ -66,7 +67,7 @@ class ModelCfg:
     use_actor:bool=True # False: the scene plays both roles (Table V)
     use_gc:bool=True # Group contrastive loss (Table IV)
     use_bce:bool=True # Interval loss (Table IV)
-    adapter:bool|str='auto' # Learned layer on frozen features: 'on', 'off', or 'auto': FSPN and TSA have one (D-21); True is 'auto', False 'off'
+    adapter:bool|str='auto' # Learned layer on frozen features: 'on', 'off', 'auto': for FSPN and TSA (D-21); True: 'auto', False: 'off'
     standardise:str='auto' # Frozen features by the training videos' mean and deviation: 'on', 'off', or 'auto': for TPT (D-142)
     norm:str='apart' # tsa: its BatchNorm keeps running statistics of vectors and of maps 'apart', or mixes them as 'released' (D-141)
     dropout:float=0. # In the score head
@@ -131,32 +132,22 @@ class RunCfg:
     def __post_init__(self):
         "Paths become absolute, so that what is stored and printed holds in every folder; 'auto' becomes the 0 of all runs before it"
         for part,name in ((self,'data_root'), (self,'weights'), (self.actor,'boxes'), (self.actor,'weights')):
-            if (path := getattr(part, name)) not in ('', 'random'): object.__setattr__(part, name, os.path.abspath(os.path.expanduser(path)))
+            path = getattr(part, name)
+            if path not in ('', 'random'): object.__setattr__(part, name, os.path.abspath(os.path.expanduser(path)))
         if self.train.micro_batch == 'auto': object.__setattr__(self.train, 'micro_batch', 0)
 
 CHOICES = {
-    'dataset': tuple(PROTOCOLS), 'preset': ('smoke','demo','paper'), 'score_ranges': ('literature','train'),
-    'clip.orientation': ('correct','peer'), 'actor.source': ('auto','truth','boxes','motion','ssd300','onnx','none'),
-    'model.name': METHODS, 'model.pairing': ('exemplar','absolute'), 'model.token_mode': ('bands','frames'),
+    'dataset': tuple(PROTOCOLS), 'preset': ('smoke','demo','paper'), 'score_ranges': ('literature','train'), 'model.name': METHODS,
+    'clip.orientation': ('correct','peer'), 'clip.stats': ('auto','unit','imagenet'), 'model.decoding': ('argmax','expected'),
+    'actor.source': ('auto','truth','boxes','motion','ssd300','onnx','none'), 'model.pairing': ('exemplar','absolute'),
     'model.adapter': ('auto','on','off'), 'model.standardise': ('auto','on','off'), 'model.norm': ('apart','released'),
-    'model.residual': ('scene','actor'), 'model.decoding': ('argmax','expected'), 'eval.checkpoint_selection': ('last','best_val'),
+    'model.residual': ('scene','actor'), 'model.token_mode': ('bands','frames'), 'eval.checkpoint_selection': ('last','best_val'),
     'train.optimiser': ('adam','adamw'), 'train.schedule': ('constant','one_cycle'), 'train.backbone': ('frozen','finetune'),
     'train.precision': ('fp32','bf16'), 'train.feature_precision': ('fp32','bf16'), 'train.capture': ('auto','off')}
 _COUNTS = ('train.epochs','train.batch_size','train.shards','eval.num_exemplars','clip.frames','clip.length','clip.size', # at least 1
            'model.sub_actions','model.stages','model.blocks','model.heads','model.num_bins','model.fusion_dim','model.tokens_per_step')
 
 # %% ../nbs/base/05_config.ipynb #77a23aa8
-def _check_pairs(cfg):
-    "Raise a `ValueError` for fields of `cfg` that do not go together"
-    if isinstance(micro_batch := cfg.train.micro_batch, str): raise ValueError(f"need train.micro_batch='auto' or a number, got {micro_batch!r}")
-    if micro_batch and not cfg.train.freeze_bn:
-        raise ValueError(f'need train.micro_batch=0 without train.freeze_bn, got {micro_batch}: BatchNorm would see so few clips; lower batch_size')
-    if (clips := cfg.model.clips) != (starts := len(cfg.clip.starts)): raise ValueError(f'model.clips must be the number of clip.starts, got {clips} and {starts}')
-    if cfg.eval.checkpoint_selection == 'best_val' and not cfg.train.val_fraction: raise ValueError('best_val needs train.val_fraction above 0')
-    if cfg.actor.source == 'boxes' and not cfg.actor.boxes: raise ValueError('actor.source=boxes needs a CSV file in actor.boxes')
-    if cfg.actor.source == 'onnx' and not cfg.actor.weights: raise ValueError("actor.source=onnx needs the detector's file in actor.weights")
-    if cfg.preset == 'paper' and not cfg.data_root: raise ValueError('the paper preset needs a real release: give data_root, or use demo')
-
 def validate(
     cfg:RunCfg, # Any run
 )->RunCfg: # `cfg`, unchanged
@@ -170,7 +161,7 @@ def validate(
         if isinstance(value, (int, float)) and not low <= value < high:
             raise ValueError(f'{name} must be at least {low}{" and below 1" if high == 1 else ""}, got {value}')
     check_own_settings(flat)
-    _check_pairs(cfg)
+    check_pairs(flat)
     return cfg
 
 # %% ../nbs/base/05_config.ipynb #5c6ef08a
@@ -191,9 +182,8 @@ _FROZEN = dict(train__backbone='frozen', train__optimiser='adamw', train__schedu
                train__batch_size=16, model__decoding='expected', model__dropout=.1)
 PRESETS = {
     'paper': dict(model__adapter='off', model__residual='scene', train__workers=8),
-    'demo': dict(_FROZEN, train__epochs=20, train__val_fraction=.1),
-    'smoke': dict(_FROZEN, train__epochs=2, train__batch_size=4, synthetic__n_train=10, synthetic__n_test=6,
-                  eval__num_exemplars=3, clip__size=64)}
+    'demo': dict(_FROZEN, train__epochs=20, train__val_fraction=.1), 'smoke': dict(_FROZEN, train__epochs=2, train__batch_size=4,
+        synthetic__n_train=10, synthetic__n_test=6, eval__num_exemplars=3, clip__size=64)}
 _SYNTHETIC = {('demo','mtl_aqa'): (115,45), ('demo','aqa7'): (18,10), ('smoke','aqa7'): (4,4)} # training and test samples
 
 def _of_dataset(dataset, preset):

@@ -22,7 +22,7 @@ def test_changed_code_is_another_key(dive, monkeypatch):
     cfg = finediving('smoke')
     before = features.feature_key(dive, cfg, None, 'w', frames(dive))
     assert features.feature_key(dive, cfg, None, 'w', frames(dive)) == before
-    monkeypatch.setattr(features, 'clip_code_hash', lambda: 'mended')
+    monkeypatch.setattr(features, 'clip_code_hash', lambda clip: 'mended')
     assert features.feature_key(dive, cfg, None, 'w', frames(dive)) != before
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..config import ClipCfg
 from ..data.records import Sample
+from ..protocols import crop_offsets,resized_size
 
 # %% ../../nbs/actor/05_crop.ipynb #aafece7d
 def smooth_boxes(
@@ -128,21 +129,18 @@ def scene_size(
     clip:ClipCfg, # `size` and `orientation` are read
 )->tuple[int,int]: # Height and width after shrinking
     "The size of a frame before `resize_crop` cuts its square"
-    if clip.orientation not in ('correct','peer'):
-        raise ValueError(f"orientation is 'correct' or 'peer', got {clip.orientation!r}")
-    if clip.orientation == 'peer': return round(clip.size*200/112), clip.size
-    return round(clip.size*max(1, h/w)), round(clip.size*max(1, w/h))
+    return resized_size(h, w, clip.size, clip.orientation)
 
 # %% ../../nbs/actor/05_crop.ipynb #a83567fd
 def crop_square(
     frames:Tensor, # (T,3,h,w)
     size:int, # Side of the square
     flip:bool, # Will be mirrored afterwards
-    crop_position:float, # As in `resize_crop`
+    crop_position:float|tuple[float,float], # As in `resize_crop`
 )->Tensor: # (T,3,size,size), a view
     "The square of `frames` that is seen, not yet mirrored"
     h,w = frames.shape[2:]
-    top,left = (round(crop_position*(side-size)) for side in (h, w))
+    top,left = crop_offsets(h, w, size, crop_position)
     if flip: left = w-size-left
     return frames[:, :, top:top+size, left:left+size]
 
@@ -162,11 +160,11 @@ def normalized_boxes(
     hw:tuple[int,int], # Height and width of these frames
     clip:ClipCfg, # `size` and `orientation` are read
     flip:bool=False, # Mirrored before the square is cut
-    crop_position:float=.5, # As in `resize_crop`
+    crop_position:float|tuple[float,float]=.5, # As in `resize_crop`
 )->Tensor: # (T,4) corners, 0..1 of the square
     "`boxes` in the square of `resize_crop`, clipped at its edge"
     (h,w),(tall,wide) = hw,scene_size(*hw, clip)
     corners = torch.as_tensor(np.asarray(boxes), dtype=torch.float32)*torch.tensor([wide/w, tall/h]*2)
     if flip: corners = mirror_boxes(corners, wide)
-    top,left = (round(crop_position*(side-clip.size)) for side in (tall, wide))
+    top,left = crop_offsets(tall, wide, clip.size, crop_position)
     return ((corners-torch.tensor([left, top]*2))/clip.size).clamp(0, 1)

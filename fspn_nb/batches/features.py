@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError,safe_open
 from safetensors.torch import save
 from torch import Tensor
-from .fingerprint import clip_code_hash,short_hash
+from .fingerprint import clip_code_hash,clip_settings,short_hash
 from .sources import FeatureDataset,dive_clips
 from ..config import ClipCfg,RunCfg
 from ..core import data_cache,progress,write_atomic
@@ -36,7 +36,7 @@ def feature_key(
 )->str: # A file name
     "The name of the file with the features of `sample`"
     boxes_hash = None if boxes is None else hashlib.sha256(np.ascontiguousarray(boxes, np.float64)).hexdigest()
-    key = short_hash(weights, clip_code_hash(), vars(cfg.clip), cfg.actor.pad, boxes_hash, frames)
+    key = short_hash(weights, clip_code_hash(cfg.clip), clip_settings(cfg.clip), cfg.actor.pad, boxes_hash, frames)
     return f"{sample.uid.replace('/','_')}-{key}.safetensors"
 
 # %% ../../nbs/batches/05_features.ipynb #572909fa

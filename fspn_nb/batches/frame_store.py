@@ -25,6 +25,7 @@ from ..core import data_cache,progress,write_atomic
 from ..processes import hold_lock,tune_malloc
 from ..data.clips import frame_indices,load_frames
 from ..data.records import Sample
+from ..protocols import resized_size
 from ..file_hashes import files_hash,is_young
 
 # %% ../../nbs/batches/06_frame_store.ipynb #841c6c2d
@@ -79,7 +80,8 @@ def store_frames(
     return {name: x.contiguous() for name,x in small.items()}
 
 # %% ../../nbs/batches/06_frame_store.ipynb #1584c3fb
-_PIXEL_CODE = (scene_size, crop_region, resampling_weights, samples_per_pixel, crop_actor, shrink_frames, kept_positions, store_frames)
+_PIXEL_CODE = (scene_size, resized_size, crop_region, resampling_weights, samples_per_pixel, crop_actor, shrink_frames, kept_positions,
+               store_frames)
 _CODE_CHECKSUM = same_code(str(zlib.crc32(''.join(map(inspect.getsource, _PIXEL_CODE)).encode())))
 
 def _file_stats(sample):

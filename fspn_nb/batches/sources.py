@@ -25,12 +25,12 @@ def draw_augmentation(
     rng:np.random.Generator|None, # None: no augmentation
     flip_prob:float=0., # Probability of a mirrored video
     temporal_jitter:int=0, # Largest shift of the window, frames
-)->tuple[Sample,int,bool,float]: # Shifted sample, its shift, mirrored or not, position of the square 0..1
+)->tuple[Sample,int,bool,tuple]: # Shifted sample, its shift, mirrored or not, two shares of `crop_offsets`
     "How one sample is seen"
-    if rng is None: return sample,0,False,.5
+    if rng is None: return sample,0,False,(.5,.5)
     offset = 0
     if temporal_jitter: sample,offset = shift_window(sample, int(rng.integers(-temporal_jitter, temporal_jitter+1)))
-    return sample, offset, bool(rng.random() < flip_prob), float(rng.random())
+    return sample, offset, bool(rng.random() < flip_prob), (float(rng.random()),float(rng.random()))
 
 # %% ../../nbs/batches/03_sources.ipynb #2ec45435
 def shift_range(

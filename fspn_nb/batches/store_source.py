@@ -31,7 +31,7 @@ def sample_augmentation(
     rng_key:tuple|None, # As in `ClipDataset.get`
     i:int, # Position of the sample
     sample:Sample, # That sample
-)->tuple[bool,float,int]: # Mirrored or not; position of the square, 0..1; frames by which the window moves
+)->tuple[bool,tuple,int]: # Mirrored or not; position of the square, as in `crop_offsets`; frames by which the window moves
     "How sample `i` is seen under `rng_key`"
     rng = None if rng_key is None else rng_for(cfg.seed, *rng_key, i)
     _,offset,flip,position = draw_augmentation(sample, rng, cfg.train.flip_prob, cfg.train.temporal_jitter)

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from torch import Tensor
 from .records import Sample
-from ..protocols import PROTOCOLS
+from ..protocols import PROTOCOLS,crop_offsets,resized_size
 
 # %% ../../nbs/data/05_clips.ipynb #ca71e6aa
 def frame_ids(
@@ -198,17 +198,14 @@ def resize_crop(
     frames:Tensor, # (T,H,W,3) uint8
     size:int=112, # Side of the square, pixels (TSA)
     orientation:str='correct', # 'correct', or 'peer' for the swapped sides of the released code (D-43)
-    crop_position:float=.5, # Place of the window on the free axis, 0..1; .5 is the centre (test), random in training
+    crop_position:float|tuple[float,float]=.5, # Place of the window, see `crop_offsets`; .5 is the centre (test), random in training
     flip:bool=False, # Mirror left and right
 )->Tensor: # (T,3,size,size) uint8
     "One square window of all `frames`, resized first"
     from torchvision.transforms.v2 import functional as V # only here: see `_import_vision`
-    h,w = frames.shape[1:3]
-    if orientation == 'correct': height,width = round(size*max(1, h/w)),round(size*max(1, w/h))
-    elif orientation == 'peer': height,width = round(size*200/112),size
-    else: raise ValueError(f"orientation is 'correct' or 'peer', got {orientation!r}")
+    height,width = resized_size(*frames.shape[1:3], size, orientation)
     x = V.resize(frames.permute(0, 3, 1, 2), [height, width], antialias=True)
-    top,left = round(crop_position*(height-size)),round(crop_position*(width-size))
+    top,left = crop_offsets(height, width, size, crop_position)
     x = x[:, :, top:top+size, left:left+size]
     return x.flip(3) if flip else x
 

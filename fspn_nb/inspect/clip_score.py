@@ -106,7 +106,7 @@ def _caveats(data, clip, label):
 def _heat(model, subset, clip_frames, boxes):
     "(heat, shares in the box, what to say) of the clip, the last of `subset`"
     cfg,i = subset.cfg,len(subset.splits['train'])
-    frozen = None if subset.backbone is not None else fuse_conv_bn(load_backbone(cfg.weights)[0]).to(subset.device)
+    frozen = None if subset.backbone is not None else fuse_conv_bn(load_backbone(cfg.weights, cfg.clip.stats)[0]).to(subset.device)
     try:
         heat = video_heat(*two_parts(model, frozen), clip_frames, boxes, cfg.clip, cfg.actor.pad,
                           exemplar=exemplars_of(model, subset, i, max(1, i)))

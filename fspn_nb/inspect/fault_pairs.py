@@ -19,13 +19,13 @@ from safetensors import SafetensorError,safe_open
 from safetensors.torch import save
 from torch import Tensor
 from ..actor.crop import crop_actor,smooth_boxes
-from ..batches.fingerprint import clip_code_hash,short_hash
+from ..batches.fingerprint import clip_code_hash,clip_settings,short_hash
 from ..config import ClipCfg,RunCfg
 from ..core import data_cache,progress,write_atomic
 from ..data.clips import decode_picture,frame_ids,resize_crop,to_clips
 from ..data.release_files import jpeg_bytes
 from .attention import MapGeometry,extract_maps
-from ..models.backbone import load_backbone,one_thread,weights_hash
+from ..models.backbone import input_name,load_backbone,one_thread,weights_hash
 from ..models.i3d import fuse_conv_bn
 from ..synthetic.dive_motion import Dive
 from ..synthetic.dive_render import draw_splash,synth_dive
@@ -238,12 +238,12 @@ def load_pairs(
 )->list[PairTensors]:
     "All pairs, read where they are there, else drawn, encoded and kept"
     folder,backbone,out = Path(folder or data_cache()/'fault_pairs'),None,[]
-    parts = weights_hash(cfg.weights),clip_code_hash(),vars(cfg.clip),cfg.actor.pad,release_key(1, 1),_LEVEL,_DEPTH
+    parts = weights_hash(cfg.weights)+input_name(cfg),clip_code_hash(cfg.clip),clip_settings(cfg.clip),cfg.actor.pad,release_key(1, 1),_LEVEL,_DEPTH
     paths = [folder/f"{plan.uid.replace('/', '_')}-{short_hash(*parts, list(plan))}.safetensors" for plan in plans]
     todo = sum(not path.exists() for path in paths)
     for plan,path in zip(plans, progress(paths, f'pairs, {todo} to be drawn') if todo else paths):
         if (coded := _read_pair(path, plan)) is None:
-            backbone = backbone or fuse_conv_bn(load_backbone(cfg.weights)[0])
+            backbone = backbone or fuse_conv_bn(load_backbone(cfg.weights, cfg.clip.stats)[0])
             _write_pair(path, encode_pair(draw_pair(plan), backbone, cfg.clip, cfg.actor.pad))
             coded = _read_pair(path, plan)
         out.append(coded)

@@ -19,6 +19,7 @@ from ..escaping import figure_text
 from .gradcam import LAST,heat
 from ..metrics import bootstrap_ci
 from ..models.i3d import I3D,same_pad
+from ..protocols import crop_offsets,resized_size
 from ..report.figures import ORANGE,data_words
 
 # %% ../../nbs/inspect/02_heat.ipynb #f9112c11
@@ -46,9 +47,8 @@ def crop_window(
     orientation:str='correct', # As in `resize_crop`
 )->np.ndarray: # (4,) corners x1,y1,x2,y2 in source pixels
     "The part of a frame that `resize_crop` keeps from its centre"
-    w,h = (round(size*max(1, width/height)),round(size*max(1, height/width))) if orientation == 'correct' else (size,
-        round(size*200/112)) # D-43
-    left,top = round(.5*(w-size)),round(.5*(h-size))
+    h,w = resized_size(height, width, size, orientation)
+    top,left = crop_offsets(h, w, size)
     return np.array([left*width/w, top*height/h, (left+size)*width/w, (top+size)*height/h])
 
 # %% ../../nbs/inspect/02_heat.ipynb #91f1b3e5

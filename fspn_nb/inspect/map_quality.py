@@ -12,19 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor,nn
 from .gradcam import HeadOnMaps,feature_maps
 from ..models.i3d import normalize_clip
+from ..models.with_backbone import grey_value,input_stats
 
 # %% ../../nbs/inspect/12_map_quality.ipynb #ea5c59bc
 def grey_out(
-    clips:Tensor, # (K,3,L,H,W) uint8, or float in [-1,1]
+    clips:Tensor, # (K,3,L,H,W) uint8, or float already normalised
     gone:Tensor, # (K,n,n) or (n,n) bool: which squares
+    backbone=None, # Whose input it is; None: one that is fed [-1,1]
 )->Tensor: # (K,3,L,H,W) float
     "`clips` with some squares grey on all frames"
-    x,n = normalize_clip(clips) if clips.dtype == torch.uint8 else clips,gone.shape[-1]
+    stats,n = input_stats(backbone),gone.shape[-1]
+    x = normalize_clip(clips, stats) if clips.dtype == torch.uint8 else clips
     if min(x.shape[3:]) < n:
         raise ValueError(f'need at least a pixel for each of {n} x {n} squares, got clips of {x.shape[3]} x {x.shape[4]} pixels; lower n')
     rows,cols = (torch.arange(size)*n//size for size in x.shape[3:])
     shown = ~gone[...,rows[:,None],cols].expand(len(x), -1, -1)
-    return x*shown[:,None,None]
+    return torch.where(shown[:,None,None], x, grey_value(backbone).to(x))
 
 # %% ../../nbs/inspect/12_map_quality.ipynb #4d796950
 def _vectors(backbone, clips, batch):
@@ -46,7 +49,7 @@ def occlusion(
         out[s] = torch.zeros(len(own), 1, n, n)
         for i in range(n*n):
             gone = F.one_hot(torch.tensor(i), n*n).bool().view(n, n)
-            without = _vectors(backbone, grey_out(clips[s], gone), batch)
+            without = _vectors(backbone, grey_out(clips[s], gone, backbone), batch)
             for k in range(len(own)):
                 changed = torch.cat([own[:k], without[k:k+1], own[k+1:]])
                 out[s][k,0,i//n,i%n] = score-chain(*(known|{s:changed}).values())
@@ -66,7 +69,7 @@ def deletion_insertion(
     "The score while the squares with the most heat go, and while they come"
     if not all(0 < a < b < 1 for a,b in zip(shares, shares[1:])): raise ValueError(f'need growing shares between 0 and 1, got {shares}')
     known,order = {s:_vectors(backbone, clips[s], batch) for s in chain.maps},heat.flatten().argsort(descending=True)
-    def score(gone): return float(chain(*(known|{stream:_vectors(backbone, grey_out(clips[stream], gone), batch)}).values()))
+    def score(gone): return float(chain(*(known|{stream:_vectors(backbone, grey_out(clips[stream], gone, backbone), batch)}).values()))
     def first(share):
         top = torch.zeros(heat.numel(), dtype=torch.bool)
         top[order[:round(share*heat.numel())]] = True

@@ -157,7 +157,7 @@ class I3D(nn.Module):
     ):
         super().__init__()
         for name,layer in _layers(): self.add_module(name, layer)
-        self.names = [name for name,_ in self.named_children()]
+        self.names,self.stats = [name for name,_ in self.named_children()],'unit' # statistics of the input, as in `normalize_clip`
         self.Logits = nn.Conv3d(1024, classes, 1)
 
     def features(self,
@@ -218,7 +218,7 @@ def fuse_conv_bn(
 # %% ../../nbs/models/02_i3d.ipynb #2f4652bc
 def encode_clips(
     model:I3D, # Fastest after `fuse_conv_bn`
-    clips:Tensor, # (K,3,L,H,W) uint8, or float already in [-1,1]
+    clips:Tensor, # (K,3,L,H,W) uint8, or float already normalised
     batch:int=9, # Clips at a time: one dive
     dtype:torch.dtype=torch.float32, # torch.bfloat16: faster where the hardware multiplies it, and other features
     maps:bool=False, # Mean over time only: (K,1024,h,w)
@@ -227,7 +227,7 @@ def encode_clips(
     device,out = next(model.parameters()).device,[]
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for part in clips.split(batch):
-            part = normalize_clip(part.to(device)) if part.dtype == torch.uint8 else part.to(device)
+            part = normalize_clip(part.to(device), model.stats) if part.dtype == torch.uint8 else part.to(device)
             features = model.features(part.contiguous(memory_format=torch.channels_last_3d)).float()
             out.append(features.mean(2 if maps else (2,3,4)).cpu())
     return torch.cat(out)

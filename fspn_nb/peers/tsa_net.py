@@ -109,7 +109,7 @@ class TubeFeatures(nn.Module):
         "Clips through I3D with the block in its middle"
         require_fields(batch, *self.needs, caller='TSA-Net')
         if batch.scene.ndim != 6: return batch
-        x = normalize_clip(batch.scene.flatten(0, 1))
+        x = normalize_clip(batch.scene.flatten(0, 1), backbone.stats)
         for name in backbone.names:
             x = getattr(backbone, name)(x)
             if name == LAYER: x = self.tube(x, tube_cells(batch.boxes.flatten(0, 1), x.shape[2:]))

@@ -20,14 +20,15 @@ from ..actor.detectors import SOURCES
 from ..batches.dataset import Labels,load_dataset,load_samples
 from ..batches.exemplars import CandidateSets
 from ..batches.features import cache_features,videos_at_once
-from ..batches.fingerprint import RunInputs,check_inputs,detector_hash,run_inputs
+from ..batches.fingerprint import RunInputs,check_inputs,clip_code_hash,detector_hash,run_inputs
 from ..batches.store_source import CachedDataset,choose_source,covers_jitter
 from ..config import RunCfg,run_id,validate
 from ..data.records import Release
 from ..file_hashes import frame_hashes
 from ..methods import METHODS
 from ..processes import explain_memory
-from ..models.backbone import feature_extractor,load_backbone,weights_hash
+from ..models.backbone import feature_extractor,input_name,input_words,load_backbone,weights_hash
+from ..models.weights import pick_stats
 from ..protocols import PROTOCOLS,Protocol,ProtocolVariant,protocol_variant
 from ..stored_files import damage
 from .distributed import DistributedContext,main_process_first
@@ -104,7 +105,7 @@ def deviations(
     if actor in _ACTOR_DEVIATIONS: messages.append(_ACTOR_DEVIATIONS[actor])
     if n := len(candidate_sets.no_candidate):
         messages.append(f'exemplars: drawn from all training dives for {n} dives whose group has no training dive')
-    if weights == 'random': messages.append('weights: a random backbone, asked for by name')
+    if weights.split(', ')[0] == 'random': messages.append('weights: a random backbone, asked for by name')
     return messages
 
 # %% ../../nbs/training/04_prepare.ipynb #f84dc7de
@@ -120,14 +121,15 @@ def _feature_source(cfg, release, boxes, device, frames):
     source = cache_features(release.samples, cfg, boxes, encode, key, frames, kinds=METHODS[cfg.model.name].extra_inputs,
                             workers=videos_at_once(cfg.clip) if device.type == 'cpu' else 0)
     file = Path(cfg.weights).name if cfg.weights != 'random' else ''
-    sha256,precision = key.split('-')
-    return source, dict(name=file or cfg.weights or 'rgb_scratch', sha256=sha256, precision=precision, file=file)
+    (sha256,precision),stats = key.split('-')[:2],pick_stats(cfg.clip.stats, cfg.weights)
+    name = input_words(file or cfg.weights or 'rgb_scratch', stats)
+    return source, dict(name=name, sha256=sha256, precision=precision, file=file, stats=stats)
 
 # %% ../../nbs/training/04_prepare.ipynb #af632ab6
 def _source(cfg, release, boxes, device, dist, frames, reuse=None):
     "(source, backbone, provenance of the weights) for the mode of `cfg`; `reuse`: an earlier run on the same samples"
     if cfg.train.backbone == 'finetune':
-        backbone,weights = load_backbone(cfg.weights)
+        backbone,weights = load_backbone(cfg.weights, cfg.clip.stats)
         return _clip_source(cfg, release, boxes, device, dist, reuse and reuse.source), backbone, weights
     if reuse and reuse.backbone is None: return reuse.source, None, reuse.provenance['weights']
     source,weights = _feature_source(cfg, release, boxes, device, frames)
@@ -150,7 +152,8 @@ def _method_hash(cfg):
 def _fingerprint(cfg, release, boxes, frames, weights):
     "`RunInputs` of the run `cfg`; `boxes` as `load_actor_boxes` gives them, `weights` their hash"
     kinds = dict(precision=cfg.train.feature_precision) if cfg.train.backbone == 'frozen' else {}
-    if weights: kinds['weights'] = weights
+    if weights: kinds |= dict(weights=weights)|({'stats': name[1:]} if (name := input_name(cfg)) else {}) # older runs say nothing of 'unit'
+    kinds['clip_code'] = clip_code_hash(cfg.clip)
     kinds |= _method_hash(cfg)
     if boxes[0] in SOURCES: return run_inputs(release, frames, None, detector_hash(cfg.actor, boxes[0]), **kinds)
     return run_inputs(release, frames, boxes[1], **kinds)

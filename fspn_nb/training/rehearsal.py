@@ -138,7 +138,7 @@ def fake_data(
     samples = tuple(Sample(f'fake/{i}', 'train', 'dive', i*100/n, 2.) for i in range(n))
     splits = dict(train=np.arange(n), val=np.arange(0), test=np.arange(0))
     candidate_sets = find_candidates(samples, splits['train'], protocol_variant(cfg.dataset, cfg.protocol))
-    backbone = load_backbone('random')[0] if cfg.train.backbone == 'finetune' else None
+    backbone = load_backbone('random', cfg.clip.stats)[0] if cfg.train.backbone == 'finetune' else None
     label,transitions,uids = torch.arange(n)*100/n,torch.tensor([[30,60]]*n),tuple(s.uid for s in samples)
     labels = Labels(label, torch.full((n,), 2.), transitions, uids, judges=torch.full((n,7), 5.))
     release = Release(samples, 'synthetic', Path())
