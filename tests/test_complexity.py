@@ -144,3 +144,9 @@ def test_d94_sizes_counted_in_the_released_code_are_ours_and_not_the_prints(tabl
     if name not in list_models(): pytest.skip(f'{name} is not in the zoo')
     printed = pd.concat([paper_table(number) for number in ('VII', 'VIII')]).set_index('method').mparams[name]
     assert table.set_index('method').parameters[name] == counted and abs(counted/1e6/printed-1) > .1
+
+
+def test_tsas_adapter_is_counted_apart(table):
+    "It stands in front of the network in frozen mode, and the network's own size is the released one"
+    rows = table.set_index('method')
+    assert (rows.parameters['tsa'], rows.adapter['tsa'], rows.adapter['usdl']) == (311_759, 1_049_600, 0)

@@ -21,6 +21,7 @@ from ..config import ModelCfg
 from ..models.i3d import I3D
 from ..models.iap import Adapter
 from ..paper import paper_table
+from ..methods import METHODS
 from ..protocols import PROTOCOLS
 from ..zoo import create_model,list_models,random_batch
 
@@ -162,12 +163,13 @@ def _costs(name, dataset, n):
     "One row of `complexity_table`"
     torch.manual_seed(0)
     cfg = replace(ModelCfg(name=name), clips=len(dataset.starts))
-    model = create_model(name, replace(cfg, adapter=False)).eval()
+    model = create_model(name, replace(cfg, adapter='off')).eval()
     steps = _steps(model, random_batch(1, cfg.clips, side=-(-dataset.size//32)))
     inner = [model.backbone_block(cfg.clips, dataset.size)] if hasattr(model, 'backbone_block') else [] # what it adds inside I3D
     video,vote = (flops_of(*step)/1e6 for step in steps)
     video += sum(flops_of(*step)/1e6 for step in inner)
-    size = parameters_of(create_model(name, cfg))
+    own = 'on' if METHODS[name].adapter else 'off'
+    size = parameters_of(create_model(name, replace(cfg, adapter=own))) # as in frozen mode
     gflops,streams = _backbone_gflops(model, cfg.clips, dataset.size)
     row = dict(method=name, parameters=size['head'], adapter=size['adapter'], mflops=video+vote,
                mflops_vote=vote if model.uses_exemplar else 0.,

@@ -39,7 +39,7 @@ def _family_facts(text):
     cfg = json.loads(text)
     model,epochs = cfg.get('model', {}),cfg.get('train', {}).get('epochs')
     preset = _preset_of(cfg.get('dataset'), cfg.get('preset'), model.get('name'))
-    plain = bool(preset) and all(preset['model'].get(k, v) == v for k,v in model.items() if k != 'adapter')
+    plain = bool(preset) and all(preset['model'].get(k, v) == v for k,v in model.items() if k != 'adapter' or v == 'on')
     trained = epochs/preset['train']['epochs'] if preset and epochs else float('nan')
     return dict(family=_family(cfg), plain=plain, usual_epochs=trained == 1, trained=trained)
 
