@@ -163,14 +163,21 @@ def _check_exemplars(path, tensors, rows, clips):
 # %% ../../nbs/training/12_pretrained.ipynb #dc71505a
 LARGEST_RELEASE = 10**6 # Videos; FineDiving has 3,000
 
-def _settings(folder, manifest):
-    "The configuration of the run; its backbone is read from the folder"
+def _provenance(folder):
+    "What the run was made from"
+    values = parse_json((folder/'provenance.json').read_bytes())
+    if not isinstance(values, dict) or not all(isinstance(values.get(name), dict) for name in ('inputs','weights')):
+        raise _foreign(folder/'provenance.json', 'that of a run', 'no inputs and weights')
+    return values
+
+def _settings(folder, manifest, stats):
+    "The configuration of the run; its backbone is read from the folder, and fed as it was in training"
     cfg = load_cfg(folder/'config.json')
     if run_id(cfg) != manifest['run_id']:
         raise _foreign(folder/'config.json', f"the settings of {manifest['run_id']}", f'those of {run_id(cfg)}')
     trained = cfg.train.backbone == 'finetune' # then it is among the weights
     file = folder/('model.safetensors' if trained else 'backbone.safetensors')
-    return override(cfg, weights=str(file)) if trained or file.is_file() else cfg
+    return override(cfg, clip__stats=stats, weights=str(file) if trained or file.is_file() else cfg.weights)
 
 def open_pretrained(
     folder:Path, # Of `save_pretrained`
@@ -179,13 +186,11 @@ def open_pretrained(
     "What a run needs to score something new; a `ValueError` for a damaged or foreign folder"
     folder = Path(folder)
     manifest,path = read_manifest(folder),folder/'exemplars.safetensors'
-    cfg,tensors,n = _settings(folder, manifest),_tensors(path),manifest['num_samples']
-    provenance = parse_json((folder/'provenance.json').read_bytes())
+    provenance,tensors,n = _provenance(folder),_tensors(path),manifest['num_samples']
+    cfg = _settings(folder, manifest, provenance['weights'].get('stats', 'unit'))
     if not 0 < n <= LARGEST_RELEASE: raise _foreign(folder/MANIFEST, f'1 to {LARGEST_RELEASE} samples', n)
     samples = _samples(folder/MANIFEST, manifest['exemplars'], n)
     _check_exemplars(path, tensors, manifest['exemplars'], len(cfg.clip.starts))
-    if not isinstance(provenance, dict) or not isinstance(provenance.get('inputs'), dict):
-        raise _foreign(folder/'provenance.json', 'that of a run', 'no inputs')
     train,hashes = tensors['position'],{kind: value for kind,value in provenance['inputs'].items() if kind != 'total'}
     spread = lambda values: torch.full((n,), float('nan')).index_copy(0, train, values)
     labels = Labels(spread(tensors['label']), spread(tensors['difficulty']), None, tuple(sample.uid for sample in samples),
@@ -229,6 +234,6 @@ def from_pretrained(
     folder = pretrained_folder(source, revision)
     data = open_pretrained(folder, device)
     cfg = load_cfg(folder/'config.json')
-    backbone = load_backbone('random')[0] if cfg.train.backbone == 'finetune' else None
+    backbone = load_backbone('random', data.cfg.clip.stats)[0] if cfg.train.backbone == 'finetune' else None
     model = load_pretrained_weights(build_model(replace(data, cfg=cfg, backbone=backbone)), folder)
     return PretrainedRun(folder, cfg, model.eval(), data)
