@@ -48,7 +48,7 @@ def given(made, tmp_path):
     boxes.parent.mkdir()
     shutil.copy(root/'truth'/'boxes.csv', boxes)
     weights.write_bytes(b'weights')
-    return finediving('smoke', data_root=str(root), actor__source='boxes', actor__boxes=str(boxes), weights=str(weights))
+    return finediving('smoke', data_root=str(root), actor__source='boxes', actor__boxes=str(boxes), weights=str(weights), clip__stats='unit')
 
 
 def annotations(cfg): return Path(cfg.data_root)/'Annotations'
