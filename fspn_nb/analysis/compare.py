@@ -29,7 +29,7 @@ def stack_predictions(
     runs = list(runs)
     sheets = [read_predictions(Path(root)/run).set_index('uid')[['pred','true']] for run in runs]
     if shared: sheets = [sheet[sheet.index.isin(set.intersection(*(set(sheet.index) for sheet in sheets)))] for sheet in sheets]
-    if not len(first := sheets[0]): raise ValueError(f"need runs that share a test video, got {', '.join(map(str, runs))}, which share none")
+    if not len(first := sheets[0]): raise ValueError(f"need runs that share a test video, {', '.join(map(str, runs))} share none")
     for i,(run,sheet) in enumerate(zip(runs, sheets)):
         if not sheet.index.equals(first.index): sheets[i] = sheet.reindex(first.index)
         if len(sheet) != len(first) or not np.allclose(sheets[i].true, first.true): # a video that it lacks has NaN there

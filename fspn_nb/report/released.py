@@ -34,11 +34,11 @@ _READERS = dict(finediving=read_finediving, mtl_aqa=read_mtl_aqa, aqa7=read_aqa7
 
 def scored_videos(
     dataset:str, # 'finediving' | 'mtl_aqa' | 'aqa7'
-    setting:str, # A block of its table: 'w_dn'; on AQA-7 the class
+    protocol:str, # A block of its table: 'w_dn'; on AQA-7 the class
     data_root:str|Path, # Folder of a real release; annotations are enough
 )->pd.DataFrame: # uid, true (points), difficulty, action: the test videos in the order of the release
     "What predictions for a dataset are scored against"
-    variant = protocol_variant(dataset, setting)
+    variant = protocol_variant(dataset, protocol)
     if not str(data_root): raise ValueError('need data_root, the folder of the release whose test videos are predicted, got none')
     samples = [sample for sample in _READERS[dataset](data_root) if variant.action in ('', sample.action)]
     if release_kind(data_root, samples) != 'real':
@@ -95,7 +95,7 @@ def _write_set(part, rows, facts, noun):
 def add_predictions(
     method:str, # As in the tables: 'tsa'
     dataset:str, # 'finediving' | 'mtl_aqa' | 'aqa7'
-    setting:str, # A block of its table: 'w_dn'; on AQA-7 the class
+    protocol:str, # A block of its table: 'w_dn'; on AQA-7 the class
     uids, # Name of each test video; None: the order of the release's test split, proved by `true`
     pred, # Predicted scores, judge points
     source:str, # Where they were published; it stands beside the row
@@ -107,9 +107,9 @@ def add_predictions(
     "Put predictions that others published beside the runs, as a row of a table"
     if not re.fullmatch(r'[a-z0-9_]+', method): raise ValueError(f'need a method in small letters, digits and _, got {method!r}')
     if not str(source).strip(): raise ValueError('need the source of the predictions, got none; name the repository or the paper')
-    rows,variant = match_predictions(scored_videos(dataset, setting, data_root), uids, pred, true),protocol_variant(dataset, setting)
-    name = f'{RELEASED}-{method}-{setting}-{hashlib.sha256(str(source).encode()).hexdigest()[:8]}-s{int(seed)}'
-    facts = dict(method=method, dataset=dataset, protocol=setting, seed=int(seed), label=variant.label, source=str(source))
+    rows,variant = match_predictions(scored_videos(dataset, protocol, data_root), uids, pred, true),protocol_variant(dataset, protocol)
+    name = f'{RELEASED}-{method}-{protocol}-{hashlib.sha256(str(source).encode()).hexdigest()[:8]}-s{int(seed)}'
+    facts = dict(method=method, dataset=dataset, protocol=protocol, seed=int(seed), label=variant.label, source=str(source))
     folder = reports_dir(out)/dataset/name
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f'.{name}-', suffix='.part', dir=folder.parent))
@@ -129,7 +129,7 @@ def _parser():
     p.add_argument('file', help='CSV with columns uid, pred (judge points) and perhaps true')
     p.add_argument('--method', required=True, help='as in the tables: tsa')
     p.add_argument('--dataset', required=True, choices=list(PROTOCOLS))
-    p.add_argument('--setting', required=True, help='a block of its table: w_dn; on AQA-7 the class')
+    p.add_argument('--setting', '--protocol', dest='protocol', required=True, help='a block of its table: w_dn; on AQA-7 the class')
     p.add_argument('--source', required=True, help='where the predictions were published')
     p.add_argument('--data-root', required=True, help='folder of the release; its annotations are enough')
     p.add_argument('--out', default='', help='folder of runs (default: reports/runs in the checkout)')
@@ -146,7 +146,7 @@ def add_cli(
         table = read_table(Path(a.file), 'give a CSV file with columns uid and pred', dtype=dict(uid=str))
         if not {'uid','pred'} <= set(table): raise ValueError(f"{a.file}: need columns uid and pred, got {', '.join(map(str, table))}")
         options = dict(true=table.get('true'), data_root=a.data_root, out=a.out, seed=a.seed)
-        folder = add_predictions(a.method, a.dataset, a.setting, table.uid, table.pred, a.source, **options)
+        folder = add_predictions(a.method, a.dataset, a.protocol, table.uid, table.pred, a.source, **options)
     except ValueError as e: p.error(escape(e))
     run = read_run(folder)
     print(escape(f"{folder}: {run['n']} test videos, rho {run['spearman']:.4f}, R x100 {100*run['relative_l2']:.3f}"))

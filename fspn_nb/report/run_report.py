@@ -116,7 +116,8 @@ def compare_methods(
     "Whether the methods of `session` differ, pair by pair or `a` from `b`"
     runs,names = {},list(dict.fromkeys(cfg.model.name for cfg in session.runs))
     for result in session.done: runs.setdefault(result.cfg.protocol, {}).setdefault(result.cfg.model.name, []).append(result.run)
-    if unknown := {a,b}-{'',*names}: raise ValueError(f"need methods of this notebook ({', '.join(names)}), got {', '.join(sorted(unknown))}")
+    if unknown := sorted({a,b}-{'',*names}):
+        raise ValueError(f"need methods of this notebook ({', '.join(names)}), got {', '.join(unknown)}")
     pairs = [(a,b)] if a and b else [pair for pair in combinations(names, 2) if {a,b}-{''} <= set(pair)]
     tables = [compare(own[p], own[q], n).assign(block=session.dataset_protocol.variants[block].title, methods=f'{p} minus {q}')
               for block,own in runs.items() for p,q in pairs if p in own and q in own]
