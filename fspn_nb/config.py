@@ -69,7 +69,7 @@ class ModelCfg:
     use_bce:bool=True # Interval loss (Table IV)
     adapter:bool|str='auto' # Learned layer on frozen features: 'on', 'off', 'auto': for FSPN and TSA (D-21); True: 'auto', False: 'off'
     standardise:str='auto' # Frozen features by the training videos' mean and deviation: 'on', 'off', or 'auto': for TPT (D-142)
-    norm:str='apart' # tsa: its BatchNorm keeps running statistics of vectors and of maps 'apart', or mixes them as 'released' (D-141)
+    norm:str='released' # tsa: its BatchNorm mixes running statistics of vectors and of maps, or keeps them 'apart' (D-141)
     dropout:float=0. # In the score head
     clips:int=9 # K: as many as `clip.starts`
     frames:int=96 # T: steps of the parser's axis, whatever the number of frames read (D-18)

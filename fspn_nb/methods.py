@@ -56,7 +56,7 @@ METHODS = {m.name: m for m in (
 )}
 
 # %% ../nbs/base/03_methods.ipynb #bce90c82
-OWN_SETTINGS = {'model.norm': ('tsa','released','apart'), 'train.decoder_lr_ratio': ('tpt',1.,.1)} # method, value of older runs, default
+OWN_SETTINGS = {'model.norm': ('tsa','released','released'), 'train.decoder_lr_ratio': ('tpt',1.,.1)} # method, value of older runs, default
 
 def input_layers(
     flat:dict, # Settings of a run, as `core.flatten` gives them
@@ -75,14 +75,14 @@ def check_own_settings(
     name,mode = flat['model.name'],flat['train.backbone']
     if METHODS[name].finetune_only:
         if mode != 'finetune': raise ValueError(f"{name} works inside the backbone: need train.backbone='finetune', got {mode!r}")
-        for setting in ('model.adapter','model.standardise'):
-            if flat[setting] == 'on': raise ValueError(f"{name} works inside the backbone, in front of it are no features: "
-                                                       f"need {setting}='auto' or 'off', got 'on'")
+        for key in ('model.adapter','model.standardise'):
+            if flat[key] == 'on': raise ValueError(f"{name} works inside the backbone, in front of it are no features: "
+                                                       f"need {key}='auto' or 'off', got 'on'")
     if flat['model.standardise'] == 'on' and mode != 'frozen':
         raise ValueError(f"model.standardise='on' needs features that stay as they are: need train.backbone='frozen', got {mode!r}")
-    for setting,(method,_,default) in OWN_SETTINGS.items():
-        if name != method and flat[setting] != default:
-            raise ValueError(f'{setting} is a setting of {method} alone: need {default!r} for {name}, got {flat[setting]!r}; leave it out')
+    for key,(method,_,default) in OWN_SETTINGS.items():
+        if name != method and flat[key] != default:
+            raise ValueError(f'{key} is a setting of {method} alone: need {default!r} for {name}, got {flat[key]!r}; leave it out')
 
 # %% ../nbs/base/03_methods.ipynb #09d83dab
 def check_pairs(

@@ -19,9 +19,8 @@ from .methods import METHODS,EXTRA_FIELDS,Method
 from .file_hashes import code_hash
 from .models.fspn import build_fspn
 from .models.i3d import I3D
-from .models.iap import Adapter
+from .models.iap import Adapter,WithInputLayers
 from .models.step_scores import build_fspn_viterbi
-from .models.with_backbone import WithInputLayers
 from .peers.baselines import I3DAvg,I3DClipMLP,I3DLSTM,I3DSVR
 from .peers.core_tree import build_core_tree
 from .peers.hgcn import build_hgcn

@@ -11,8 +11,8 @@ from fspn_nb.core import Batch,flatten
 from fspn_nb.evaluate import load_model
 from fspn_nb.experiments.parameters import parse_changes
 from fspn_nb.methods import METHODS,input_layers
-from fspn_nb.models.iap import Adapter
-from fspn_nb.models.with_backbone import InputLayers,WithBackbone,WithInputLayers
+from fspn_nb.models.iap import Adapter,InputLayers,WithInputLayers
+from fspn_nb.models.with_backbone import WithBackbone
 from fspn_nb.train import fit
 from fspn_nb.training.checkpoint import load_ckpt
 from fspn_nb.training.loop import build_model,make_optimiser,standardise_inputs
@@ -54,7 +54,7 @@ def test_what_a_method_has_by_default():
 
 
 @pytest.mark.parametrize('changes, message', [
-    (dict(model__name='usdl', model__norm='released'), "model.norm is a setting of tsa alone: need 'apart' for usdl, got 'released'; leave it out"),
+    (dict(model__name='usdl', model__norm='apart'), "model.norm is a setting of tsa alone: need 'released' for usdl, got 'apart'; leave it out"),
     (dict(model__name='fspn', train__decoder_lr_ratio=1.), 'train.decoder_lr_ratio is a setting of tpt alone'),
     (dict(model__name='tpt', model__standardise='on', train__backbone='finetune'), "need train.backbone='frozen', got 'finetune'"),
     (dict(model__name='tsa_net', model__adapter='on', train__backbone='finetune'), "tsa_net works inside the backbone.*need model.adapter='auto' or 'off', got 'on'"),
@@ -85,7 +85,7 @@ def test_runs_of_before_keep_their_names(key):
 
 def test_a_run_whose_results_changed_has_another_name():
     tpt = method_epochs(finediving('demo', model__name='tpt'))
-    tsa = method_epochs(make_config('finediving', 'paper', model__name='tsa'))
+    tsa = method_epochs(make_config('finediving', 'paper', model__name='tsa', model__norm='apart'))
     assert run_id(tpt) != 'tpt-w_dn-frozen-s0-952f89df' == run_id(override(tpt, model__standardise='off', train__decoder_lr_ratio=1.))
     assert run_id(tsa) != 'tsa-w_dn-finetune-s0-c483f79b' == run_id(override(tsa, model__norm='released'))
     frozen = finediving('demo', model__name='tsa')

@@ -12,7 +12,7 @@ from fspn_nb.analysis.complexity import flops_of
 from fspn_nb.config import ModelCfg
 from fspn_nb.core import Batch
 from fspn_nb.models.heads import ScoreBins
-from fspn_nb.models.with_backbone import InputLayers
+from fspn_nb.models.iap import InputLayers
 from fspn_nb.peers.core_tree import decode_difference
 from fspn_nb.peers.tpt import PairHead,PartAttention,PartDecoder,TPT,build_tpt,attention_centres,attention_spread,free_range,ranking_hinge
 

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['input_stats', 'grey_value', 'encode_frames', 'encode_videos', 'encode_streams', 'extract_features',
-           'set_batchnorm_eval', 'WithBackbone', 'InputLayers', 'WithInputLayers']
+           'set_batchnorm_eval', 'WithBackbone']
 
 # %% ../../nbs/models/11_with_backbone.ipynb #7fd956e6
 import traceback
-from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -17,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core import Batch,Output
 from ..data.clips import recut
-from .iap import Adapter
 from .i3d import IMAGENET,normalize_clip
 
 # %% ../../nbs/models/11_with_backbone.ipynb #a44c7b29
@@ -186,80 +184,3 @@ class WithBackbone(nn.Module):
     def forward(self,
         batch:Batch, # Frames or features
     )->Output: return self.head(self.extract_features(batch))
-
-# %% ../../nbs/models/11_with_backbone.ipynb #43f1b27f
-_FEATURES = ('scene','actor','feature_maps','short_clip_features')
-
-class InputLayers(nn.Module):
-    "Standardisation and adapter for all features that a method reads"
-    def __init__(self,
-        needs:tuple[str,...], # Fields of `Batch` that the method reads
-        adapter:bool=False, # Learned layer (D-21), one for all inputs
-        standardise:bool=False, # By the training videos' mean and deviation (D-142); until `fit`, nothing changes
-        dim:int=1024, # Width of a clip vector (I3D)
-    ):
-        super().__init__()
-        self.inputs,self.standardise = tuple(name for name in _FEATURES if name in needs),standardise
-        self.adapter = Adapter(dim) if adapter else None
-        for name in self.inputs*standardise:
-            self.register_buffer(f'{name}_mean', torch.zeros(dim))
-            self.register_buffer(f'{name}_std', torch.ones(dim))
-
-    @torch.no_grad()
-    def fit(self,
-        batches, # Batches of all training videos, one after the other; their exemplars are not read
-    )->'InputLayers': # Itself
-        "Mean and deviation of each feature over videos, clips and cells"
-        sums = {}
-        for batch in batches:
-            for name in self.inputs:
-                x = getattr(batch, name).double().transpose(0, 2).flatten(1) # (C,all the rest)
-                part = torch.stack([torch.full_like(x[:, 0], x.shape[1]), x.sum(1), x.square().sum(1)])
-                sums[name] = sums.get(name, 0)+part
-        for name,(n,total,squares) in sums.items():
-            mean = total/n
-            std = (squares/n-mean.square()).clamp(min=0).sqrt()
-            getattr(self, f'{name}_mean').copy_(mean)
-            getattr(self, f'{name}_std').copy_(torch.where(std > 1e-6*std.max(), std, 1.)) # a feature that never changes becomes 0
-        return self
-
-    def _apply_to(self, name, x):
-        "Feature `name`, (B,K,C) or (B,K,C,h,w)"
-        x = x.transpose(2, -1) # features last
-        if self.standardise: x = (x-getattr(self, f'{name}_mean'))/getattr(self, f'{name}_std')
-        return (x if self.adapter is None else self.adapter(x)).transpose(2, -1)
-
-    def forward(self,
-        batch:Batch, # Features (B,K,1024), maps (B,K,1024,h,w)
-    )->Batch: # The same, and its exemplars; a missing field stays missing
-        given = {name: x for name in self.inputs if (x := getattr(batch, name)) is not None}
-        if wrong := [name for name,x in given.items() if x.ndim not in (3,5)]:
-            raise ValueError(f'need clip features (B,K,C) or maps (B,K,C,h,w), got {wrong[0]} {tuple(given[wrong[0]].shape)}; '
-                             'put the backbone in front')
-        exemplar = None if batch.exemplar is None else self(batch.exemplar)
-        return replace(batch, exemplar=exemplar, **{name: self._apply_to(name, x) for name,x in given.items()})
-
-# %% ../../nbs/models/11_with_backbone.ipynb #56b88cc9
-class WithInputLayers(nn.Module):
-    "A method with `InputLayers` in front; in all else it is the method"
-    def __init__(self,
-        head:nn.Module, # Any method of the zoo that reads features
-        adapter:bool=False, # As in `InputLayers`
-        standardise:bool=False, # As in `InputLayers`
-    ):
-        super().__init__()
-        self.inputs,self.head = InputLayers(head.needs, adapter, standardise),head
-
-    def __getattr__(self,
-        name:str, # Of a part of this module, or else of the method
-    ):
-        try: return super().__getattr__(name)
-        except AttributeError: return getattr(super().__getattr__('head'), name)
-
-    def encode(self,
-        batch:Batch, # Features
-    ): return self.head.encode(self.inputs(batch))
-
-    def forward(self,
-        batch:Batch, # Features
-    )->Output: return self.head(self.inputs(batch))

@@ -70,7 +70,7 @@ class StepPooling(nn.Module):
         dim:int=1024, # Width of a clip vector (I3D)
         n:int=5, # Points per step (TSA)
         peer_reshape:bool=False, # Maps as released (D-127)
-        norm:str='apart', # Running statistics of vectors and maps: 'apart' or mixed as 'released' (D-141)
+        norm:str='released', # Running statistics of vectors and maps: mixed as 'released', or 'apart' (D-141)
     ):
         super().__init__()
         self.psnet,self.n,self.peer_reshape,self.norm = PSNet(clips, frames, dim),n,peer_reshape,norm

@@ -18,7 +18,8 @@ from ..config import RunCfg
 from ..batches.sources import make_batch
 from ..core import Batch,flatten,seed_all
 from ..methods import input_layers
-from ..models.with_backbone import WithBackbone,WithInputLayers
+from ..models.iap import WithInputLayers
+from ..models.with_backbone import WithBackbone
 from .checkpoint import set_rng_state
 from .distributed import DistributedContext,gather_batch,all_reduce_gradients
 from .prefetch import load_batches
