@@ -56,6 +56,12 @@ def folder(runs, tmp_path):
     return shutil.copytree(runs()[1], tmp_path/'folder')
 
 
+@pytest.fixture
+def no_heat(monkeypatch):
+    "Heat maps take most of the time of a score, and the test of the command makes them"
+    monkeypatch.setattr('fspn_nb.inspect.clip_score._heat', lambda *args: (None, {}, []))
+
+
 def same_predictions(run, folder, data):
     "Test predictions of the folder's weights, both ways of opening them, are those of the run's file"
     ours = (run/'predictions.csv').read_text()
@@ -66,7 +72,7 @@ def same_predictions(run, folder, data):
 
 @pytest.mark.parametrize('dataset, changes', [('finediving', {}), ('mtl_aqa', dict(protocol='w_dd', synthetic__n_train=5)),
                                               ('finediving', dict(model__use_actor=False, actor__source='none'))])
-def test_a_clip_gets_the_same_score_from_the_folder_alone(runs, monkeypatch, dataset, changes):
+def test_a_clip_gets_the_same_score_from_the_folder_alone(runs, no_heat, monkeypatch, dataset, changes):
     run,folder,data = runs(dataset, **changes)
     same_predictions(run, folder, data)
     clip = synthetic_clip(dataset, data.cfg.protocol)
@@ -79,7 +85,7 @@ def test_a_clip_gets_the_same_score_from_the_folder_alone(runs, monkeypatch, dat
     assert handed.run == run.name and handed.unit == own.unit == 'points'
 
 
-def test_a_method_without_exemplars_and_scores_in_percent(runs):
+def test_a_method_without_exemplars_and_scores_in_percent(runs, no_heat):
     run,folder,data = runs('aqa7', protocol='gym_vault', model__name='i3d_mlp', synthetic__n_train=4)
     same_predictions(run, folder, data)
     transform = open_pretrained(folder, 'cpu').labels.label_transform
@@ -88,7 +94,7 @@ def test_a_method_without_exemplars_and_scores_in_percent(runs):
     assert score_clip(clip, folder, 'cpu').score == score_clip(clip, run, 'cpu').score
 
 
-def test_a_trained_backbone_is_among_the_weights(runs):
+def test_a_trained_backbone_is_among_the_weights(runs, no_heat):
     "Exemplars are features of the trained backbone, which stands behind a clip as a frozen one"
     run,folder,data = runs(train__backbone='finetune', model__adapter='off', clip__frames=16, clip__starts=(0,), model__clips=1, synthetic__n_train=3)
     assert not (folder/'backbone.safetensors').exists()
@@ -170,9 +176,8 @@ def test_any_damaged_file_is_named(folder, name, how):
     content[len(content)//2] ^= 1
     if how == 'gone': path.unlink()
     else: path.write_bytes(content if how == 'flipped' else content[:-7])
-    for use in (lambda: from_pretrained(folder, 'cpu'), lambda: score_clip(synthetic_clip(), folder, 'cpu')):
-        with pytest.raises(ValueError, match=f'{name}: need the file .*get the folder anew') as e: use()
-        assert '\n' not in str(e.value)
+    with pytest.raises(ValueError, match=f'{name}: need the file .*get the folder anew') as e: from_pretrained(folder, 'cpu')
+    assert '\n' not in str(e.value)
 
 
 def edit_manifest(folder, change):
@@ -265,7 +270,7 @@ def test_the_command_says_what_is_missing(runs, folder, tmp_path, monkeypatch, c
 def scalars(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     log = EventAccumulator(str(run/'tensorboard')).Reload()
-    return {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in log.Tags()['scalars']}
+    return {tag: [(row.step, row.value) for row in log.Scalars(tag)] for tag in log.Tags()['scalars']}
 
 
 def test_epochs_stand_once_in_tensorboard_whatever_interrupts(runs, tmp_path, monkeypatch):
