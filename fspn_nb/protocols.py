@@ -98,8 +98,8 @@ def resized_size(
 )->tuple[int,int]: # Height and width, pixels
     "The size of a frame before its square is cut"
     if orientation not in ('correct','peer'): raise ValueError(f"orientation is 'correct' or 'peer', got {orientation!r}")
-    like = 112 if size <= 112 else 224 # the square of the literature
-    short,long = (round(side*size/like) for side in _RESIZED[like])
+    released = 112 if size <= 112 else 224 # the square of the literature
+    short,long = (round(side*size/released) for side in _RESIZED[released])
     if orientation == 'peer': return long,short # whatever the frame's proportions
     return round(short*max(1, height/width)),round(short*max(1, width/height))
 

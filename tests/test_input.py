@@ -17,7 +17,7 @@ from fspn_nb.data.records import Sample
 from fspn_nb.inspect.gradcam import feature_maps,grey_reference
 from fspn_nb.inspect.heat import crop_window
 from fspn_nb.inspect.map_quality import grey_out
-from fspn_nb.models.backbone import feature_extractor,input_name,load_backbone
+from fspn_nb.models.backbone import feature_extractor,encoder_suffix,load_backbone
 from fspn_nb.models.i3d import encode_clips,normalize_clip
 from fspn_nb.models.weights import map_key,pick_stats
 from fspn_nb.models.with_backbone import WithBackbone,extract_features
@@ -142,7 +142,7 @@ def test_the_weights_decide(theirs, tmp_path):
 def test_names_tell_them_apart():
     cfg = make_config('finediving', 'smoke', weights='random')
     dive,other = Sample('01/1', 'train', '407c', 88., 3.2),override(cfg, clip__stats='imagenet')
-    assert (input_name(cfg), input_name(override(cfg, clip__stats='unit')), input_name(other)) == ('', '', '-imagenet')
+    assert (encoder_suffix(cfg), encoder_suffix(override(cfg, clip__stats='unit')), encoder_suffix(other)) == ('', '', '-imagenet')
     keys = [feature_key(dive, c, None, feature_extractor(c, torch.device('cpu'))[1], 'f') for c in (cfg, override(cfg, clip__stats='unit'), other)]
     assert keys[0] == keys[1] != keys[2]
     assert record_name(dive, cfg, None) == record_name(dive, other, None), 'kept frames are the same bytes'

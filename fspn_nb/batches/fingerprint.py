@@ -36,7 +36,7 @@ def short_hash(
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=float).encode()).hexdigest()[:12]
 
 # %% ../../nbs/batches/04_fingerprint.ipynb #416b4304
-_SAME_BYTES = {'d9b0bfbe15de': '46addb89a76e', '48638990': '3635040932'} # new name to old one
+_SAME_BYTES = {'bd64f184a1cc': '46addb89a76e', '2269731552': '3635040932'} # new name to old one
 
 def same_code(
     name:str, # Hash or checksum of code

@@ -103,7 +103,8 @@ def source_of(
 )->HeatSource:
     "The network of one run, with what its backbone shows on grey"
     model,data = load_model(result.run, result.data),result.data
-    if frozen is None and not hasattr(model, 'backbone'): frozen = fuse_conv_bn(load_backbone(result.cfg.weights, result.cfg.clip.stats)[0]).to(data.device)
+    if frozen is None and not hasattr(model, 'backbone'):
+        frozen = fuse_conv_bn(load_backbone(result.cfg.weights, result.cfg.clip.stats)[0]).to(data.device)
     backbone,clip = two_parts(model, frozen)[0],data.cfg.clip
     return HeatSource(name, model, backbone, data, read_predictions(result.run).set_index('uid').pred.to_dict(),
                       grey_reference(backbone, (3,clip.length,clip.size,clip.size)))

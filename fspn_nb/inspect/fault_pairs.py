@@ -25,7 +25,7 @@ from ..core import data_cache,progress,write_atomic
 from ..data.clips import decode_picture,frame_ids,resize_crop,to_clips
 from ..data.release_files import jpeg_bytes
 from .attention import MapGeometry,extract_maps
-from ..models.backbone import input_name,load_backbone,one_thread,weights_hash
+from ..models.backbone import encoder_suffix,load_backbone,one_thread,weights_hash
 from ..models.i3d import fuse_conv_bn
 from ..synthetic.dive_motion import Dive
 from ..synthetic.dive_render import draw_splash,synth_dive
@@ -237,14 +237,14 @@ def load_pairs(
     folder:Path|None=None, # Where they are kept; None: `fault_pairs` in the data cache
 )->list[PairTensors]:
     "All pairs, read where they are there, else drawn, encoded and kept"
-    folder,backbone,out = Path(folder or data_cache()/'fault_pairs'),None,[]
-    parts = weights_hash(cfg.weights)+input_name(cfg),clip_code_hash(cfg.clip),clip_settings(cfg.clip),cfg.actor.pad,release_key(1, 1),_LEVEL,_DEPTH
+    folder,clip,pad,backbone,out = Path(folder or data_cache()/'fault_pairs'),cfg.clip,cfg.actor.pad,None,[]
+    parts = weights_hash(cfg.weights)+encoder_suffix(cfg),clip_code_hash(clip),clip_settings(clip),pad,release_key(1, 1),_LEVEL,_DEPTH
     paths = [folder/f"{plan.uid.replace('/', '_')}-{short_hash(*parts, list(plan))}.safetensors" for plan in plans]
     todo = sum(not path.exists() for path in paths)
     for plan,path in zip(plans, progress(paths, f'pairs, {todo} to be drawn') if todo else paths):
         if (coded := _read_pair(path, plan)) is None:
-            backbone = backbone or fuse_conv_bn(load_backbone(cfg.weights, cfg.clip.stats)[0])
-            _write_pair(path, encode_pair(draw_pair(plan), backbone, cfg.clip, cfg.actor.pad))
+            backbone = backbone or fuse_conv_bn(load_backbone(cfg.weights, clip.stats)[0])
+            _write_pair(path, encode_pair(draw_pair(plan), backbone, clip, pad))
             coded = _read_pair(path, plan)
         out.append(coded)
     return out

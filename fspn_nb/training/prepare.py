@@ -27,7 +27,7 @@ from ..data.records import Release
 from ..file_hashes import frame_hashes
 from ..methods import METHODS
 from ..processes import explain_memory
-from ..models.backbone import feature_extractor,input_name,input_words,load_backbone,weights_hash
+from ..models.backbone import encoder_suffix,feature_extractor,input_words,load_backbone,weights_hash
 from ..models.weights import pick_stats
 from ..protocols import PROTOCOLS,Protocol,ProtocolVariant,protocol_variant
 from ..stored_files import damage
@@ -152,7 +152,7 @@ def _method_hash(cfg):
 def _fingerprint(cfg, release, boxes, frames, weights):
     "`RunInputs` of the run `cfg`; `boxes` as `load_actor_boxes` gives them, `weights` their hash"
     kinds = dict(precision=cfg.train.feature_precision) if cfg.train.backbone == 'frozen' else {}
-    if weights: kinds |= dict(weights=weights)|({'stats': name[1:]} if (name := input_name(cfg)) else {}) # older runs say nothing of 'unit'
+    if weights: kinds |= dict(weights=weights)|({'stats': name[1:]} if (name := encoder_suffix(cfg)) else {}) # older runs say nothing of 'unit'
     kinds['clip_code'] = clip_code_hash(cfg.clip)
     kinds |= _method_hash(cfg)
     if boxes[0] in SOURCES: return run_inputs(release, frames, None, detector_hash(cfg.actor, boxes[0]), **kinds)
