@@ -10,6 +10,7 @@ from fspn_nb.config import ModelCfg,finediving,load_cfg,make_config,method_epoch
 from fspn_nb.core import Batch,flatten
 from fspn_nb.evaluate import load_model
 from fspn_nb.experiments.parameters import parse_changes
+from fspn_nb.inspect.gradcam import HeadOnMaps
 from fspn_nb.methods import METHODS,input_layers
 from fspn_nb.models.iap import Adapter,InputLayers,WithInputLayers
 from fspn_nb.models.with_backbone import WithBackbone
@@ -161,3 +162,18 @@ def test_tpts_decoder_learns_at_a_tenth_of_the_rate():
         assert {rates[id(p)] for part in (tpt.head.classify, tpt.head.offset) for p in part.parameters()} == {1e-3}
         assert {round(rates[id(p)], 12) for part in (tpt.decoder, tpt.head.pair) for p in part.parameters()} == {1e-4}
     assert len(make_optimiser(create_model('i3d_mlp'), finediving('demo', model__name='i3d_mlp')).param_groups) == 1
+
+
+def test_a_heat_map_of_a_sub_action_asks_what_the_method_is_asked():
+    "Standardised maps to a plain method, or raw maps to the method with its layer: the same probability"
+    torch.manual_seed(0)
+    plain = create_model('fspn_s').eval()
+    whole = WithInputLayers(plain, standardise=True).eval()
+    mean, std = torch.rand(2, 1024)+.1
+    for field in ('scene', 'actor'):
+        getattr(whole.inputs, f'{field}_mean').copy_(mean)
+        getattr(whole.inputs, f'{field}_std').copy_(std)
+    maps = torch.rand(2, 9, 1024, 1, 2, 2)
+    standardised = (maps-mean[:, None, None, None])/std[:, None, None, None]
+    ask = [HeadOnMaps(model, ('sub_action', 1))(*m) for model, m in ((whole, maps), (plain, standardised), (plain, maps))]
+    assert torch.allclose(ask[0], ask[1], atol=1e-5) and not torch.allclose(ask[0], ask[2], atol=1e-5)
