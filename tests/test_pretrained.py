@@ -110,7 +110,7 @@ def test_a_method_that_reads_more_hands_on_its_weights(runs):
     run,folder,data = runs(model__name='tpt')
     same_predictions(run, folder, data)
     assert 'the folder holds the weights alone' in (folder/'README.md').read_text()
-    with pytest.raises(ValueError, match='need the clip features of exemplars.*tpt reads more'): score_clip(synthetic_clip(), folder, 'cpu')
+    with pytest.raises(ValueError, match='tpt reads short_clip_features beside clip vectors: need its run'): score_clip(synthetic_clip(), folder, 'cpu')
 
 
 # ---- what is in it

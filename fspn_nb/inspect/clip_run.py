@@ -26,6 +26,7 @@ from ..data.records import Sample
 from ..experiments.parameters import input_path,notebook_parameters
 from ..file_hashes import frame_hashes
 from .clip import Clip,read_clip,synthetic_clip
+from ..methods import METHODS
 from ..protocols import protocol_variant
 from ..stored_files import damage,read_checked,remove_unfinished
 from ..train import fit
@@ -73,13 +74,21 @@ def _config(run):
     return load_cfg(run/'config.json')
 
 # %% ../../nbs/inspect/07_clip_run.ipynb #93448b79
+def _handed_on(folder, device):
+    "`open_pretrained` of a method whose clips can be scored without its run"
+    data = open_pretrained(folder, device)
+    if more := METHODS[data.cfg.model.name].extra_inputs:
+        raise ValueError(f'{data.cfg.model.name} reads {", ".join(more)} beside clip vectors: need its run, got a folder of '
+                         'save_pretrained, which has none of these; score clips with the run itself')
+    return data
+
 def open_run(
     run, # A run's folder, or one of `save_pretrained`
     device:str='auto', # As in `pick_device`
 )->RunData: # Without a source: no video is read yet; of `save_pretrained` with the exemplars that it keeps
     "What a trained run needs to score something new"
     run = Path(run).expanduser()
-    if is_pretrained(run): return open_pretrained(run, device)
+    if is_pretrained(run): return _handed_on(run, device)
     cfg,device = _config(run),pick_device(device)
     release = load_samples(cfg)
     parts = split_indices(release.samples, cfg.train.val_fraction, cfg.seed)
@@ -167,9 +176,6 @@ def run_source(
 )->FeatureDataset: # Features, or clips where the backbone was trained
     "A source of the run's `samples` and, behind them, of `own`"
     cfg,parts,read = data.cfg,[],len(samples) and data.source is None
-    if read and is_pretrained(data.release.root):
-        raise ValueError(f'need the clip features of exemplars, got a folder without them, as {cfg.model.name} reads more than those; '
-                         'score clips with the run itself')
     boxes = load_actor_boxes(replace(data.release, samples=tuple(samples)), cfg.actor, data.device)[1] if read else {}
     if data.backbone is not None:
         rows = [dive_clips(sample, cfg.clip, boxes[sample.uid], cfg.actor.pad) for sample in samples]

@@ -79,8 +79,7 @@ def _results(cfg, facts, metrics):
 # %% ../../nbs/share/01_model_card.ipynb #dd4cba89
 _USE = ('Score a clip with its page: `fspn_score CLIP --model FOLDER`. `exemplars.safetensors` holds the clip features and labels of the '
         'training videos that a score is compared with, and mean features of held-out ones; there are no frames in it.')
-_WEIGHTS_ALONE = ('This method reads more than clip vectors of its exemplars, so the folder holds the weights alone, and clips are scored '
-                  'with the run.')
+_WEIGHTS_ALONE = 'This method reads more than clip vectors, so the folder holds the weights alone, and clips are scored with the run.'
 _INHERITED = ('The weights and the features of exemplars were made from licensed videos and inherit their terms; who handed them on stated '
               'the licence.')
 _OWN = 'Code, weights and the synthetic videos are under this licence.'

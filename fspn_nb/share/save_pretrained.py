@@ -86,7 +86,7 @@ def _write_folder(run, folder, data, model, license):
     tensors = _tensor_files(run, data, model)
     for name,values in tensors.items():
         if values: write_atomic(folder/name, save(values))
-    scores_clips = not model.uses_exemplar or 'scene' in tensors['exemplars.safetensors']
+    scores_clips = not METHODS[cfg.model.name].extra_inputs
     card = model_card(cfg, records['provenance.json'], records['metrics.json'], facts, license, scores_clips)
     write_atomic(folder/'README.md', card)
     fields = ('uid','action','score','difficulty')
