@@ -62,7 +62,8 @@ def input_layers(
     flat:dict, # Settings of a run, as `core.flatten` gives them
 )->dict[str,str]: # 'adapter' and 'standardise': 'on' in front of the method; 'off'; an adapter also 'auto', as the method has it
     "The layers between the features and the method; 'auto' of a run becomes what its method has in its mode"
-    row,frozen = METHODS[flat['model.name']],flat['train.backbone'] == 'frozen'
+    row = METHODS.get(flat['model.name'], Method('','')) # a registered one of another process
+    frozen = flat['train.backbone'] == 'frozen'
     adapter,standardise = flat['model.adapter'],flat['model.standardise']
     if adapter == 'auto' and frozen and row.adapter == 'inputs': adapter = 'on'
     if standardise == 'auto': standardise = 'on' if frozen and row.standardise else 'off'
@@ -110,8 +111,8 @@ def settings_hash(
     flat:dict, # All settings of a run, as `core.flatten` gives them
 )->str: # Eight hexadecimal digits
     "A hash of all settings that decide the results of a run, the same as in older versions where the results are"
-    row,layers = METHODS.get(flat['model.name']),input_layers(flat)
-    if layers['adapter'] == 'on' and row.adapter == 'parser' and flat['model.use_iap']: layers['adapter'] = 'auto'
+    layers,inside = input_layers(flat),[name for name,row in METHODS.items() if row.adapter == 'parser']
+    if layers['adapter'] == 'on' and flat['model.name'] in inside and flat['model.use_iap']: layers['adapter'] = 'auto'
     adapter = {'auto': True, 'off': False}.get(layers['adapter'], layers['adapter']) # older versions had a switch
     newer = _NEWER|{'model.standardise': 'off'}|{name: old if flat['model.name'] == method else default
                                                  for name,(method,old,default) in OWN_SETTINGS.items()}
