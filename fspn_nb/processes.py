@@ -170,7 +170,7 @@ def worker_pool(
         except BrokenProcessPool:
             script = escape(getattr(sys.modules['__main__'], '__file__', 'the main program'))
             raise RuntimeError(f"need a script whose calls stand under `if __name__ == '__main__':`, as {workers} worker processes import it, "
-                               f"got {script}, in which they could not start; put the calls there") from None
+                               f"got {script}, in which they could not start or were killed; put the calls there") from None
         try: yield pool
         except BaseException as e: # what waits in the queue is not begun
             pool.shutdown(wait=False, cancel_futures=True)

@@ -528,7 +528,8 @@ def drawing_worker_killed(folder):
     def _workers(): return [p for p in program.tree() if 'spawn_main' in ' '.join(p.cmdline())]
     wait_until(lambda: len(_workers()) > 1 or not program.runs)
     _workers()[0].kill()
-    assert program.process.wait(100) == 1 and not program.tree()
+    assert program.process.wait(100) == 1
+    wait_until(lambda: not program.tree(), 'all processes gone', 10)
     assert not list(cache.iterdir()), f'nothing half-drawn is left: {list(cache.iterdir())}'
     again = start_prepare(folder, cache, 'again', 16).finish()
     assert 'release drawn' in again and not unfinished(cache)
