@@ -50,7 +50,7 @@ def git(*args):
 
 def same_commit(folder):
     "Refuse a checkout with changes, and runs of another commit"
-    if changed := git('status', '--porcelain', '--untracked-files=no'):
+    if changed := git('status', '--porcelain', '--untracked-files=no', '--', '.', ':!reports'): # which this command itself writes
         raise SystemExit(f'need a checkout without changes, so that one commit names the code of all runs, got:\n{changed}\ncommit them first')
     mark, commit = folder/'commit.json', git('rev-parse', 'HEAD')
     if mark.is_file() and (began := json.loads(mark.read_text())['commit']) != commit:
@@ -82,8 +82,13 @@ def main():
         run('actor', 'actor_and_heat', dict(changes=size('finediving'), out=pictures), folder)
         done.touch()
     for name in ('figures', 'tables'): shutil.copytree(pictures/name, ROOT/'reports'/name, dirs_exist_ok=True)
-    shutil.rmtree(ROOT/'reports'/'published', ignore_errors=True)
-    run('report', 'report', dict(publish=True, seeds=SEEDS, out=folder), folder)
+    published, before = ROOT/'reports'/'published', folder/'.published_before'
+    if not before.is_dir(): shutil.copytree(published, before)
+    shutil.rmtree(published)
+    try: run('report', 'report', dict(publish=True, seeds=SEEDS, out=folder), folder)
+    except BaseException: # the page that was there stays
+        shutil.copytree(before, published, dirs_exist_ok=True)
+        raise
 
 
 if __name__ == '__main__': main()

@@ -19,7 +19,7 @@ from fspn_nb.analysis.compare import stack_predictions
 from fspn_nb.analysis.published import published_dir,unpack_runs
 from fspn_nb.analysis.run_groups import main_runs
 from fspn_nb.analysis.runs import SAME_RUN,collect
-from fspn_nb.analysis.significance import jackknife
+from fspn_nb.analysis.significance import _covariances,jackknife
 from fspn_nb.core import write_atomic
 from fspn_nb.escaping import csv_text
 from fspn_nb.metrics import spearman
@@ -36,15 +36,10 @@ def pulls_of(root, group):
     return np.arctanh(mean)+(values-mean)/(1-mean**2), pulls/(1-mean**2), mean
 
 
-def shared(a, b, same):
-    "Mean covariance over videos of one training of each, times the number of videos; `same`: different seeds of one configuration"
-    cov = a@b.T/(a.shape[1]-1)
-    return (cov.sum()-np.trace(cov))/(cov.size-len(cov)) if same else cov.mean()
-
-
 def video_variance(ours, other):
     "Variance of a difference that one test video brings"
-    return max(shared(ours[1], ours[1], True)+shared(other[1], other[1], True)-2*shared(ours[1], other[1], False), 0)
+    a, b = ours[1], other[1]
+    return a.shape[1]*max(_covariances(a, a, True)+_covariances(b, b, True)-2*_covariances(a, b, False), 0)
 
 
 def power(gap, seeds, videos, S, n):
