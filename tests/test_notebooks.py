@@ -228,6 +228,19 @@ def test_library_needs_no_notebook_tools():
                 assert not [n for n in names if n.split('.')[0] in ('nbdev','fastcore','papermill','nbformat','IPython')], f'{path.name}: {names}'
 
 
+def test_no_notebook_turns_warnings_of_the_next_one_into_errors():
+    "nbdev_test runs notebooks one after the other in a process: a filter that stays is a failure of whichever comes next"
+    def _raises(node): # filterwarnings('error', ...) or simplefilter('error', ...)
+        name = getattr(node.func, 'attr', getattr(node.func, 'id', ''))
+        return name in ('filterwarnings','simplefilter') and node.args and getattr(node.args[0], 'value', '') == 'error'
+    for path in [*LIBRARY,*RUNS]:
+        for c in cells(path):
+            tree = ast.parse(c)
+            inside = {id(call) for node in ast.walk(tree) if isinstance(node, ast.With) for call in ast.walk(node)}
+            stays = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Call) and _raises(node) and id(node) not in inside]
+            assert not stays, f'{path.name}: put it under "with warnings.catch_warnings()": {c.splitlines()[stays[0]-1]}'
+
+
 @pytest.mark.parametrize('path', RUNS, ids=lambda p: p.stem)
 def test_parameters_survive(path):
     import papermill as pm
