@@ -41,14 +41,12 @@ def ask(release, n, seeds, methods, path, runs):
     from fspn_nb.evaluate import load_model
     from fspn_nb.inspect.fault_pairs import load_pairs,plan_pairs
     from fspn_nb.inspect.fault_study import ask_pairs,study_networks
-    from fspn_nb.inspect.gradcam import grey_reference
     from fspn_nb.models.backbone import load_backbone
     from fspn_nb.models.i3d import fuse_conv_bn
     from fspn_nb.train import fit
     from fspn_nb.training.prepare import prepare
     cfg, data, pairs = make_config('finediving', 'demo', synthetic__seed=release, **SIZES), None, None
-    table, clip = read(path), cfg.clip
-    grey = grey_reference(fuse_conv_bn(load_backbone(cfg.weights)[0]), (3, clip.length, clip.size, clip.size))
+    table, backbone = read(path), fuse_conv_bn(load_backbone(cfg.weights)[0])
     for seed in range(seeds):
         for method in methods:
             if ((table.method == method) & (table.seed == seed)).any(): continue
@@ -56,7 +54,7 @@ def ask(release, n, seeds, methods, path, runs):
             model = load_model(fit(data.cfg, runs, 'cpu', data), data)
             pairs = pairs or load_pairs(plan_pairs(*SIZES.values(), release)[:n], cfg)
             for name, network in study_networks(model, data).items():
-                rows = ask_pairs(network, data, pairs, reference=grey).assign(method=method, network=name, seed=seed)
+                rows = ask_pairs(network, data, pairs, backbone).assign(method=method, network=name, seed=seed)
                 table = pd.concat([table, rows], ignore_index=True) if len(table) else rows
                 print(method, seed, name, f'mean fall {rows.fall.mean():.2f} of {rows.cost.mean():.2f} points', flush=True)
             save(table[KEYS+[name for name in table if name not in KEYS]], path)

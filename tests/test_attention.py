@@ -18,6 +18,8 @@ from conftest import film
 from fspn_nb.config import ClipCfg,ModelCfg
 from fspn_nb.core import Batch
 from fspn_nb.inspect import actor_study,attention,heat_shares
+from fspn_nb.inspect.gradcam import HeadOnMaps,exemplars_of,hires_cam
+from fspn_nb.inspect.heat import box_shares,heat_in_box,video_heat
 from fspn_nb.metrics import spearman
 from fspn_nb.models.encoder import EncoderOutput
 from fspn_nb.paper import paper_table
@@ -25,9 +27,6 @@ from fspn_nb.experiments import session as s
 from fspn_nb.report.figures import save_figure
 from fspn_nb.zoo import create_model
 
-pytest.importorskip('captum', reason="Captum is not installed (pip install 'fspn_nb[gradcam]')")
-from fspn_nb.inspect.gradcam import HeadOnMaps,exemplars_of,grad_cam  # noqa: E402
-from fspn_nb.inspect.heat import box_shares,heat_in_box,video_heat  # noqa: E402
 
 NOTEBOOK = Path(__file__).resolve().parents[1]/'nbs'/'actor_and_heat.ipynb'
 CELL = dict(data_root='', preset='smoke', seeds='0', protocol='w_dn', weights='random', device='cpu', epochs=0, allow_missing=False, actor='auto', actor_file='', changes='', dives=0, aqa7_root='')
@@ -75,12 +74,6 @@ def test_wrong_parameters(wrong, why, tmp_path, monkeypatch):
 @pytest.mark.parametrize('name', actor_study.STUDY_PARAMETERS)
 def test_parameter_gone(name, tmp_path):
     with pytest.raises(ValueError, match=f'none called {name}'): actor_study.start_study({k: v for k, v in (CELL|dict(out=str(tmp_path))).items() if k != name})
-
-
-def test_captum_is_missed_before_training(monkeypatch, tmp_path):
-    import sys
-    monkeypatch.setitem(sys.modules, 'captum.attr', None)
-    with pytest.raises(ImportError, match='pip install'): actor_study.start_study(CELL|dict(out=str(tmp_path)))
 
 
 def test_runs_are_those_of_the_run_notebook(tmp_path, monkeypatch):
@@ -147,7 +140,7 @@ def test_heat_sits_where_the_score_comes_from(corner):
     boxes = np.array([[x, y, x+16., y+16.]]*20)
     eye = Eye().eval()
     maps, geometry = attention.extract_maps(eye, film(corner, 0)+film('tr' if corner != 'tr' else 'bl', 2), boxes, CLIP)
-    hot = geometry.project(grad_cam(HeadOnMaps(Red()), maps))
+    hot = geometry.project(hires_cam(HeadOnMaps(Red()), maps))
     edge = attention.bounds(geometry, maps)
     assert heat_in_box(hot['scene'], boxes) > .8 > .1 > edge['scene_floor'] and edge['scene_best'] > .7
     assert hot['actor'].sum() == 0
@@ -157,7 +150,7 @@ def test_seen_once_is_seen_twice_the_same():
     frames, boxes = film('br', 1)+film('tl', 0), np.array([[44., 44., 64., 64.]]*20)
     maps, geometry = attention.extract_maps(Eye().eval(), frames, boxes, CLIP, pad=.5)
     made = video_heat(Eye().eval(), Red(), frames, boxes, CLIP, pad=.5)
-    hot = geometry.project(grad_cam(HeadOnMaps(Red()), maps))
+    hot = geometry.project(hires_cam(HeadOnMaps(Red()), maps))
     for k in hot: assert torch.equal(hot[k], made['heat'][k])
     assert attention.bounds(geometry, maps) == {k: v for k, v in box_shares(made, boxes).items() if '_' in k}
 

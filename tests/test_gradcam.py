@@ -143,13 +143,17 @@ class Whole(nn.Module):
         return self.model.score(self.model.encode(Batch(*v)).feature[:, None], feature[None], label[None]).mean()[None]
 
 
-def test_hook_inside_the_whole_network_gives_the_same():
+@pytest.mark.parametrize('ask, layer, shape', [(dict(method='gradcam', layer='Mixed_5c'), 'Mixed_5c', (2, 2, 2)), (dict(), 'Mixed_4f', (4, 4, 4))], ids=['Grad-CAM', 'as said nothing'])
+def test_hook_inside_the_whole_network_gives_the_same(ask, layer, shape):
+    "Captum's Grad-CAM; and for HiResCAM its gradient times activation, summed over channels"
     net, model = backbone(), head(decoding='expected')
     scene, actor = torch.randint(0, 256, (2, 3, 3, 16, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
-    whole = captum.attr.LayerGradCam(Whole(net, model, votes(model)), net.Mixed_5c)
-    want = whole.attribute((normalize_clip(scene), normalize_clip(actor)))[:, 0].detach().chunk(2)
+    method = captum.attr.LayerGradCam if ask else captum.attr.LayerGradientXActivation
+    whole = method(Whole(net, model, votes(model)), getattr(net, layer)).attribute((normalize_clip(scene), normalize_clip(actor)))
+    want = whole.sum(1).detach().chunk(2) # Grad-CAM has one channel
     for folded in (False, True):
-        got = heat(fuse_conv_bn(net) if folded else net, model, scene, actor, exemplar=votes(model), relu=False, batch=2)
+        got = heat(fuse_conv_bn(net) if folded else net, model, scene, actor, exemplar=votes(model), relu=False, batch=2, reference=None, **ask)
+        assert got['scene'].shape == (3, *shape)
         for s, w in zip(('scene', 'actor'), want): assert same(got[s], w, 1e-3), (s, folded)
 
 

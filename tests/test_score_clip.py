@@ -278,9 +278,9 @@ def test_without_captum_and_without_an_encoder(runs, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'captum.attr', None)
     monkeypatch.setattr(clip_pictures, '_h264', lambda: False)
     result = score_clip(synthetic_clip(), run, 'cpu')
-    assert result.heat is None and any("pip install 'fspn_nb[gradcam]'" in note for note in result.notes)
+    assert set(result.heat['heat']) == {'scene', 'actor'}, 'heat needs no Captum'
     files = write_report(result, tmp_path)
-    assert [file.name for file in files] == ['score.json', 'strip.png', 'parse.png', 'overlay.gif', 'report.html']
+    assert [file.name for file in files] == ['score.json', 'strip.png', 'parse.png', 'heat.png', 'overlay.gif', 'report.html']
     assert 'data:image/gif' in files[-1].read_text()
 
 

@@ -20,7 +20,7 @@ from ..escaping import csv_text
 from ..evaluate import load_model
 from ..experiments.parameters import notebook_parameters,parse_changes
 from ..experiments.session import RunContext,start
-from .gradcam import _captum,two_parts
+from .gradcam import two_parts
 from ..metrics import bootstrap_ci,relative_l2,spearman
 from ..protocols import protocol_variant
 from ..report.tables import caption,to_md
@@ -53,7 +53,6 @@ def start_study(
     p = _given(names)
     protocol_variant('finediving', p['protocol']) # one protocol, since a table has one block
     dives,_ = p.pop('dives'),p.pop('aqa7_root')
-    _captum() # found missing now, not after training
     session = start('finediving', p|dict(methods='i3d_mlp,fspn', backbone='auto', processes=1, per_difficulty=False), **changes)
     without = [override(run, model__use_actor=False) for run in session.runs if run.model.name == 'fspn']
     print(*(f'{run_id(item)} (without actor)' for item in without), sep='\n')

@@ -18,7 +18,7 @@ from ..core import progress
 from ..data.clips import frame_indices,load_frames,resize_crop,to_clips
 from ..evaluate import load_model
 from .actor_study import LABELS,Study,method_of
-from .gradcam import LAST,HeadOnMaps,exemplars_of,feature_maps,grad_cam,grey_reference,shuffled,two_parts
+from .gradcam import HeadOnMaps,exemplars_of,feature_maps,grey_reference,heat_layer,hires_cam,shuffled,split_backbone,two_parts
 from .heat import box_shares,cell_centres,crop_window,heat_in_box,on_frames,paste
 from ..models.i3d import I3D,fuse_conv_bn
 from ..models.backbone import load_backbone
@@ -48,9 +48,10 @@ def extract_maps(
     boxes:np.ndarray, # (T,4) the actor's boxes on the same axis
     clip:ClipCfg=ClipCfg(), # Clips, size and orientation
     pad:float=.2, # Margin round the boxes
-    layer:str=LAST, # As in `split_backbone`
+    layer:str='', # As in `split_backbone`; '': `heat_layer`
 )->tuple[dict[str,Tensor],MapGeometry]: # Feature maps (K,C,T',h,w) of 'scene' and 'actor', and where they lie
     "What the backbone makes of one video"
+    layer = layer or heat_layer(backbone)
     shown = dict(scene=resize_crop(frames, clip.size, clip.orientation), actor=crop_actor(frames, boxes, clip.size, pad))
     maps = {s: feature_maps(backbone, to_clips(x, clip.starts, clip.length).transpose(1, 2), layer=layer) for s,x in shown.items()}
     window = dict(scene=crop_window(*frames.shape[1:3], clip.size, clip.orientation), actor=square_box(boxes, pad))
@@ -86,7 +87,8 @@ class HeatSource:
         head = two_parts(self.model, self.backbone)[1]
         exemplar = exemplars_of(self.model, self.data, int(i), self.data.cfg.eval.num_exemplars)
         reference = None if self.reference is None else dict.fromkeys(maps, self.reference)
-        return grad_cam(HeadOnMaps(head, exemplar=exemplar, reference=reference), maps)
+        above = split_backbone(self.backbone, heat_layer(self.backbone))[1]
+        return hires_cam(HeadOnMaps(head, exemplar=exemplar, reference=reference, above=above), maps)
 
 # %% ../../nbs/inspect/04_attention.ipynb #6aee2f44
 def _broken(model):
@@ -107,7 +109,7 @@ def source_of(
         frozen = fuse_conv_bn(load_backbone(result.cfg.weights, result.cfg.clip.stats)[0]).to(data.device)
     backbone,clip = two_parts(model, frozen)[0],data.cfg.clip
     return HeatSource(name, model, backbone, data, read_predictions(result.run).set_index('uid').pred.to_dict(),
-                      grey_reference(backbone, (3,clip.length,clip.size,clip.size)))
+                      grey_reference(backbone, (3,clip.length,clip.size,clip.size), heat_layer(backbone)))
 
 def heat_sources(
     study:Study, # After `train_all`

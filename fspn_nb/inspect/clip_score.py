@@ -59,7 +59,7 @@ class ClipResult:
     exemplars:list[Sample] # Who voted
     step_probs:np.ndarray|None=None # (T',S) probabilities of the sub-actions; None without a parser
     transitions:tuple[int,...]=() # First steps of the later sub-actions, 0..T'-1
-    heat:dict|None=None # As `video_heat`; None without Captum
+    heat:dict|None=None # As `video_heat`
     shares:dict=field(default_factory=dict) # As `box_shares`
     notes:list[str]=field(default_factory=list) # What stands in for what
     facts:dict=field(default_factory=dict) # From `run_facts`
@@ -104,14 +104,12 @@ def _caveats(data, clip, label):
 
 # %% ../../nbs/inspect/08_clip_score.ipynb #b801e485
 def _heat(model, subset, clip_frames, boxes):
-    "(heat, shares in the box, what to say) of the clip, the last of `subset`"
+    "(heat, shares in the box) of the clip, the last of `subset`"
     cfg,i = subset.cfg,len(subset.splits['train'])
     frozen = None if subset.backbone is not None else fuse_conv_bn(load_backbone(cfg.weights, cfg.clip.stats)[0]).to(subset.device)
-    try:
-        heat = video_heat(*two_parts(model, frozen), clip_frames, boxes, cfg.clip, cfg.actor.pad,
-                          exemplar=exemplars_of(model, subset, i, max(1, i)))
-    except ImportError as e: return None,{},[f'heat: not computed ({e})']
-    return heat,{} if boxes is None else box_shares(heat, boxes),[]
+    exemplar = exemplars_of(model, subset, i, max(1, i))
+    heat = video_heat(*two_parts(model, frozen), clip_frames, boxes, cfg.clip, cfg.actor.pad, exemplar=exemplar)
+    return heat,{} if boxes is None else box_shares(heat, boxes)
 
 # %% ../../nbs/inspect/08_clip_score.ipynb #c45838df
 def _points(data, clip):
@@ -161,7 +159,7 @@ def score_clip(
     if model.uses_exemplar: exemplar_ids,about_exemplars = pick_clip_exemplars(data, clip, cfg.eval.num_exemplars)
     subset = merge_with_exemplars(data, clip, exemplar_ids, frames, boxes)
     label,votes,known = predict(model, subset, subset.splits['test'], max(1, len(exemplar_ids)))
-    heat,shares,about_heat = _heat(model, subset, frames, boxes)
+    heat,shares = _heat(model, subset, frames, boxes)
     facts,training = run_facts(run),data.labels.label[torch.as_tensor(data.splits['train'])]
     dependence = clip_dependence(model, subset, training)
     unit,points = _points(data, clip)
@@ -173,7 +171,7 @@ def score_clip(
         clip, cfg, data.provenance.get('run_id', Path(run).name), data.provenance, ids, boxes, score, unit,
         points([] if votes is None else votes[0]), [data.release.samples[exemplar_ids[i]] for i in order],
         step_probs, () if transitions is None else tuple(int(t) for t in transitions), heat, shares,
-        [about_frames, about_boxes, about_exemplars, *clip.about, *_caveats(data, clip, label[0]), *about_interval, *about_heat],
+        [about_frames, about_boxes, about_exemplars, *clip.about, *_caveats(data, clip, label[0]), *about_interval],
         facts, facts['spread'] if dependence is None else dependence, _step_points(model, subset, known, order, points), expected,
         clip_features(model, subset, subset.splits['test']))
 

@@ -25,6 +25,7 @@ from ..core import data_cache,progress,write_atomic
 from ..data.clips import decode_picture,frame_ids,resize_crop,to_clips
 from ..data.release_files import jpeg_bytes
 from .attention import MapGeometry,extract_maps
+from .gradcam import HEAT_LAYER,heat_layer,split_backbone
 from ..models.backbone import encoder_suffix,load_backbone,one_thread,weights_hash
 from ..models.i3d import fuse_conv_bn
 from ..synthetic.dive_motion import Dive
@@ -72,11 +73,9 @@ class FaultPair:
     faulty:Dive # Severity `plan.severity`
 
     @property
-    def cost(self)->float: # Points
-        return 3*self.clean.difficulty*fault_costs({self.plan.fault:self.plan.severity})[self.plan.fault]
+    def cost(self): return 3*self.clean.difficulty*fault_costs({self.plan.fault:self.plan.severity})[self.plan.fault] # points
     @property
-    def taken(self)->float: # Points, with the judges' rounding, noise and limits
-        return self.clean.score-self.faulty.score
+    def taken(self): return self.clean.score-self.faulty.score # points, with the judges' rounding, noise and limits
     def ids(self, frames=96): return frame_ids(len(self.clean.labels), frames, self.plan.start) # the frames that a run reads
 
 def draw_pair(
@@ -196,7 +195,7 @@ class PairTensors:
     taken:float # Points: difference of the two scores
     spread:np.ndarray # (3,) share of the fault's pixels in each true step
     features:dict # Stream to (2,K,C): clean, faulty
-    maps:dict # Stream to (2,K,C,T',h,w)
+    maps:dict # Stream to (2,K,C',T',h,w) of `heat_layer`; half precision where they were kept
     cells:dict # Stream to (3,K,T',h,w), `cell_weights` of the faulty film
 
 def encode_pair(
@@ -207,11 +206,12 @@ def encode_pair(
 )->PairTensors:
     "Both films seen once by `backbone`"
     mask = fault_mask(pair, ids := pair.ids(clip.frames))
-    with one_thread(): films = [extract_maps(backbone, item.frames, item.boxes, clip, pad) for item in pair_videos(pair, clip.frames)]
-    maps = {s: torch.stack([film[0][s] for film in films]) for s in ('scene','actor')}
+    with one_thread(), torch.no_grad():
+        films = [extract_maps(backbone, item.frames, item.boxes, clip, pad) for item in pair_videos(pair, clip.frames)]
+        maps,above = {s: torch.stack([film[0][s] for film in films]) for s in ('scene','actor')},split_backbone(backbone, heat_layer(backbone))[1]
+        features = {s: above(value.flatten(0, 1)).mean((2,3,4)).unflatten(0, value.shape[:2]) for s,value in maps.items()}
     cells = cell_weights(films[1][1], (maps['scene'].shape[1], *maps['scene'].shape[3:]), mask)
-    return PairTensors(pair.plan, pair.cost, pair.taken, step_shares(mask, true_steps(pair.faulty, ids)),
-                       {s: value.mean((3,4,5)) for s,value in maps.items()}, maps, cells)
+    return PairTensors(pair.plan, pair.cost, pair.taken, step_shares(mask, true_steps(pair.faulty, ids)), features, maps, cells)
 
 # %% ../../nbs/inspect/14_fault_pairs.ipynb #69e4a2a7
 def _checksum(tensors): return f'{zlib.crc32(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))):08x}'
@@ -228,7 +228,7 @@ def _read_pair(path, plan):
         with safe_open(path, 'pt') as file: tensors,header = {name: file.get_tensor(name) for name in file.keys()},file.metadata() or {}
     except (SafetensorError, OSError): return None
     if header.get('crc32') != _checksum(tensors): return None
-    part = lambda kind: {s: tensors[f'{s}_{kind}'].float() for s in ('scene','actor')}
+    part = lambda kind: {s: tensors[f'{s}_{kind}'] for s in ('scene','actor')}
     return PairTensors(plan, *tensors['points'].tolist(), tensors['spread'].numpy(), part('features'), part('maps'), part('cells'))
 
 def load_pairs(
@@ -239,7 +239,7 @@ def load_pairs(
     "All pairs, read where they are there, else drawn, encoded and kept"
     folder,clip,pad,backbone,out = Path(folder or data_cache()/'fault_pairs'),cfg.clip,cfg.actor.pad,None,[]
     parts = weights_hash(cfg.weights)+encoder_suffix(cfg),clip_code_hash(clip),clip_settings(clip),pad,release_key(1, 1),_LEVEL,_DEPTH
-    paths = [folder/f"{plan.uid.replace('/', '_')}-{short_hash(*parts, list(plan))}.safetensors" for plan in plans]
+    paths = [folder/f"{plan.uid.replace('/', '_')}-{short_hash(*parts, HEAT_LAYER, list(plan))}.safetensors" for plan in plans]
     todo = sum(not path.exists() for path in paths)
     for plan,path in zip(plans, progress(paths, f'pairs, {todo} to be drawn') if todo else paths):
         if (coded := _read_pair(path, plan)) is None:

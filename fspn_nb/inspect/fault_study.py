@@ -11,7 +11,7 @@ import torch
 from torch import Tensor,nn
 from ..core import Batch
 from .fault_pairs import FAULT_STEPS,PairTensors,STEP_NAMES,draw_pair,true_steps
-from .gradcam import HeadOnMaps,grad_cam,shuffled
+from .gradcam import HeadOnMaps,grey_reference,heat_layer,hires_cam,shuffled,split_backbone
 from .heat import on_frames
 from ..training.loop import build_model
 from ..training.predict import encode_dives,head_threads,sample_exemplars
@@ -78,17 +78,18 @@ def pair_heat(
     model:nn.Module, # Of `study_networks`
     pair:PairTensors, # From `load_pairs`
     exemplar, # As in `pair_scores`
-    reference:Tensor|None=None, # (C,T',h,w) from `grey_reference`, what heat is counted from; None: from zero
+    above:nn.Module, # From the maps to those of the last layer, see `split_backbone`
+    reference:Tensor, # (C',T',h,w) from `grey_reference`, what heat is counted from
 )->dict[str,dict]: # 'lost' (clean minus faulty) and 'faulty', signed; each stream (K,T',h,w)
     "Signed heat of the score, the same exemplars for both films"
-    chain = HeadOnMaps(model, exemplar=exemplar, reference=None if reference is None else dict.fromkeys(pair.maps, reference))
-    clean,faulty = (grad_cam(chain, {s: value[i] for s,value in pair.maps.items()}, relu=False) for i in (0,1))
+    chain = HeadOnMaps(model, exemplar=exemplar, reference=dict.fromkeys(pair.maps, reference), above=above)
+    clean,faulty = (hires_cam(chain, {s: value[i].float() for s,value in pair.maps.items()}, relu=False) for i in (0,1))
     return dict(lost={s: clean[s]-faulty[s] for s in clean}, faulty=faulty)
 
 # %% ../../nbs/inspect/15_fault_study.ipynb #8a8e5822
-def _heat_facts(model, pair, exemplar, clip, reference):
+def _heat_facts(model, pair, exemplar, clip, *behind):
     "Gains of both maps in each stream, and what the heat lost on each true step"
-    heat,out,film = pair_heat(model, pair, exemplar, reference),{},draw_pair(pair.plan, draw=False)
+    heat,out,film = pair_heat(model, pair, exemplar, *behind),{},draw_pair(pair.plan, draw=False)
     steps = true_steps(film.faulty, film.ids(clip.frames))
     for what,maps in heat.items():
         out |= {f'{what}_{s}_{name}': value for s,signed in maps.items() for name,value in heat_gain(signed, pair.cells[s]).items()}
@@ -105,15 +106,17 @@ def ask_pairs(
     model:nn.Module, # Of `study_networks`
     data:RunData, # Of its run
     pairs:list[PairTensors], # Of test dives of the run's release
-    heat:bool=True, # False: no maps, much faster
-    reference:Tensor|None=None, # As in `pair_heat`
+    backbone:nn.Module|None=None, # What made the maps of the pairs, for heat; None: no heat, much faster
 )->pd.DataFrame: # One row per pair: the truth, `fall`, `step_0..2` where steps are added up, `heat_0..2`, gains of heat
     "What one network says of all pairs"
     row,test = {uid: i for i,uid in enumerate(data.labels.uid)},{data.labels.uid[i] for i in data.splits['test']}
     if strange := [pair.plan.uid for pair in pairs if pair.plan.uid not in test]:
         raise ValueError(f"need test dives of the run's release, got {len(strange)} others ({strange[0]}, ...); "
                          "plan the pairs with its numbers and seed")
-    rows = []
+    rows,clip = [],data.cfg.clip
+    if backbone is not None:
+        layer = heat_layer(backbone)
+        behind = split_backbone(backbone, layer)[1],grey_reference(backbone, (3,clip.length,clip.size,clip.size), layer)
     with head_threads(data):
         exemplars = _exemplars(model, data, np.array([row[pair.plan.uid] for pair in pairs]))
         for pair,exemplar in zip(pairs, exemplars):
@@ -121,5 +124,5 @@ def ask_pairs(
             entry = _truth(pair)|dict(fall=float(score[0]-score[1]))
             if steps is not None and steps.shape[1] == len(STEP_NAMES):
                 entry |= {f'step_{i}': float(value) for i,value in enumerate(steps[0]-steps[1])}
-            rows.append(entry|(_heat_facts(model, pair, exemplar, data.cfg.clip, reference) if heat else {}))
+            rows.append(entry|({} if backbone is None else _heat_facts(model, pair, exemplar, clip, *behind)))
     return pd.DataFrame(rows)

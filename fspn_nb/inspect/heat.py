@@ -16,7 +16,7 @@ from ..actor.crop import crop_actor,square_box
 from ..config import ClipCfg
 from ..data.clips import resize_crop,to_clips
 from ..escaping import figure_text
-from .gradcam import LAST,heat
+from .gradcam import LAST,heat,heat_layer
 from ..metrics import bootstrap_ci
 from ..models.i3d import I3D,same_pad
 from ..protocols import crop_offsets,resized_size
@@ -116,7 +116,7 @@ def video_heat(
     h,w = frames.shape[1:3]
     window = dict.fromkeys(heat_maps, crop_window(h, w, clip.size, clip.orientation))
     if boxes is not None and 'actor' in heat_maps: window['actor'] = square_box(boxes, pad)
-    cells = cell_centres(clip.size, ask.get('layer', LAST))/clip.size if isinstance(backbone, I3D) else None
+    cells = cell_centres(clip.size, ask.get('layer') or heat_layer(backbone))/clip.size if isinstance(backbone, I3D) else None
     back = lambda maps: {s:paste(on_frames(m, clip.starts, len(frames), clip.length), window[s], h, w, cells) for s,
                          m in maps.items()}
     return dict(heat=back(heat_maps), floor=back({s:torch.ones_like(m) for s,m in heat_maps.items()}),

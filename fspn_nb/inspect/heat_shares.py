@@ -77,7 +77,7 @@ def heat_caption(
     "What must be known to read the shares of heat"
     p,g = study.done[0].data.provenance,scene_shift(results)
     data = 'synthetic, not comparable with the paper' if p['data'] == 'synthetic' else 'real'
-    return (f"Share of the heat of the score (Grad-CAM at Mixed_5c, counted from a grey clip) inside the actor's box, mean over "
+    return (f"Share of the heat of the score (HiResCAM at Mixed_4f, counted from a grey clip) inside the actor's box, mean over "
             f"{len(results.geometry)} test dives. Data: {data}; boxes: {escape_md(p['actor'])}; "
             f"{run_note(study, study.runs[0].protocol)}. Floor: a map that is the same everywhere; best: all heat in "
             f"the cell that the box covers most. Brackets: 95 % bootstrap interval over dives. "

@@ -84,7 +84,7 @@ def fault_section(
     plt.close(fig)
     caption = (f'**Synthetic data.** {n} test dives, each drawn without one fault and with it; frozen backbone, preset demo, '
                f'seeds {seeds}. Brackets: 95 % bootstrap interval (dives drawn, the same ones for all seeds and networks); '
-               'p: answers of two networks exchanged dive by dive. Heat: Grad-CAM at Mixed_5c, counted from a grey clip. '
+               'p: answers of two networks exchanged dive by dive. Heat: HiResCAM at Mixed_4f, counted from a grey clip. '
                'Gain: share of the heat on the fault minus that of a flat map.')
     words = ('Falls against costs, right steps fault by fault, and lost heat; grey: the same network untrained, and with shuffled weights; '
              'black bars: one step named for all dives of a row, the best one.')
