@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = dict(finediving=(300, 600), mtl_aqa=(300, 600), aqa7=(100, 60)) # training and test videos; of AQA-7 in each class
+SIZES = dict(finediving=(300, 300), mtl_aqa=(300, 300), aqa7=(100, 60)) # training and test videos; of AQA-7 in each class
 SEEDS, MORE_SEEDS = '0,1,2', '3,4' # every row; the rows that the headlines rest on
 HEADLINE = 'fspn,fspn_viterbi,i3d_mlp'
 
