@@ -56,7 +56,8 @@ METHODS = {m.name: m for m in (
 )}
 
 # %% ../nbs/base/03_methods.ipynb #bce90c82
-OWN_SETTINGS = {'model.norm': ('tsa','released','released'), 'train.decoder_lr_ratio': ('tpt',1.,.1)} # method, value of older runs, default
+OWN_SETTINGS = {'model.norm': ('tsa','released','released'), 'train.decoder_lr_ratio': ('tpt',1.,.1),
+                'model.parser_warmup': ('fspn_viterbi',.375,.375)} # method, value of older runs, default
 
 def input_layers(
     flat:dict, # Settings of a run, as `core.flatten` gives them
@@ -104,8 +105,7 @@ def check_pairs(
         raise ValueError('the paper preset needs a real release: give data_root, or use demo')
 
 # %% ../nbs/base/03_methods.ipynb #b32add75
-_NEWER = {'train.feature_precision': 'fp32', 'train.shards': 1, 'train.capture': 'auto', 'model.parser_warmup': .375, # what older runs had
-          'clip.stats': 'auto'}
+_NEWER = {'train.feature_precision': 'fp32', 'train.shards': 1, 'train.capture': 'auto', 'clip.stats': 'auto'} # what older runs had
 
 def settings_hash(
     flat:dict, # All settings of a run, as `core.flatten` gives them

@@ -59,6 +59,7 @@ def test_what_a_method_has_by_default():
 @pytest.mark.parametrize('changes, message', [
     (dict(model__name='usdl', model__norm='apart'), "model.norm is a setting of tsa alone: need 'released' for usdl, got 'apart'; leave it out"),
     (dict(model__name='fspn', train__decoder_lr_ratio=1.), 'train.decoder_lr_ratio is a setting of tpt alone'),
+    (dict(model__name='fspn', model__parser_warmup=.2), 'model.parser_warmup is a setting of fspn_viterbi alone'),
     (dict(model__name='tpt', model__standardise='on', train__backbone='finetune'), "need train.backbone='frozen', got 'finetune'"),
     (dict(model__name='tsa_net', model__adapter='on', train__backbone='finetune'), "tsa_net works inside the backbone.*need model.adapter='auto' or 'off', got 'on'"),
     (dict(model__name='tsa_net', model__standardise='on', train__backbone='finetune'), "need model.standardise='auto' or 'off', got 'on'"),
