@@ -8,10 +8,12 @@ refused, and so are runs of another commit; `--afresh` deletes them. At the end 
 """
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,12 +27,15 @@ def size(dataset):
     return 'synthetic.n_train={} synthetic.n_test={}'.format(*SIZES[dataset])
 
 
-def parts(runs, methods):
-    "(name, notebook, parameters) of all that is trained, the most important first"
+def parts(runs):
+    "(name, notebook, parameters) of all that is trained, the most important first; the grid has a process for each core, the others one each"
+    from fspn_nb.config import lacking_labels
+    from fspn_nb.methods import METHODS
+    methods = [name for name, row in METHODS.items() if not row.finetune_only and name not in ('fspn_s', 'fspn_m')]
     n_train, n_test = SIZES['finediving']
     notebook = lambda dataset, seeds, names: (f'run_{dataset}', dict(methods=names, seeds=seeds, changes=size(dataset), out=runs))
     yield 'grid', 'run_ablations', dict(seeds=SEEDS, n_train=n_train, n_test=n_test, out=runs)
-    for dataset in ('mtl_aqa', 'aqa7'): yield dataset, *notebook(dataset, SEEDS, methods)
+    for dataset in ('mtl_aqa', 'aqa7'): yield dataset, *notebook(dataset, SEEDS, ','.join(name for name in methods if not lacking_labels(name, dataset)))
     for dataset in SIZES: yield f'{dataset}_more_seeds', *notebook(dataset, MORE_SEEDS, HEADLINE)
 
 
@@ -39,8 +44,18 @@ def run(name, notebook, parameters, folder):
     options = [text for pair in parameters.items() for text in ('-r', pair[0], str(pair[1]))]
     began = time.time()
     print(f'== {name}: nbs/{notebook}.ipynb {" ".join(options)}', flush=True)
-    subprocess.run([sys.executable, '-m', 'papermill', f'nbs/{notebook}.ipynb', folder/f'{name}.ipynb', '--no-progress-bar', *options], cwd=ROOT, check=True)
+    command = [sys.executable, '-m', 'papermill', f'nbs/{notebook}.ipynb', folder/f'{name}.ipynb', '--no-progress-bar', *options]
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ|dict(OMP_NUM_THREADS='1'))
     print(f'== {name}: {(time.time()-began)/60:.0f} minutes', flush=True)
+
+
+def train(name, notebook, parameters, folder, until):
+    "One part, unless it is done; False where the time is over"
+    if (done := folder/f'{name}.done').is_file(): return True
+    if time.time() > until: return False
+    run(name, notebook, parameters, folder)
+    done.touch()
+    return True
 
 
 def git(*args):
@@ -66,17 +81,14 @@ def main():
     parser.add_argument('--afresh', action='store_true', help='delete the runs that are there')
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    from fspn_nb.methods import METHODS
     folder, until = (ROOT/args.runs).resolve(), time.time()+60*args.minutes
     if args.afresh:
         for left in (folder, folder.with_name(f'{folder.name}_pictures')): shutil.rmtree(left, ignore_errors=True)
     same_commit(folder)
-    methods = ','.join(name for name, row in METHODS.items() if not row.finetune_only and name not in ('fspn_s', 'fspn_m'))
-    for name, notebook, parameters in parts(folder, methods):
-        if (done := folder/f'{name}.done').is_file(): continue
-        if time.time() > until: raise SystemExit(f'the time is over; the same command goes on with {name}')
-        run(name, notebook, parameters, folder)
-        done.touch()
+    grid, *others = parts(folder)
+    finished = [train(*grid, folder, until)]
+    with ThreadPoolExecutor(2) as pool: finished += pool.map(lambda part: train(*part, folder, until), others) # an error of one waits for the other
+    if not all(finished): raise SystemExit('the time is over; the same command goes on')
     pictures = folder.with_name(f'{folder.name}_pictures') # its small runs on AQA-7 have no place beside those of the tables
     if not (done := folder/'actor.done').is_file():
         run('actor', 'actor_and_heat', dict(changes=size('finediving'), out=pictures), folder)

@@ -27,6 +27,7 @@ class Method:
     given_difficulty:bool=False # Its score is multiplied by each test dive's true difficulty, also where labels are points
     adapter:str='' # Learned layer where model.adapter='auto': 'parser' (inside FSPN's), 'inputs' (in front, in frozen mode only), '' (none)
     standardise:bool=False # model.standardise='auto' standardises what it reads in frozen mode
+    learns_from:tuple[str,...]=() # Labels beside the score that it is trained with: 'transitions' (true steps), 'judges' (single marks)
 
     def __post_init__(self):
         unknown = sorted(set(self.extra_inputs)-set(EXTRA_FIELDS))
@@ -47,9 +48,9 @@ METHODS = {m.name: m for m in (
     Method('i3d_avg', 'i3d_avg', epoch_multiplier=_LONGER),
     Method('i3d_svr', 'i3d_svr', epoch_multiplier=_LONGER),
     Method('usdl', 'USDL [5]', epoch_multiplier=_LONGER),
-    Method('musdl', 'MUSDL [5]', epoch_multiplier=_LONGER, given_difficulty=True),
+    Method('musdl', 'MUSDL [5]', epoch_multiplier=_LONGER, given_difficulty=True, learns_from=('judges',)),
     Method('core_tree', 'CoRe [38]', epoch_multiplier=_LONGER),
-    Method('tsa', 'TSA [20]', ('feature_maps',), adapter='inputs'),
+    Method('tsa', 'TSA [20]', ('feature_maps',), adapter='inputs', learns_from=('transitions',)),
     Method('tsa_net', 'TSA-Net [9]', ('boxes',), finetune_only=True),
     Method('tpt', 'TAP [39]', ('short_clip_features',), epoch_multiplier=_LONGER, standardise=True),
     Method('hgcn', 'H-GCN [41]', epoch_multiplier=_LONGER),

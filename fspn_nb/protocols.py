@@ -55,6 +55,7 @@ class Protocol:
     released:tuple[int,int]=(0,0) # Training and test samples of the public release
     noun:str='dive' # What a sample is called
     resize:tuple[int,int]=(112,200) # Shorter and longer side of a wide frame before the square is cut, pixels
+    lacks:tuple[str,...]=() # Labels that none of its samples has: 'transitions' (true steps), 'judges' (single marks)
 
 # %% ../nbs/base/02_protocols.ipynb #8049d949
 _TENS = tuple(range(0, 90, 10)) # nine clips of sixteen frames, one every ten
@@ -76,13 +77,13 @@ MTL_AQA = Protocol(
         wo_dd=ProtocolVariant('w/o DD'),
         w_dd=ProtocolVariant('w/ DD', 'per_dd', 'difficulty'),
         w_dn=ProtocolVariant('w/ DN', 'per_dd', 'action')),
-    paper=('wo_dd','w_dd'), main='w_dd', released=(1059,353), resize=(256,455),
+    paper=('wo_dd','w_dd'), main='w_dd', released=(1059,353), resize=(256,455), lacks=('transitions',),
     no_video_baselines={_MEAN: 'wo_dd', _ACTION_MEAN: 'w_dd', _PER_DD: 'w_dd'})
 
 AQA7 = Protocol(
     'AQA-7', 'X', frames=103, starts=(*_TENS,86), size=224, jitter=0,
     variants={name: ProtocolVariant(sport.title, 'percent', 'any', name) for name,sport in SPORTS.items()},
-    paper=tuple(SPORTS), main='diving', no_video_baselines={_MEAN: ''}, noun='video', resize=(256,455),
+    paper=tuple(SPORTS), main='diving', no_video_baselines={_MEAN: ''}, noun='video', resize=(256,455), lacks=('transitions','judges'),
     released=tuple(sum(getattr(sport, split) for sport in SPORTS.values()) for split in ('train','test')))
 
 PROTOCOLS = dict(finediving=FINEDIVING, mtl_aqa=MTL_AQA, aqa7=AQA7)

@@ -201,9 +201,8 @@ def _link(metric, mean):
 
 def _on_scale(metric, sides):
     "(mean, values (k,), pulls (k,n)) of both methods on the scale of the test; as they are where a mean has no place on it"
-    means = [np.mean(values) for values,_ in sides]
-    links = [_link(metric, mean) for mean in means]
-    if 1 in (links[0][1], links[1][1]): links = [(mean, 1.) for mean in means]
+    links = [_link(metric, np.mean(values)) for values,_ in sides]
+    if 1 in (links[0][1], links[1][1]): links = [(np.mean(values), 1.) for values,_ in sides]
     return [(mean, slope*values, slope*pulls) for (mean,slope),(values,pulls) in zip(links, sides)]
 
 def _covariances(a, b, same):
@@ -212,6 +211,22 @@ def _covariances(a, b, same):
     return (cov.sum()-np.trace(cov))/(cov.size-len(cov)) if same else cov.mean()
 
 # %% ../../nbs/analysis/02_significance.ipynb #95f94078
+def _gap_parts(metric, preds_a, preds_b, true):
+    "Difference of the means; the same on the scale of the test, its variances (seeds of both, videos) and their degrees of freedom"
+    true = np.asarray(true, float)
+    sides = [[*map(np.array, zip(*(jackknife(metric, pred, true) for pred in _by_seed(preds))))] for preds in (preds_a, preds_b)]
+    gap = float(sides[0][0].mean()-sides[1][0].mean())
+    if any(len(values) < 2 or not np.isfinite([*values, *pulls.ravel()]).all() for values,pulls in sides):
+        return gap,np.nan,np.full(3, np.nan),np.ones(3)
+    (za,va,pa),(zb,vb,pb) = _on_scale(metric, sides)
+    videos = max(_covariances(pa, pa, True)+_covariances(pb, pb, True)-2*_covariances(pa, pb, False), 0)
+    return gap,za-zb,np.array([va.var(ddof=1)/len(va), vb.var(ddof=1)/len(vb), videos]),np.array([len(va), len(vb), len(true)])-1
+
+def _gap_p(gap, variances, freedom):
+    "Two-sided p of a difference (Satterthwaite); NaN where there is nothing to measure it by"
+    total = variances.sum()
+    return float(2*stats.t.sf(abs(gap)/np.sqrt(total), total**2/(variances**2/freedom).sum())) if total > 0 else float('nan')
+
 def retrain_test(
     metric, # Function of (pred, true), e.g. `spearman`
     preds_a, # Predictions of one method, shape (S,n), at least two seeds
@@ -219,19 +234,8 @@ def retrain_test(
     true, # Judge scores, shape (n,)
 )->tuple[float,float]: # Difference a minus b, two-sided p; p is NaN where a method has one seed, both where `metric` is NaN for any
     "Test of the difference of two methods' means over seeds against other seeds and other videos"
-    true,sides = np.asarray(true, float),[]
-    for preds in (preds_a, preds_b):
-        parts = [jackknife(metric, pred, true) for pred in _by_seed(preds)]
-        sides.append((np.array([value for value,_ in parts]), np.array([pull for _,pull in parts])))
-    gap = float(sides[0][0].mean()-sides[1][0].mean())
-    if any(len(values) < 2 or not np.isfinite([*values, *pulls.ravel()]).all() for values,pulls in sides): return gap,float('nan')
-    (za,va,pa),(zb,vb,pb) = _on_scale(metric, sides)
-    seeds = np.array([values.var(ddof=1)/len(values) for values in (va,vb)])
-    videos = max(_covariances(pa, pa, True)+_covariances(pb, pb, True)-2*_covariances(pa, pb, False), 0)
-    total = seeds.sum()+videos
-    spread = (seeds**2/[len(va)-1, len(vb)-1]).sum()+videos**2/(len(true)-1) # Satterthwaite
-    if not total or gap == 0: return gap,1. if gap == 0 else float('nan') # nothing to measure a difference by
-    return gap,float(2*stats.t.sf(abs(za-zb)/np.sqrt(total), total**2/spread))
+    gap,*parts = _gap_parts(metric, preds_a, preds_b, true)
+    return gap,1. if gap == 0 and np.isfinite(parts[0]) else _gap_p(*parts)
 
 # %% ../../nbs/analysis/02_significance.ipynb #5f66a69d
 def holm(
