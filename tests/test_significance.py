@@ -5,17 +5,25 @@ import tracemalloc
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
+from fspn_nb.analysis.class_averages import average_test
 from fspn_nb.analysis.published import unpack_runs
 from fspn_nb.analysis.interval_coverage import coverage
 from fspn_nb.analysis.significance import holm,jackknife,paired_ci,paired_test,retrain_test,seed_mean_ci
 from fspn_nb.analysis.watched_epochs import epoch_selection,per_epoch
+from fspn_nb.config import make_config
 from fspn_nb.metrics import bca,bootstrap_ci,on_rows,relative_l2,spearman,summarise
+from fspn_nb.protocols import PROTOCOLS,SPORTS
+from fspn_nb.report.fake_runs import fake_run
+from fspn_nb.report.run_index import open_index
+from fspn_nb.report.run_report import compare_methods
+from fspn_nb.report.table_sections import methods_section
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -408,3 +416,31 @@ def test_coverage_repeats_and_adds_up():
 def test_true_rho_of_the_simulation():
     z = np.random.default_rng(0).multivariate_normal([0, 0], [[1, .9], [.9, 1]], 200_000)
     assert spearman(*z.T) == pytest.approx(6/np.pi*np.arcsin(.45), abs=1e-3)
+
+
+def test_average_over_classes_keeps_its_error_rate():
+    "Two names for one method on six classes: each training has a quality of its own; called different about once in twenty"
+    rng, called = np.random.default_rng(7), []
+    for _ in range(300):
+        classes = []
+        for _ in range(6):
+            true, hard = rng.normal(70, 12, 60), rng.normal(0, 5, 60) # some videos are hard for all trainings
+            classes.append((*(true+hard+rng.uniform(4, 9, (3, 1))*rng.normal(size=(3, 60)) for _ in 'ab'), true))
+        called.append([average_test(score, classes)[2] < .05 for score in ('rho', 'r_l2_x100')])
+    assert (np.mean(called, 0) > .015).all() and (np.mean(called, 0) < .085).all(), np.mean(called, 0)
+
+
+def test_average_over_classes_in_reports_and_notebooks(tmp_path):
+    "FSPN is better in each class by little: beyond chance on average; five classes have no average"
+    made = {(sport, name, seed): make_config('aqa7', 'demo', protocol=sport, model__name=name, seed=seed) for sport in SPORTS for name in ('fspn', 'i3d_mlp') for seed in range(3)}
+    done = [SimpleNamespace(cfg=cfg, run=fake_run(tmp_path, cfg, 5. if cfg.model.name == 'fspn' else 7., n=60)) for cfg in made.values()]
+    session = SimpleNamespace(dataset='aqa7', dataset_protocol=PROTOCOLS['aqa7'], runs=list(made.values()), done=done)
+    table = compare_methods(session, n=50).set_index(['block', 'metric'])
+    average = table.loc['average']
+    mean = lambda name: np.tanh(np.mean([np.arctanh(table.loc[variant.title, 'rho'][name]) for variant in PROTOCOLS['aqa7'].variants.values()]))
+    assert np.isclose(average.difference['rho'], mean('a')-mean('b')) and average.methods['rho'] == 'fspn minus i3d_mlp'
+    assert average.difference['rho'] > 0 > average.difference['r_l2_x100'] and average.p['rho'] < .05 and average.n['rho'] == 360
+    lines = methods_section(open_index(tmp_path, (0, 1, 2), n=20, tests=50, sizes=False), 'aqa7').lines
+    assert any(line.startswith('Average over classes: above FSPN in rho: none. FSPN is above 1 of 1 methods, above 1 of them beyond chance') for line in lines), lines
+    session.done = [result for result in done if result.cfg.protocol != 'gym_vault']
+    assert 'average' not in set(compare_methods(session, n=50).block)

@@ -18,7 +18,7 @@ import torch
 from itertools import combinations
 from ..analysis.compare import compare
 from ..analysis.run_groups import released_sets,samples_words
-from ..analysis.class_averages import add_averages
+from ..analysis.class_averages import add_averages,compare_averages
 from ..analysis.runs import collect,read_predictions,used_and_annotated
 from ..data.clips import frame_indices,load_frames
 from ..data.records import samples_frame
@@ -112,7 +112,7 @@ def compare_methods(
     a:str='', # A method; '': each
     b:str='', # Another one; '': each
     n:int=2000, # Resamples of an interval
-)->pd.DataFrame: # block, methods ('a minus b'), then the columns of `compare`, in each block that both were trained in
+)->pd.DataFrame: # block, methods ('a minus b'), then the columns of `compare`, in each block that both were trained in, and their average
     "Whether the methods of `session` differ, pair by pair or `a` from `b`"
     runs,names = {},list(dict.fromkeys(cfg.model.name for cfg in session.runs))
     for result in session.done: runs.setdefault(result.cfg.protocol, {}).setdefault(result.cfg.model.name, []).append(result.run)
@@ -121,6 +121,10 @@ def compare_methods(
     pairs = [(a,b)] if a and b else [pair for pair in combinations(names, 2) if {a,b}-{''} <= set(pair)]
     tables = [compare(own[p], own[q], n).assign(block=session.dataset_protocol.variants[block].title, methods=f'{p} minus {q}')
               for block,own in runs.items() for p,q in pairs if p in own and q in own]
+    if session.dataset == 'aqa7':
+        sides = {name: {block: own[name] for block,own in runs.items() if name in own} for name in names}
+        tables += [compare_averages(sides[p], sides[q]).assign(block='average', methods=f'{p} minus {q}') for p,q in pairs
+                   if set(sides[p]) == set(sides[q]) == set(SPORTS)]
     if not tables: return pd.DataFrame(columns=['block','methods'])
     table = pd.concat(tables, ignore_index=True)
     return table[['block','methods',*(name for name in table if name not in ('block','methods'))]]

@@ -12,7 +12,7 @@ import torch
 from ..analysis.compare import ablation_table,order_of
 from ..analysis.method_tables import method_cells,seed_intervals,with_sizes
 from ..analysis.complexity import complexity_table
-from ..analysis.class_averages import add_averages
+from ..analysis.class_averages import add_averages,average_gaps
 from ..methods import METHODS
 from ..protocols import PROTOCOLS
 from ..stored_files import parse_json,read_checked
@@ -203,7 +203,8 @@ def _class_section(index, runs):
     caption = (provenance_line(runs, others=index.runs)+_family_line(runs)+
                ' The interval of an average draws videos within each class (percentile).'+_RELEASED*bool(len(sets)))
     section = ReportSection(key_of('X'), TITLES['X'], caption, table, wide(table).replace('-', ''),
-                            [*_lead_lines(index, runs, titles), *_released_lines(index, sets, tested, titles)],
+                            [*_lead_lines(index, runs, titles), *rank_lines(average_gaps(runs, index.root), dict(average='Average over classes')),
+                             *_released_lines(index, sets, tested, titles)],
                             [], _NOTEBOOK['aqa7'].format('i3d_mlp,fspn'))
     means = table[(table.protocol == 'average') & table.rho.notna()]
     averages = [f"{row.label.removesuffix(' (Ours)')} {_cell(row, 'rho', 4)}" for _,row in means.iterrows()]
