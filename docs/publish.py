@@ -29,8 +29,7 @@ def size(dataset):
 
 def parts(runs):
     "(name, notebook, parameters) of all that is trained, the most important first; the grid has a process for each core, the others one each"
-    from fspn_nb.config import lacking_labels
-    from fspn_nb.methods import METHODS
+    from fspn_nb.methods import METHODS,lacking_labels
     methods = [name for name, row in METHODS.items() if not row.finetune_only and name not in ('fspn_s', 'fspn_m')]
     n_train, n_test = SIZES['finediving']
     notebook = lambda dataset, seeds, names: (f'run_{dataset}', dict(methods=names, seeds=seeds, changes=size(dataset), out=runs))

@@ -106,7 +106,7 @@ def of_runs(folders):
 
 def train(methods, seeds, releases, folds):
     "Predictions of every run that the table does not have"
-    from fspn_nb.config import method_epochs,override
+    from fspn_nb.config import method_schedule,override
     from fspn_nb.protocols import protocol_variant
     from fspn_nb.batches.dataset import split_indices
     from fspn_nb.batches.exemplars import find_candidates
@@ -117,7 +117,7 @@ def train(methods, seeds, releases, folds):
             if fold >= 0 and seed > 0: continue # five trainings of one seed
             facts = dict(zip(KEYS, (release, method, protocol, seed, fold)))
             if (table[KEYS] == list(facts.values())).all(axis=1).any(): continue
-            cfg, samples = method_epochs(override(data.cfg, model__name=method, protocol=protocol, seed=seed)), data.release.samples
+            cfg, samples = method_schedule(override(data.cfg, model__name=method, protocol=protocol, seed=seed)), data.release.samples
             splits = data.splits|split_indices(samples[:280], KEPT, seed)
             if fold >= 0: # train on four fifths of all 130
                 everyone = np.random.default_rng(7).permutation(np.concatenate([splits['train'], splits['val']]))

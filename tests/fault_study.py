@@ -37,7 +37,7 @@ def save(table, path):
 
 def ask(release, n, seeds, methods, path, runs):
     "Answers of every network that the table does not have"
-    from fspn_nb.config import make_config,method_epochs,override
+    from fspn_nb.config import make_config,method_schedule,override
     from fspn_nb.evaluate import load_model
     from fspn_nb.inspect.fault_pairs import load_pairs,plan_pairs
     from fspn_nb.inspect.fault_study import ask_pairs,study_networks
@@ -50,7 +50,7 @@ def ask(release, n, seeds, methods, path, runs):
     for seed in range(seeds):
         for method in methods:
             if ((table.method == method) & (table.seed == seed)).any(): continue
-            data = prepare(method_epochs(override(cfg, model__name=method, seed=seed)), 'cpu', reuse=data)
+            data = prepare(method_schedule(override(cfg, model__name=method, seed=seed)), 'cpu', reuse=data)
             model = load_model(fit(data.cfg, runs, 'cpu', data), data)
             pairs = pairs or load_pairs(plan_pairs(*SIZES.values(), release)[:n], cfg)
             for name, network in study_networks(model, data).items():

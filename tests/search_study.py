@@ -41,8 +41,8 @@ def base_config():
 
 def config_of(method, seed, adapter, standardise, lr, epochs):
     "The configuration of one training; `lr` and `epochs` are factors of what the method has"
-    from fspn_nb.config import method_epochs,override
-    cfg = method_epochs(override(base_config(), model__name=method, seed=seed))
+    from fspn_nb.config import method_schedule,override
+    cfg = method_schedule(override(base_config(), model__name=method, seed=seed), searched=False)
     return override(cfg, model__adapter=adapter, model__standardise=standardise, train__lr=cfg.train.lr*lr, train__epochs=max(1, round(cfg.train.epochs*epochs)))
 
 

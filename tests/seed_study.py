@@ -30,7 +30,7 @@ SWAPS, DRAWS, LEVEL = 499, 300, .05
 
 def train():
     "Predictions of the demo preset for the test videos, one column per seed"
-    from fspn_nb.config import make_config,method_epochs,override,validate
+    from fspn_nb.config import make_config,method_schedule,override,validate
     from fspn_nb.evaluate import load_model,predictions
     from fspn_nb.train import fit
     from fspn_nb.training.prepare import prepare
@@ -38,7 +38,7 @@ def train():
     for dataset, method, protocol, seeds in TRAINED:
         base, columns = make_config(dataset, 'demo', protocol=protocol), {}
         for seed in range(seeds):
-            cfg = validate(method_epochs(override(base, seed=seed, protocol=protocol, model__name=method)))
+            cfg = validate(method_schedule(override(base, seed=seed, protocol=protocol, model__name=method)))
             data = prepare(cfg, 'cpu', data if data is not None and data.cfg.dataset == dataset else None)
             with tempfile.TemporaryDirectory() as out:
                 table = predictions(load_model(fit(cfg, out, 'cpu', data), data), data, 'test')[0].set_index('uid')

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fspn_nb.config import ModelCfg,finediving,load_cfg,make_config,method_epochs,override,run_id,validate
+from fspn_nb.config import ModelCfg,finediving,load_cfg,make_config,method_schedule,override,run_id,validate
 from fspn_nb.core import Batch,flatten
 from fspn_nb.evaluate import load_model
 from fspn_nb.experiments.parameters import parse_changes
@@ -83,13 +83,13 @@ OLDER = {('finediving', 'demo', 'fspn', 'frozen', 0): 'fspn-w_dn-frozen-s0-aee2d
 @pytest.mark.parametrize('key', OLDER)
 def test_runs_of_before_keep_their_names(key):
     dataset, preset, name, mode, seed = key
-    cfg = method_epochs(make_config(dataset, preset, model__name=name, seed=seed, train__backbone=mode, model__adapter=mode == 'frozen'))
+    cfg = method_schedule(make_config(dataset, preset, model__name=name, seed=seed, train__backbone=mode, model__adapter=mode == 'frozen'))
     assert run_id(cfg) == OLDER[key]
 
 
 def test_a_run_whose_results_changed_has_another_name():
-    tpt = method_epochs(finediving('demo', model__name='tpt'))
-    tsa = method_epochs(make_config('finediving', 'paper', model__name='tsa', model__norm='apart'))
+    tpt = method_schedule(finediving('demo', model__name='tpt'))
+    tsa = method_schedule(make_config('finediving', 'paper', model__name='tsa', model__norm='apart'))
     assert run_id(tpt) != 'tpt-w_dn-frozen-s0-952f89df' == run_id(override(tpt, model__standardise='off', train__decoder_lr_ratio=1.))
     assert run_id(tsa) != 'tsa-w_dn-finetune-s0-c483f79b' == run_id(override(tsa, model__norm='released'))
     frozen = finediving('demo', model__name='tsa')

@@ -6,18 +6,22 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import UnionType
 
 import pytest
 
-from fspn_nb.config import finediving,load_cfg,make_config,run_id,save_cfg
+from fspn_nb.analysis.run_groups import _family_facts,_preset_of
+from fspn_nb.config import finediving,load_cfg,make_config,method_schedule,override,run_id,save_cfg
 from fspn_nb.core import data_cache
 from fspn_nb.experiments.grid import GRID_PARAMETERS,grid_parameters
 from fspn_nb.experiments.parameters import assigned_names,cast_value,changed_settings,notebook_parameters,parse_changes,setting_types
 from fspn_nb.experiments.session import DATASET_PARAMETERS,RUN_PARAMETERS,start
+from fspn_nb.experiments.variants import config_of,plan_runs
 from fspn_nb.inspect.actor_study import STUDY_PARAMETERS
 from fspn_nb.inspect.clip_run import CLIP_PARAMETERS
+from fspn_nb.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 KNOWN = {'run_ablations': GRID_PARAMETERS, 'actor_and_heat': STUDY_PARAMETERS, 'score_clip': CLIP_PARAMETERS,
@@ -266,3 +270,25 @@ def test_papermill_with_an_unknown_parameter_stops_at_once(environment, tmp_path
     done = subprocess.run(command, cwd=ROOT/'nbs', capture_output=True, text=True, env=os.environ.copy())
     assert done.returncode != 0 and 'unknown parameter epoch; this notebook has' in done.stderr
     assert not (tmp_path/'runs').exists()
+
+
+def test_what_the_search_chose_holds_in_the_frozen_demo_alone(monkeypatch, tmp_path):
+    "Factors of a method reach its runs; a rate that the user gives stays; and its runs are of one family with those of other methods"
+    plain = make_config('finediving', 'demo', model__name='usdl')
+    def forget(): _preset_of.cache_clear(), _family_facts.cache_clear()
+    facts = lambda cfg: _family_facts(save_cfg(cfg, tmp_path/f'{run_id(cfg)}.json').read_text())
+    forget()
+    before = facts(method_schedule(plain))
+    monkeypatch.setitem(METHODS, 'usdl', replace(METHODS['usdl'], searched=dict(lr=3., epochs=.5)))
+    forget()
+    cfg = method_schedule(plain)
+    assert (cfg.train.lr, cfg.train.epochs) == (3*plain.train.lr, 50)
+    assert method_schedule(plain, searched=False).train.epochs == 100
+    assert method_schedule(override(plain, train__lr=.01)).train.lr == .01, "the user's rate"
+    assert plan_runs(plain, 'usdl', 'w_dn', '0', epochs=7)[0].train == override(cfg, train__epochs=7).train
+    assert config_of(plain, 'usdl', scale_epochs=False).train.epochs == plain.train.epochs
+    for other in (make_config('finediving', 'smoke', model__name='usdl'), override(plain, train__backbone='finetune')): assert method_schedule(other).train.lr == other.train.lr
+    own, fspn = facts(cfg), facts(method_schedule(override(plain, model__name='fspn')))
+    assert own['family'] == fspn['family'] == before['family'] and own['plain'] and own['usual_epochs']
+    assert facts(override(cfg, train__lr=.01))['family'] != own['family']
+    forget()

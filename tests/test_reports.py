@@ -24,7 +24,7 @@ from fspn_nb.analysis.published import pack_runs,unpack_runs
 from fspn_nb.analysis.run_groups import RANKING,left_out,left_out_line,main_runs,rank_group,why_lower
 from fspn_nb.analysis.runs import average_seeds,collect,read_predictions,read_run
 from fspn_nb.analysis.seed_spread import published_scores,seed_spread
-from fspn_nb.config import make_config,method_epochs,override
+from fspn_nb.config import make_config,method_schedule,override
 from fspn_nb.core import write_json
 from fspn_nb.escaping import csv_text,escape_md,escape_tex,md_code,one_line,unquote_formulas
 from fspn_nb.experiments.variants import config_of,grid_base
@@ -341,7 +341,7 @@ def test_nine_real_dives_replace_nothing(beside_published, preset):
 def test_a_full_real_run_takes_the_page(tmp_path):
     counts = dict(train=2251, test=749)
     for seed in (0, 1, 2): fake_run(tmp_path, config_of(grid_base('demo'), 'fspn', seed), 5.)
-    fake_run(tmp_path, method_epochs(make_config('finediving', 'paper', data_root='/data/FineDiving')), 5., counts=counts)
+    fake_run(tmp_path, method_schedule(make_config('finediving', 'paper', data_root='/data/FineDiving')), 5., counts=counts)
     index = open_index(tmp_path, n=20, tests=20, sizes=False)
     assert '- FineDiving: real data, preset paper, 1 seed, all 3,000 dives' in intro(index) and '3 of the runs are not shown' in intro(index)
     nine, one = methods_section(index, 'finediving'), ablation_section(index, 'I')

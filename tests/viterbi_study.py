@@ -16,7 +16,7 @@ import torch
 
 from fspn_nb.analysis.parse_quality import overlap_gain
 from fspn_nb.analysis.significance import retrain_test
-from fspn_nb.config import make_config,method_epochs,override,run_id
+from fspn_nb.config import make_config,method_schedule,override,run_id
 from fspn_nb.core import data_cache
 from fspn_nb.evaluate import evaluate
 from fspn_nb.experiments.variants import EXPERIMENTS
@@ -37,7 +37,7 @@ def runs_of(seeds):
         for protocol in protocols:
             for seed in seeds:
                 for method in METHODS:
-                    yield dataset, protocol, method, seed, method_epochs(override(base, protocol=protocol, seed=seed, **EXPERIMENTS[method]))
+                    yield dataset, protocol, method, seed, method_schedule(override(base, protocol=protocol, seed=seed, **EXPERIMENTS[method]))
 
 
 def train_all(seeds, runs):

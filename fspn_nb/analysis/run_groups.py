@@ -12,15 +12,16 @@ from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 import pandas as pd
-from ..config import make_config,method_epochs
+from ..config import make_config,method_schedule
 from ..protocols import PROTOCOLS,SPORTS
 
 # %% ../../nbs/analysis/08_run_groups.ipynb #3c8d1590
-def _family(cfg):
-    "Hash of all that runs of one table must share: everything but method, protocol, seed and epochs"
+def _family(cfg, preset):
+    "Hash of all that runs of one table must share: everything but method, protocol, seed, epochs, and a learning rate that is the method's own"
     shared = {k: v for k,v in cfg.items() if k not in ('seed','protocol','fspn_nb')} # the version that wrote the file is no setting
     shared['data_root'] = bool(cfg.get('data_root'))
     shared['train'] = {k: v for k,v in cfg.get('train', {}).items() if k != 'epochs'}
+    if preset and shared['train'].get('lr') == preset['train']['lr']: shared['train']['lr'] = preset['usual_lr']
     shared['model'] = {k: v for k,v in cfg.get('model', {}).items() if k != 'name'}
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -28,9 +29,9 @@ def _family(cfg):
 @lru_cache
 def _preset_of(dataset, preset, method):
     "The configuration that a preset gives a method, as JSON holds it; {} where there is none"
-    try: cfg = method_epochs(make_config(dataset, preset, model__name=method))
+    try: cfg = method_schedule(make_config(dataset, preset, model__name=method))
     except (KeyError, ValueError): return {}
-    return json.loads(json.dumps(asdict(cfg)))
+    return json.loads(json.dumps(asdict(cfg)))|dict(usual_lr=make_config(dataset, preset).train.lr)
 
 # %% ../../nbs/analysis/08_run_groups.ipynb #fd880c5d
 @lru_cache(maxsize=8192) # a report asks twice
@@ -41,7 +42,7 @@ def _family_facts(text):
     preset = _preset_of(cfg.get('dataset'), cfg.get('preset'), model.get('name'))
     plain = bool(preset) and all(preset['model'].get(k, v) == v for k,v in model.items() if k != 'adapter' or v == 'on')
     trained = epochs/preset['train']['epochs'] if preset and epochs else float('nan')
-    return dict(family=_family(cfg), plain=plain, usual_epochs=trained == 1, trained=trained)
+    return dict(family=_family(cfg, preset), plain=plain, usual_epochs=trained == 1, trained=trained)
 
 # %% ../../nbs/analysis/08_run_groups.ipynb #dd315b25
 def families(

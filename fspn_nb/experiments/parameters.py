@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType,UnionType
 from typing import get_origin,get_type_hints
 
-from ..config import RunCfg,make_config,method_epochs
+from ..config import RunCfg,make_config,method_schedule
 from ..core import diff
 
 # %% ../../nbs/experiments/01_parameters.ipynb #4789e4fd
@@ -246,5 +246,5 @@ def changed_settings(
 )->list[str]: # ['train.epochs 20 -> 3']
     "What `cfg` changes in `base`, one text per setting"
     if base is None:
-        base = method_epochs(make_config(cfg.dataset, cfg.preset, protocol=cfg.protocol, model__name=cfg.model.name, seed=cfg.seed))
+        base = method_schedule(make_config(cfg.dataset, cfg.preset, protocol=cfg.protocol, model__name=cfg.model.name, seed=cfg.seed))
     return [f'{name} {before!r} -> {after!r}' for name,(before,after) in diff(cfg, base).items()]

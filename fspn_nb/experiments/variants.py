@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..config import RunCfg,make_config,method_epochs,override,run_id,validate
+from ..config import RunCfg,make_config,method_schedule,override,run_id,validate
 from .parameters import changed_settings,parse_seeds,split_list
 from ..methods import METHODS
 from ..paper import paper_table
@@ -148,7 +148,7 @@ def config_of(
     "The run of one variant"
     if experiment not in EXPERIMENTS: raise ValueError(f"unknown experiment {experiment!r}; there are {', '.join(EXPERIMENTS)}")
     cfg = override(base, seed=seed, protocol=protocol or base.protocol, **EXPERIMENTS[experiment])
-    return validate(method_epochs(cfg) if scale_epochs else cfg)
+    return validate(method_schedule(cfg) if scale_epochs else override(method_schedule(cfg), train__epochs=base.train.epochs))
 
 # %% ../../nbs/experiments/02_variants.ipynb #5e2563dc
 def grid_base(
@@ -225,7 +225,8 @@ def plan_runs(
     numbers,names = parse_seeds(seeds),split_list(methods, 'methods')
     variants = pick_variants(base.dataset, protocol, per_difficulty)
     cfgs = [validate(override(base, protocol=v, model__name=m, seed=s)) for v in variants for m in names for s in numbers]
-    return [validate(override(cfg, train__epochs=epochs) if epochs else method_epochs(cfg)) for cfg in cfgs]
+    cfgs = [method_schedule(cfg) for cfg in cfgs]
+    return [validate(override(cfg, train__epochs=epochs) if epochs else cfg) for cfg in cfgs]
 
 # %% ../../nbs/experiments/02_variants.ipynb #50213eb2
 def plan_lines(
