@@ -343,7 +343,7 @@ def test_a_full_real_run_takes_the_page(tmp_path):
     for seed in (0, 1, 2): fake_run(tmp_path, config_of(grid_base('demo'), 'fspn', seed), 5.)
     fake_run(tmp_path, method_schedule(make_config('finediving', 'paper', data_root='/data/FineDiving')), 5., counts=counts)
     index = open_index(tmp_path, n=20, tests=20, sizes=False)
-    assert '- FineDiving: real data, preset paper, 1 seed, all 3,000 dives' in intro(index) and '3 of the runs are not shown' in intro(index)
+    assert '- FineDiving: real data, preset paper, 1 seed (0), all 3,000 dives' in intro(index) and '3 of the runs are not shown' in intro(index)
     nine, one = methods_section(index, 'finediving'), ablation_section(index, 'I')
     line = left_out_line(index.hidden, 'finediving')
     assert line.startswith('Not shown: 3 runs (synthetic data, preset demo,') and 'a smaller preset' in line

@@ -24,7 +24,7 @@ from ..processes import hold_lock
 from ..protocols import PROTOCOLS
 from .figure_sections import draw_section,epochs_section,parsing_section,scatter_section,votes_section
 from .figures import save_figure
-from .run_index import RunIndex,open_index,printed_methods
+from .run_index import RunIndex,open_index,printed_methods,seed_words
 from .study_figures import plot_ablation,plot_channels,plot_faults
 from .table_sections import ablation_section,cost_section,methods_section
 from .tables import block_titles,method_titles
@@ -153,8 +153,8 @@ def _bases(index):
     for dataset in PROTOCOLS:
         runs = index.main[index.main.dataset == dataset]
         if not len(runs): continue
-        seeds,first = runs.seed.nunique(),runs.iloc[0]
-        yield (f"- {PROTOCOLS[dataset].title}: {first.data} data, preset {escape_md(first.preset)}, {seeds} seed{'s'*(seeds > 1)}, "
+        first = runs.iloc[0]
+        yield (f"- {PROTOCOLS[dataset].title}: {first.data} data, preset {escape_md(first.preset)}, {seed_words(runs)}, "
                f"{samples_words(runs)}.\n")
 
 # %% ../../nbs/report/10_build.ipynb #0e0b6878
