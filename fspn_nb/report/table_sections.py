@@ -102,7 +102,8 @@ _NOTEBOOK = dict(finediving=_GRID.format('IX'), mtl_aqa='papermill nbs/run_mtl_a
 def _reason(row):
     "Why a printed row has no run, or ''"
     if row.seeds == row.seeds or row.method.startswith('no video'): return ''
-    return 'not run yet' if row.method in list_models() else 'no such method here'
+    if row.method not in list_models(): return 'no such method here'
+    return 'not run yet'+(', as its backbone must be fine-tuned: hours for each training on a CPU' if METHODS[row.method].finetune_only else '')
 
 # %% ../../nbs/report/08_table_sections.ipynb #6a346197
 def _add_reasons(table, dataset):
@@ -110,7 +111,7 @@ def _add_reasons(table, dataset):
     reasons = [_reason(row) for row in table.itertuples()]
     tuned = {name: ' -p backbone finetune' for name,method in METHODS.items() if method.finetune_only}
     command = lambda name: _NOTEBOOK[dataset].format(name)+tuned.get(name, '')
-    commands = [command(name) if reason == 'not run yet' else '' for name,reason in zip(table.method, reasons)]
+    commands = [command(name) if reason.startswith('not run yet') else '' for name,reason in zip(table.method, reasons)]
     return table.assign(missing=reasons, command=commands)
 
 # %% ../../nbs/report/08_table_sections.ipynb #f5aa18c8
