@@ -80,6 +80,7 @@ def main():
     parser.add_argument('--afresh', action='store_true', help='delete the runs that are there')
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
+    from fspn_nb.analysis.published import pack_runs
     folder, until = (ROOT/args.runs).resolve(), time.time()+60*args.minutes
     if args.afresh:
         for left in (folder, folder.with_name(f'{folder.name}_pictures')): shutil.rmtree(left, ignore_errors=True)
@@ -95,8 +96,10 @@ def main():
     for name in ('figures', 'tables'): shutil.copytree(pictures/name, ROOT/'reports'/name, dirs_exist_ok=True)
     published, before = ROOT/'reports'/'published', folder/'.published_before'
     if not before.is_dir(): shutil.copytree(published, before)
-    shutil.rmtree(published)
-    try: run('report', 'report', dict(publish=True, seeds=SEEDS, out=folder), folder)
+    try:
+        shutil.rmtree(published)
+        pack_runs([folder], published)
+        run('report', 'report', dict(publish=True, seeds=SEEDS, out=folder), folder)
     except BaseException: # the page that was there stays
         shutil.copytree(before, published, dirs_exist_ok=True)
         raise

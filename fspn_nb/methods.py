@@ -28,7 +28,7 @@ class Method:
     given_difficulty:bool=False # Its score is multiplied by each test dive's true difficulty, also where labels are points
     adapter:str='' # Learned layer where model.adapter='auto': 'parser' (inside FSPN's), 'inputs' (in front, in frozen mode only), '' (none)
     standardise:bool=False # model.standardise='auto' standardises what it reads in frozen mode
-    searched:dict[str,float]=field(default_factory=dict) # Factors of 'lr' and 'epochs' in the frozen demo that the search chose (tests/search_study.py)
+    searched:dict[str,float]=field(default_factory=dict) # Factors of 'lr' and 'epochs' that a search chose, frozen demo only
     learns_from:tuple[str,...]=() # Labels beside the score that it is trained with: 'transitions' (true steps), 'judges' (single marks)
 
     def __post_init__(self):

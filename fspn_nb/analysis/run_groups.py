@@ -17,7 +17,7 @@ from ..protocols import PROTOCOLS,SPORTS
 
 # %% ../../nbs/analysis/08_run_groups.ipynb #3c8d1590
 def _family(cfg, preset):
-    "Hash of all that runs of one table must share: everything but method, protocol, seed, epochs, and a learning rate that is the method's own"
+    "Hash of all that runs of one table must share: all but method, protocol, seed, epochs, and a learning rate that is the method's own"
     shared = {k: v for k,v in cfg.items() if k not in ('seed','protocol','fspn_nb')} # the version that wrote the file is no setting
     shared['data_root'] = bool(cfg.get('data_root'))
     shared['train'] = {k: v for k,v in cfg.get('train', {}).items() if k != 'epochs'}

@@ -208,8 +208,8 @@ def encode_pair(
     mask = fault_mask(pair, ids := pair.ids(clip.frames))
     with one_thread(), torch.no_grad():
         films = [extract_maps(backbone, item.frames, item.boxes, clip, pad) for item in pair_videos(pair, clip.frames)]
-        maps,above = {s: torch.stack([film[0][s] for film in films]) for s in ('scene','actor')},split_backbone(backbone, heat_layer(backbone))[1]
-        features = {s: above(value.flatten(0, 1)).mean((2,3,4)).unflatten(0, value.shape[:2]) for s,value in maps.items()}
+        maps = {s: torch.stack([film[0][s] for film in films]) for s in ('scene','actor')}
+        features = {s: split_backbone(backbone, heat_layer(backbone))[1](m.flatten(0, 1)).mean((2,3,4)).unflatten(0, m.shape[:2]) for s,m in maps.items()}
     cells = cell_weights(films[1][1], (maps['scene'].shape[1], *maps['scene'].shape[3:]), mask)
     return PairTensors(pair.plan, pair.cost, pair.taken, step_shares(mask, true_steps(pair.faulty, ids)), features, maps, cells)
 

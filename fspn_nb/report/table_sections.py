@@ -103,7 +103,7 @@ def _reason(row):
     "Why a printed row has no run, or ''"
     if row.seeds == row.seeds or row.method.startswith('no video'): return ''
     if row.method not in list_models(): return 'no such method here'
-    return 'not run yet'+(', as its backbone must be fine-tuned: hours for each training on a CPU' if METHODS[row.method].finetune_only else '')
+    return 'not run yet'+', as its backbone must be fine-tuned: hours for each training on a CPU'*METHODS[row.method].finetune_only
 
 # %% ../../nbs/report/08_table_sections.ipynb #6a346197
 def _add_reasons(table, dataset):
@@ -201,12 +201,11 @@ def _class_section(index, runs):
     "Table X: methods in rows, classes in columns"
     sets,titles = index.released('aqa7'),{name: variant.title for name,variant in PROTOCOLS['aqa7'].variants.items()}
     table,tested = _methods_table(index, 'aqa7', runs, sets),beside_released(index, sets, runs)
+    ranks = rank_lines(average_gaps(runs, index.root), dict(average='Average over classes'))
     caption = (provenance_line(runs, others=index.runs)+_family_line(runs)+
                ' The interval of an average draws videos within each class (percentile).'+_RELEASED*bool(len(sets)))
     section = ReportSection(key_of('X'), TITLES['X'], caption, table, wide(table).replace('-', ''),
-                            [*_lead_lines(index, runs, titles), *rank_lines(average_gaps(runs, index.root), dict(average='Average over classes')),
-                             *_released_lines(index, sets, tested, titles)],
-                            [], _NOTEBOOK['aqa7'].format('i3d_mlp,fspn'))
+                            [*_lead_lines(index, runs, titles), *ranks, *_released_lines(index, sets, tested, titles)], [], _NOTEBOOK['aqa7'].format('i3d_mlp,fspn'))
     means = table[(table.protocol == 'average') & table.rho.notna()]
     averages = [f"{row.label.removesuffix(' (Ours)')} {_cell(row, 'rho', 4)}" for _,row in means.iterrows()]
     seeds = sorted({len(row.seeds.split(',')) for row in means.itertuples()})
