@@ -9,7 +9,8 @@ __all__ = ['MEASURES', 'swap_test', 'fault_table', 'guessed_steps', 'readable_fa
 from functools import partial
 import numpy as np,pandas as pd
 from scipy.stats import rankdata
-from ..metrics import bca,on_rows,spearman
+from .significance import table_interval
+from ..metrics import on_rows,spearman
 
 # %% ../../nbs/analysis/15_fault_table.ipynb #5ac2fd23
 MEASURES = dict(order='fall and cost, rank correlation', slope='points fallen per point of cost', falls='score falls, share of dives',
@@ -40,7 +41,7 @@ def _per_dive(v, key):
     return (most == _three(v, 'true').argmax(-1)).astype(float)
 
 def _statistic(v, key):
-    "The measure as a function of which dives are drawn, as `bca` asks it"
+    "The measure as a function of which dives are drawn, as `table_interval` asks it"
     if key == 'order': return on_rows(spearman, v['fall'], v['cost'][0])
     if key == 'slope':
         fall,cost = v['fall'].mean(0),v['cost'][0]
@@ -93,7 +94,7 @@ def fault_table(
                 stats,row = {name: _statistic(v, key) for name,v in nets.items()},dict(method=method, fault=fault, measure=key, n=size)
                 parts = stats|{f'over_{name}': partial(_gap, stats['trained'], f) for name,f in stats.items() if name != 'trained'}
                 for name,f in parts.items():
-                    row |= dict(zip((name,f'{name}_lo',f'{name}_hi'), (float(f(np.arange(size))), *bca(f, size, n))))
+                    row |= dict(zip((name,f'{name}_lo',f'{name}_hi'), (float(f(np.arange(size))), *table_interval(f, size, n))))
                     if name.startswith('over_') and fault == 'all': row[f'{name}_p'] = swap_test(nets['trained'], nets[name[5:]], key, n)
                 rows.append(row|dict(seeds=','.join(map(str, sorted(mine.seed.unique())))))
     return pd.DataFrame(rows)

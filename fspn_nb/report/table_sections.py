@@ -205,7 +205,8 @@ def _class_section(index, runs):
     caption = (provenance_line(runs, others=index.runs)+_family_line(runs)+
                ' The interval of an average draws videos within each class (percentile).'+_RELEASED*bool(len(sets)))
     section = ReportSection(key_of('X'), TITLES['X'], caption, table, wide(table).replace('-', ''),
-                            [*_lead_lines(index, runs, titles), *ranks, *_released_lines(index, sets, tested, titles)], [], _NOTEBOOK['aqa7'].format('i3d_mlp,fspn'))
+                            [*_lead_lines(index, runs, titles), *ranks, *_released_lines(index, sets, tested, titles)],
+                            [], _NOTEBOOK['aqa7'].format('i3d_mlp,fspn'))
     means = table[(table.protocol == 'average') & table.rho.notna()]
     averages = [f"{row.label.removesuffix(' (Ours)')} {_cell(row, 'rho', 4)}" for _,row in means.iterrows()]
     seeds = sorted({len(row.seeds.split(',')) for row in means.itertuples()})
