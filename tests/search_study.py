@@ -26,10 +26,10 @@ import pandas as pd
 from fspn_nb.core import write_atomic
 from fspn_nb.escaping import csv_text
 from fspn_nb.methods import METHODS
+from fspn_nb.report.study_sections import SEARCHED,chosen_settings
 
 OUT = Path(__file__).resolve().parents[1]/'reports'/'benchmarks'/'search.csv'
 RELEASE, TRAIN, KEPT, SEEDS, MARGIN = 1, 300, 100, (10, 11), .005
-SETTINGS = ('adapter', 'standardise', 'lr', 'epochs')
 _DATA = {} # of this process
 
 
@@ -79,12 +79,12 @@ def search(method, runs):
     rows = pd.read_csv(file).to_dict('records') if file.is_file() else []
     def mean_rho(setting):
         for seed in SEEDS:
-            if any(row['seed'] == seed and all(row[name] == setting[name] for name in SETTINGS) for row in rows): continue
+            if any(row['seed'] == seed and all(row[name] == setting[name] for name in SEARCHED) for row in rows): continue
             rho, minutes = rho_of(method, seed, setting, runs)
             rows.append(dict(method=method, seed=seed, **setting, rho=round(rho, 4), minutes=round(minutes, 2)))
             write_atomic(file, csv_text(pd.DataFrame(rows)))
             print(method, setting, seed, f'{rho:.4f}', flush=True)
-        return float(np.mean([row['rho'] for row in rows if all(row[name] == setting[name] for name in SETTINGS)]))
+        return float(np.mean([row['rho'] for row in rows if all(row[name] == setting[name] for name in SEARCHED)]))
     best = first_setting(method)
     value = mean_rho(best)
     for others in ([dict(adapter=a, standardise=s) for a in ('off', 'on') for s in ('off', 'on')], [dict(lr=1/3), dict(lr=3.)], [dict(epochs=.5), dict(epochs=2.)]):
@@ -92,16 +92,6 @@ def search(method, runs):
         top, setting = max(tried, key=lambda pair: pair[0])
         if top > value+MARGIN: value, best = top, setting
     return method, best, value
-
-
-def chosen(table):
-    "For each method where it began, what was chosen, and the mean rho of both"
-    rows = []
-    for method, g in table.groupby('method', sort=False):
-        means = g.groupby(list(SETTINGS), sort=False).rho.mean()
-        best = g[g.chosen].iloc[0]
-        rows.append(dict(method=method, **{name: best[name] for name in SETTINGS}, rho=means[tuple(best[name] for name in SETTINGS)], rho_before=means.iloc[0], trainings=len(g)))
-    return pd.DataFrame(rows)
 
 
 def main():
@@ -121,9 +111,9 @@ def main():
         tables = [known[~known.method.isin(args.methods)]]
         for method, best, _ in results:
             rows = pd.read_csv(Path(args.runs)/f'{method}.csv')
-            tables.append(rows.assign(chosen=(rows[list(SETTINGS)] == [best[name] for name in SETTINGS]).all(axis=1)))
+            tables.append(rows.assign(chosen=(rows[list(SEARCHED)] == [best[name] for name in SEARCHED]).all(axis=1)))
         write_atomic(OUT, csv_text(pd.concat([table for table in tables if len(table)], ignore_index=True), float_format='%.5g'))
-    print(chosen(pd.read_csv(OUT)).round(4).to_string())
+    print(chosen_settings(pd.read_csv(OUT)).round(4).to_string())
 
 
 if __name__ == '__main__': main()
