@@ -59,7 +59,7 @@ def folder(runs, tmp_path):
 @pytest.fixture
 def no_heat(monkeypatch):
     "Heat maps take most of the time of a score, and the test of the command makes them"
-    monkeypatch.setattr('fspn_nb.inspect.clip_score._heat', lambda *args: (None, {}, []))
+    monkeypatch.setattr('fspn_nb.inspect.clip_score._heat', lambda *args: (None, {}))
 
 
 def same_predictions(run, folder, data):
