@@ -28,8 +28,8 @@ def chosen_settings(
     rows = []
     for method,own in trainings.groupby('method', sort=False):
         means,best = own.groupby(list(SEARCHED), sort=False).rho.mean(),own[own.chosen].iloc[0]
-        setting = {name: best[name] for name in SEARCHED}
-        rows.append(dict(method=method, **setting, rho=means[tuple(setting.values())], rho_before=means.iloc[0], trainings=len(own)))
+        best = {name: best[name] for name in SEARCHED}
+        rows.append(dict(method=method, **best, rho=means[tuple(best.values())], rho_before=means.iloc[0], trainings=len(own)))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/report/10_study_sections.ipynb #75f0a7bf
@@ -40,15 +40,18 @@ def search_section(
     if not Path(trainings).is_file(): return []
     table,titles = chosen_settings(read_table(trainings)),method_titles()
     names,factor = [titles.get(name, name) for name in table.method],lambda column: [f'x {value:.3g}' for value in column]
-    shown = pd.DataFrame({'method': names, 'learned layer': table.adapter, 'standardised inputs': table.standardise, 'learning rate': factor(table.lr),
-                          'epochs': factor(table.epochs), 'rho, validation': [_text(value, '.4f') for value in table.rho],
-                          'rho before': [_text(value, '.4f') for value in table.rho_before], 'trainings': table.trainings})
+    score = lambda column: [_text(value, '.4f') for value in column]
+    shown = pd.DataFrame({'method': names, 'learned layer': table.adapter, 'standardised inputs': table.standardise,
+                          'learning rate': factor(table.lr), 'epochs': factor(table.epochs), 'rho, validation': score(table.rho),
+                          'rho before': score(table.rho_before), 'trainings': table.trainings})
     changed = [f'{name} ({row.rho-row.rho_before:+.3f})' for name,row in zip(names, table.itertuples()) if row.rho != row.rho_before]
-    caption = ('**Synthetic data.** One search, stated before it was made: the synthetic FineDiving release of seed 1, w/ DN, frozen backbone, 200 training '
-               'dives; rho is the mean of two trainings on 100 other training dives, and no test dive is read. Learning rate and epochs: times what preset '
-               'demo has for the method. A setting is taken where it gains more than .005. The choice holds for all tables of frozen backbones on this page.')
+    caption = ('**Synthetic data.** One search, stated before it was made: the synthetic FineDiving release of seed 1, w/ DN, frozen '
+               'backbone, 200 training dives; rho is the mean of two trainings on 100 other training dives, and no test dive is read. '
+               'Learning rate and epochs: times what preset demo has for the method. A setting is taken where it gains more than .005. '
+               'The choice holds for all tables of frozen backbones on this page.')
     lines = [f"Changed by the search: {', '.join(changed) or 'nothing'}; the other methods stay as they were."]
-    return [ReportSection('search', 'What a search chose for every method', caption, table, shown, lines, [], 'python tests/search_study.py')]
+    title,command = 'What a search chose for every method','python tests/search_study.py'
+    return [ReportSection('search', title, caption, table, shown, lines, [], command)]
 
 # %% ../../nbs/report/10_study_sections.ipynb #f45bafe9
 def _fault_lines(answers, table, titles):
