@@ -1,6 +1,6 @@
 """The same small search for every method, on dives that no table shows: reports/benchmarks/search.csv
 
-    python tests/search_study.py [--methods tsa tpt ...] [--processes 2] [--runs DIR]     trains what is not there (about a minute each) and writes the table
+    python tests/search_study.py [--methods tsa tpt ...] [--processes 2] [--runs DIR]     trains what is not there (about a minute each); a method that is done goes into the table
     python tests/search_study.py --table                                                  what was chosen, from the table
 
 Stated before anything was trained:
@@ -15,7 +15,7 @@ Stated before anything was trained:
 - TSA-Net has no features that could be kept: it is not searched.
 """
 import argparse
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor,as_completed
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -76,7 +76,8 @@ def search(method, runs):
     import torch
     torch.set_num_threads(1)
     file = Path(runs)/f'{method}.csv'
-    rows = pd.read_csv(file).to_dict('records') if file.is_file() else []
+    known = pd.read_csv(file) if file.is_file() else written()
+    rows = known[known.method == method].drop(columns='chosen', errors='ignore').to_dict('records')
     def mean_rho(setting):
         for seed in SEEDS:
             if any(row['seed'] == seed and all(row[name] == setting[name] for name in SEARCHED) for row in rows): continue
@@ -94,6 +95,21 @@ def search(method, runs):
     return method, best, value
 
 
+def written():
+    "Rows of the methods that are done"
+    return pd.read_csv(OUT) if OUT.is_file() else pd.DataFrame(columns=['method'])
+
+
+def write(method, best, runs):
+    "Put the rows of one method into the table"
+    file = Path(runs)/f'{method}.csv'
+    if not file.is_file(): return # all of them are there already
+    rows, others = pd.read_csv(file), written()
+    others = others[others.method != method]
+    rows = rows.assign(chosen=(rows[list(SEARCHED)] == [best[name] for name in SEARCHED]).all(axis=1))
+    write_atomic(OUT, csv_text(pd.concat([table for table in (others, rows) if len(table)], ignore_index=True)))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--methods', nargs='+', default=[name for name, row in METHODS.items() if not row.finetune_only])
@@ -106,13 +122,9 @@ def main():
         Path(args.runs).mkdir(parents=True, exist_ok=True)
         for method in args.methods: prepare(config_of(method, SEEDS[0], 'auto', 'auto', 1, 1), 'cpu') # features, by one process
         with ProcessPoolExecutor(args.processes, get_context('spawn')) as pool:
-            results = [job.result() for job in [pool.submit(search, method, args.runs) for method in args.methods]]
-        known = pd.read_csv(OUT) if OUT.is_file() else pd.DataFrame(columns=['method'])
-        tables = [known[~known.method.isin(args.methods)]]
-        for method, best, _ in results:
-            rows = pd.read_csv(Path(args.runs)/f'{method}.csv')
-            tables.append(rows.assign(chosen=(rows[list(SEARCHED)] == [best[name] for name in SEARCHED]).all(axis=1)))
-        write_atomic(OUT, csv_text(pd.concat([table for table in tables if len(table)], ignore_index=True), float_format='%.5g'))
+            for job in as_completed([pool.submit(search, method, args.runs) for method in args.methods]):
+                method, best, _ = job.result()
+                write(method, best, args.runs)
     print(chosen_settings(pd.read_csv(OUT)).round(4).to_string())
 
 

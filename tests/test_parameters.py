@@ -1,7 +1,6 @@
 "Parameters of the notebooks: types, unknown names, changed settings, wrong files; a notebook that is run twice in one kernel"
 import ast
 import atexit
-import importlib.util
 import json
 import os
 import re
@@ -293,21 +292,3 @@ def test_what_the_search_chose_holds_in_the_frozen_demo_alone(monkeypatch, tmp_p
     assert own['family'] == fspn['family'] == before['family'] and own['plain'] and own['usual_epochs']
     assert facts(override(cfg, train__lr=.01))['family'] != own['family']
     forget()
-
-
-def test_every_part_of_the_publication_can_begin():
-    "Each notebook knows its parameters, and each run of a method is one that its dataset allows; hours before the last would say so"
-    spec = importlib.util.spec_from_file_location('publish', ROOT/'docs'/'publish.py')
-    spec.loader.exec_module(publish := importlib.util.module_from_spec(spec))
-    parts, planned = list(publish.parts('runs')), {}
-    for name, notebook, p in parts:
-        assert set(p) <= set(KNOWN[notebook]), name
-        if notebook == 'run_ablations': continue
-        dataset = notebook.removeprefix('run_')
-        base = make_config(dataset, 'demo', **parse_changes(p['changes'], KNOWN[notebook]))
-        assert (base.synthetic.n_train, base.synthetic.n_test) == publish.SIZES[dataset]
-        planned.setdefault(dataset, []).extend(plan_runs(base, p['methods'], 'all', p['seeds']))
-    assert len({name for name, *_ in parts}) == len(parts)
-    for dataset, cfgs in planned.items(): assert len({run_id(cfg) for cfg in cfgs}) == len(cfgs), 'nothing is trained twice'
-    assert {'tsa'} == {*METHODS}-{'tsa_net', 'fspn_s', 'fspn_m'}-{cfg.model.name for cfg in planned['mtl_aqa']}
-    for dataset in ('mtl_aqa', 'aqa7'): assert all(len({cfg.seed for cfg in planned[dataset] if cfg.model.name == name}) == 5 for name in publish.HEADLINE.split(','))

@@ -213,15 +213,18 @@ def run_grid(
 
 # %% ../../nbs/experiments/04_grid.ipynb #0e621472
 def write_baselines(
-    base:RunCfg, # Names the release
+    *bases:RunCfg, # Name the release; of AQA-7 one for each class
     out='', # The reports folder; '': `reports/runs`
-)->Path: # baselines_<test videos>.csv, as `score_baselines`
-    "Write the no-video baselines of the release that `base` trains on"
-    samples = samples_frame(load_samples(base).samples)
-    train,test = (samples[samples.split == split] for split in ('train','test'))
-    baselines = score_baselines(train, test, protocols=PROTOCOLS[base.dataset].no_video_baselines)
+)->Path: # baselines_<test videos of one>.csv, as `score_baselines`
+    "Write the no-video baselines of the release that `bases` train on"
+    tables = []
+    for base in bases:
+        samples,dataset = samples_frame(load_samples(base).samples),PROTOCOLS[base.dataset]
+        train,test = (samples[samples.split == split] for split in ('train','test'))
+        protocols = {name: protocol or dataset.variants[base.protocol].action for name,protocol in dataset.no_video_baselines.items()}
+        tables.append(score_baselines(train, test, protocols=protocols))
     file = reports_dir(str(out))/base.dataset/f'baselines_{len(test)}.csv'
-    return write_checked(file, baselines.to_csv(index=False, float_format='%.10g', lineterminator='\n'))
+    return write_checked(file, pd.concat(tables).to_csv(index=False, float_format='%.10g', lineterminator='\n'))
 
 # %% ../../nbs/experiments/04_grid.ipynb #f71528ce
 GRID_PARAMETERS = dict(tables=list, seeds=list, data_root=str, preset=str, n_train=int, n_test=int, epochs=int, backbone=str, weights=str,

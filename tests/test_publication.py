@@ -1,0 +1,108 @@
+"docs/publish.py: what it trains, how a sitting ends, and how the next one goes on, on this machine or on another"
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fspn_nb.analysis.published import pack_runs
+from fspn_nb.analysis.runs import collect
+from fspn_nb.config import make_config,run_id
+from fspn_nb.experiments.jobs import Training
+from fspn_nb.methods import METHODS
+from fspn_nb.report.fake_runs import fake_run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def publish(tmp_path, monkeypatch):
+    "The script, with a folder of packed runs of its own and a checkout without changes"
+    spec = importlib.util.spec_from_file_location('publish', ROOT/'docs'/'publish.py')
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    answers = {'status': '', 'rev-parse': 'a'*40, 'diff': ''}
+    monkeypatch.setattr(module, 'git', lambda verb, *_: answers[verb])
+    monkeypatch.setattr(module, 'PACKED', tmp_path/'packed')
+    module.answers = answers
+    return module
+
+
+def test_every_training_can_begin(publish):
+    "Each notebook knows its parameters, and each run of a method is one that its dataset allows; hours before the last would say so"
+    groups = publish.planned()
+    trainings = [training for group in groups for training in group]
+    assert len({training.run for training in trainings}) == len(trainings) > 400, 'nothing is trained twice'
+    assert not any(training.keep_weights for training in trainings)
+    for training in trainings: assert (training.cfg.synthetic.n_train, training.cfg.synthetic.n_test) == publish.SIZES[training.cfg.dataset]
+    methods = {dataset: {training.cfg.model.name for training in trainings if training.cfg.dataset == dataset} for dataset in publish.SIZES}
+    assert {*METHODS}-{'tsa_net'} == methods['finediving']
+    assert {*METHODS}-{'tsa_net', 'fspn_s', 'fspn_m'}-methods['mtl_aqa'] == {'tsa'}
+    for dataset in publish.SIZES:
+        for name in publish.HEADLINE.split(','):
+            seeds = {training.cfg.seed for training in trainings if (training.cfg.dataset, training.cfg.model.name) == (dataset, name)}
+            assert seeds == set(range(5)), (dataset, name)
+    assert {extra for training in trainings for extra in training.extras} == {'watch', 'votes'}
+
+
+def test_a_sitting_ends_in_time_and_the_next_one_goes_on(publish, tmp_path, capsys):
+    groups = [[Training(make_config('finediving', 'smoke', model__name='i3d_mlp', seed=seed), keep_weights=False) for seed in (0, 1)]]
+    assert publish.work(groups, tmp_path, 0, 1) == (2, []), 'no time: nothing is begun'
+    assert not list(tmp_path.glob('*/*/metrics.json'))
+    assert publish.work([groups[0][:1]], tmp_path, float('inf'), 1) == (0, [])
+    first = (tmp_path/groups[0][0].run/'metrics.json')
+    before = first.stat().st_mtime_ns
+    assert publish.work(groups, tmp_path, float('inf'), 1) == (0, [])
+    assert first.stat().st_mtime_ns == before and len(list(tmp_path.glob('*/*/metrics.json'))) == 2
+    assert not list(tmp_path.rglob('*.pt')) and '1 of 2 trainings to do' in capsys.readouterr().out
+
+
+def test_a_training_that_fails_is_named_and_the_others_go_on(publish, tmp_path):
+    cfgs = [make_config('finediving', 'smoke', model__name='i3d_mlp', seed=seed) for seed in (0, 1)]
+    blocked = tmp_path/'finediving'/run_id(cfgs[0])
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text('a file where the folder should be')
+    left, (problem,) = publish.work([[Training(cfg, keep_weights=False) for cfg in cfgs]], tmp_path, float('inf'), 1)
+    assert left == 1 and problem.startswith(f'finediving/{blocked.name}: ') and (tmp_path/'finediving'/run_id(cfgs[1])/'metrics.json').is_file()
+
+
+def test_another_machine_goes_on_from_the_packed_runs(publish, tmp_path):
+    "Packed, taken over by an empty folder, packed again: the same bytes; what is there already is left alone"
+    here, there = tmp_path/'here', tmp_path/'there'
+    publish.begin(here)
+    for seed in range(4): fake_run(here, make_config('finediving', 'demo', seed=seed), 5., watched=True, votes=True)
+    publish.pack(here)
+    packed = {file.name: file.read_bytes() for file in publish.PACKED.iterdir()}
+    publish.answers['rev-parse'] = 'b'*40 # a commit that added the packed runs
+    publish.begin(there)
+    runs = collect(there)
+    assert len(runs) == len(collect(here)) > 3 and not any(runs.problem)
+    assert json.loads((there/'commit.json').read_text()) == dict(commit='a'*40), 'the code is named by the first one'
+    changed = there/runs.run[0]/'metrics.json'
+    changed.write_bytes(changed.read_bytes()+b' ')
+    publish.begin(there)
+    assert changed.read_bytes().endswith(b' ')
+    shutil.rmtree(there)
+    publish.begin(there)
+    publish.pack(there)
+    assert {file.name: file.read_bytes() for file in publish.PACKED.iterdir()} == packed
+
+
+@pytest.mark.parametrize('kept', ['folder', 'packed'])
+def test_runs_of_other_code_are_refused(publish, tmp_path, kept):
+    folder = tmp_path/'runs'
+    publish.begin(folder)
+    if kept == 'packed':
+        publish.PACKED.mkdir()
+        (folder/'commit.json').rename(publish.PACKED/'commit.json')
+    publish.answers.update({'rev-parse': 'b'*40, 'diff': ' fspn_nb/train.py | 2 +-'})
+    with pytest.raises(SystemExit, match=r'need the code of aaaaaaaa, (?s:.*) got other code:\n fspn_nb/train.py (?s:.*)--afresh'): publish.begin(folder)
+    publish.answers['diff'] = ''
+    publish.begin(folder)
+    publish.answers['status'] = ' M fspn_nb/train.py'
+    with pytest.raises(SystemExit, match='need a checkout without changes'): publish.begin(folder)
+
+
+def test_the_code_that_counts_is_there(publish):
+    "A path that git does not know would compare nothing"
+    for path in publish.CODE: assert (ROOT/path.removeprefix(':!')).exists(), path
