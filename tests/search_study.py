@@ -1,6 +1,7 @@
 """The same small search for every method, on dives that no table shows: reports/benchmarks/search.csv
 
-    python tests/search_study.py [--methods tsa tpt ...] [--processes 2] [--runs DIR]     trains what is not there (about a minute each); a method that is done goes into the table
+    python tests/search_study.py [--methods tsa tpt ...] [--processes 2] [--runs DIR]     trains what is not there (about a minute each); a method that is done goes into the table, search_so_far.csv
+                                                                                          until all are done; rows that are there are not trained again
     python tests/search_study.py --table                                                  what was chosen, from the table
 
 Stated before anything was trained:
@@ -29,6 +30,7 @@ from fspn_nb.methods import METHODS
 from fspn_nb.report.study_sections import SEARCHED,chosen_settings
 
 OUT = Path(__file__).resolve().parents[1]/'reports'/'benchmarks'/'search.csv'
+SO_FAR = OUT.with_name('search_so_far.csv') # until every method is done: the page shows all or none
 RELEASE, TRAIN, KEPT, SEEDS, MARGIN = 1, 300, 100, (10, 11), .005
 _DATA = {} # of this process
 
@@ -95,9 +97,15 @@ def search(method, runs):
     return method, best, value
 
 
+def searchable():
+    "Methods that can be searched; sizes of FSPN take over what it got"
+    return [name for name, row in METHODS.items() if not row.finetune_only and name not in ('fspn_s', 'fspn_m')]
+
+
 def written():
     "Rows of the methods that are done"
-    return pd.read_csv(OUT) if OUT.is_file() else pd.DataFrame(columns=['method'])
+    file = SO_FAR if SO_FAR.is_file() else OUT
+    return pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=['method'])
 
 
 def write(method, best, runs):
@@ -107,12 +115,14 @@ def write(method, best, runs):
     rows, others = pd.read_csv(file), written()
     others = others[others.method != method]
     rows = rows.assign(chosen=(rows[list(SEARCHED)] == [best[name] for name in SEARCHED]).all(axis=1))
-    write_atomic(OUT, csv_text(pd.concat([table for table in (others, rows) if len(table)], ignore_index=True)))
+    table = pd.concat([table for table in (others, rows) if len(table)], ignore_index=True)
+    write_atomic(SO_FAR, csv_text(table))
+    if {*searchable()} <= {*table.method}: SO_FAR.replace(OUT)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--methods', nargs='+', default=[name for name, row in METHODS.items() if not row.finetune_only])
+    parser.add_argument('--methods', nargs='+', default=searchable())
     parser.add_argument('--processes', type=int, default=2)
     parser.add_argument('--runs', default='reports/runs/search')
     parser.add_argument('--table', action='store_true')
@@ -125,7 +135,7 @@ def main():
             for job in as_completed([pool.submit(search, method, args.runs) for method in args.methods]):
                 method, best, _ = job.result()
                 write(method, best, args.runs)
-    print(chosen_settings(pd.read_csv(OUT)).round(4).to_string())
+    print(chosen_settings(written()).round(4).to_string())
 
 
 if __name__ == '__main__': main()
