@@ -103,7 +103,7 @@ def searchable():
 
 
 def written():
-    "Rows of the methods that are done"
+    "Rows of the methods that are done; none of an unfinished one's rows is chosen"
     file = SO_FAR if SO_FAR.is_file() else OUT
     return pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=['method'])
 
@@ -117,7 +117,7 @@ def write(method, best, runs):
     rows = rows.assign(chosen=(rows[list(SEARCHED)] == [best[name] for name in SEARCHED]).all(axis=1))
     table = pd.concat([table for table in (others, rows) if len(table)], ignore_index=True)
     write_atomic(SO_FAR, csv_text(table))
-    if {*searchable()} <= {*table.method}: SO_FAR.replace(OUT)
+    if {*searchable()} <= {*table.method[table.chosen]}: SO_FAR.replace(OUT)
 
 
 def main():
@@ -135,7 +135,8 @@ def main():
             for job in as_completed([pool.submit(search, method, args.runs) for method in args.methods]):
                 method, best, _ = job.result()
                 write(method, best, args.runs)
-    print(chosen_settings(written()).round(4).to_string())
+    table = written()
+    print(chosen_settings(table[table.method.isin(table.method[table.chosen])]).round(4).to_string())
 
 
 if __name__ == '__main__': main()

@@ -217,14 +217,13 @@ def write_baselines(
     out='', # The reports folder; '': `reports/runs`
 )->Path: # baselines_<test videos of one>.csv, as `score_baselines`
     "Write the no-video baselines of the release that `bases` train on"
-    tables = []
+    rows = []
     for base in bases:
         samples,dataset = samples_frame(load_samples(base).samples),PROTOCOLS[base.dataset]
         train,test = (samples[samples.split == split] for split in ('train','test'))
-        protocols = {name: protocol or dataset.variants[base.protocol].action for name,protocol in dataset.no_video_baselines.items()}
-        tables.append(score_baselines(train, test, protocols=protocols))
-    file = reports_dir(str(out))/base.dataset/f'baselines_{len(test)}.csv'
-    return write_checked(file, pd.concat(tables).to_csv(index=False, float_format='%.10g', lineterminator='\n'))
+        protocols = {name: block or dataset.variants[base.protocol].action for name,block in dataset.no_video_baselines.items()}
+        rows.append(score_baselines(train, test, protocols=protocols))
+    return write_checked(reports_dir(str(out))/base.dataset/f'baselines_{len(test)}.csv', csv_text(pd.concat(rows), float_format='%.10g'))
 
 # %% ../../nbs/experiments/04_grid.ipynb #f71528ce
 GRID_PARAMETERS = dict(tables=list, seeds=list, data_root=str, preset=str, n_train=int, n_test=int, epochs=int, backbone=str, weights=str,
