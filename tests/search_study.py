@@ -67,8 +67,9 @@ def rho_of(method, seed, setting, runs):
     cfg, began = config_of(method, seed, **setting), time.process_time()
     _DATA['last'] = data = prepare(cfg, 'cpu', reuse=_DATA.get('last'))
     data = replace(data, cfg=cfg)
-    model, ids = load_model(fit(cfg, runs, 'cpu', data), data), data.splits['val']
-    pred = predict(model, data, ids, cfg.eval.num_exemplars)[0]
+    run, ids = fit(cfg, runs, 'cpu', data), data.splits['val']
+    pred = predict(load_model(run, data), data, ids, cfg.eval.num_exemplars)[0]
+    for file in run.glob('*.pt'): file.unlink() # some 80 MB a training
     true = np.array([data.release.samples[i].score for i in ids])
     return float(spearman(pred, true)), (time.process_time()-began)/60
 
