@@ -111,10 +111,8 @@ def written():
 
 def write(method, best, runs):
     "Put the rows of one method into the table"
-    file = Path(runs)/f'{method}.csv'
-    if not file.is_file(): return # all of them are there already
-    rows, others = pd.read_csv(file), written()
-    others = others[others.method != method]
+    file, known = Path(runs)/f'{method}.csv', written()
+    others, rows = known[known.method != method], pd.read_csv(file) if file.is_file() else known[known.method == method]
     rows = rows.assign(chosen=(rows[list(SEARCHED)] == [best[name] for name in SEARCHED]).all(axis=1))
     table = pd.concat([table for table in (others, rows) if len(table)], ignore_index=True)
     write_atomic(SO_FAR, csv_text(table))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from fspn_nb.analysis.published import pack_runs
 from fspn_nb.analysis.runs import collect
 from fspn_nb.config import make_config,run_id
 from fspn_nb.experiments.jobs import Training
