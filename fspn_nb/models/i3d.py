@@ -30,8 +30,12 @@ def same_pad(
 class _Conv3d(nn.Conv3d):
     "Two frames in bf16 on a CPU get a third one of zeros: oneDNN's gradient of the weights reads memory there that nobody wrote"
     def _conv_forward(self, x, weight, bias):
-        if x.shape[2] != 2 or x.device.type != 'cpu' or not torch.is_autocast_enabled('cpu'): return super()._conv_forward(x, weight, bias)
-        return super()._conv_forward(F.pad(x, (0,0,0,0,0,1)), weight, bias)[:, :, :2]
+        if x.shape[2] != 2 or x.device.type != 'cpu' or not torch.is_autocast_enabled('cpu'): return self._same_layout(x, weight, bias)
+        return self._same_layout(F.pad(x, (0,0,0,0,0,1)), weight, bias)[:, :, :2]
+
+    def _same_layout(self, x, weight, bias): # a CPU without bf16 arithmetic gives channels first: each 1x1x1 layer behind would copy it and keep the copy
+        out = super()._conv_forward(x, weight, bias)
+        return out.contiguous(memory_format=torch.channels_last_3d) if x.is_contiguous(memory_format=torch.channels_last_3d) else out
 
 class Unit3D(nn.Module):
     "Convolution with SAME padding, batch normalisation, ReLU"
