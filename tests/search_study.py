@@ -16,7 +16,7 @@ Stated before anything was trained:
 - TSA-Net has no features that could be kept: it is not searched.
 """
 import argparse
-from concurrent.futures import ProcessPoolExecutor,as_completed
+from concurrent.futures import ProcessPoolExecutor,ThreadPoolExecutor,as_completed
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -57,13 +57,15 @@ def first_setting(method):
 
 
 def rho_of(method, seed, setting, runs):
-    "Rank correlation of one training on the dives that choose, and its minutes"
+    "Rank correlation of one training on the dives that choose, and its minutes; in a process of the pool"
     import time
+    import torch
     from fspn_nb.evaluate import load_model
     from fspn_nb.metrics import spearman
     from fspn_nb.train import fit
     from fspn_nb.training.predict import predict
     from fspn_nb.training.prepare import prepare
+    torch.set_num_threads(1)
     cfg, began = config_of(method, seed, **setting), time.process_time()
     _DATA['last'] = data = prepare(cfg, 'cpu', reuse=_DATA.get('last'))
     data = replace(data, cfg=cfg)
@@ -74,28 +76,28 @@ def rho_of(method, seed, setting, runs):
     return float(spearman(pred, true)), (time.process_time()-began)/60
 
 
-def search(method, runs):
-    "All trainings of one method; a row each, kept as they come"
-    import torch
-    torch.set_num_threads(1)
+def search(method, runs, pool):
+    "All trainings of one method, those that do not wait for one another side by side; a row each, kept as they come"
     file = Path(runs)/f'{method}.csv'
     known = pd.read_csv(file) if file.is_file() else written()
     rows = known[known.method == method].drop(columns='chosen', errors='ignore').to_dict('records')
-    def mean_rho(setting):
-        for seed in SEEDS:
-            if any(row['seed'] == seed and all(row[name] == setting[name] for name in SEARCHED) for row in rows): continue
-            rho, minutes = rho_of(method, seed, setting, runs)
+    def of(setting, seed=None): return [row for row in rows if seed in (None, row['seed']) and all(row[name] == setting[name] for name in SEARCHED)]
+    def mean_rhos(settings):
+        missing = [(setting, seed) for setting in settings for seed in SEEDS if not of(setting, seed)]
+        jobs = {pool.submit(rho_of, method, seed, setting, runs): (setting, seed) for setting, seed in missing}
+        for job in as_completed(jobs):
+            (setting, seed), (rho, minutes) = jobs[job], job.result()
             rows.append(dict(method=method, seed=seed, **setting, rho=round(rho, 4), minutes=round(minutes, 2)))
             write_atomic(file, csv_text(pd.DataFrame(rows)))
             print(method, setting, seed, f'{rho:.4f}', flush=True)
-        return float(np.mean([row['rho'] for row in rows if all(row[name] == setting[name] for name in SEARCHED)]))
+        return [float(np.mean([row['rho'] for row in of(setting)])) for setting in settings]
     best = first_setting(method)
-    value = mean_rho(best)
+    value, = mean_rhos([best])
     for others in ([dict(adapter=a, standardise=s) for a in ('off', 'on') for s in ('off', 'on')], [dict(lr=1/3), dict(lr=3.)], [dict(epochs=.5), dict(epochs=2.)]):
-        tried = [(mean_rho(best|other), best|other) for other in others]
-        top, setting = max(tried, key=lambda pair: pair[0])
+        settings = [best|other for other in others]
+        top, setting = max(zip(mean_rhos(settings), settings), key=lambda pair: pair[0])
         if top > value+MARGIN: value, best = top, setting
-    return method, best, value
+    return method, best
 
 
 def searchable():
@@ -130,10 +132,9 @@ def main():
         from fspn_nb.training.prepare import prepare
         Path(args.runs).mkdir(parents=True, exist_ok=True)
         for method in args.methods: prepare(config_of(method, SEEDS[0], 'auto', 'auto', 1, 1), 'cpu') # features, by one process
-        with ProcessPoolExecutor(args.processes, get_context('spawn')) as pool:
-            for job in as_completed([pool.submit(search, method, args.runs) for method in args.methods]):
-                method, best, _ = job.result()
-                write(method, best, args.runs)
+        with ProcessPoolExecutor(args.processes, get_context('spawn')) as pool, ThreadPoolExecutor(len(args.methods)) as threads:
+            for job in as_completed([threads.submit(search, method, args.runs, pool) for method in args.methods]):
+                write(*job.result(), args.runs)
     table = written()
     print(chosen_settings(table[table.method.isin(table.method[table.chosen])]).round(4).to_string())
 
