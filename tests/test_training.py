@@ -157,8 +157,9 @@ def test_two_processes_are_one(release, tmp_path):
     by_two = measured(two)
     for run in (one, two): evaluate(run, device='cpu')
     assert list(by_two.index) == list(measured(two).index) and (by_two-measured(two)).abs().max() < 1e-3
-    # the gradients of the backbone are added up in another order, and Adam lends every weight its step, also those whose gradient is nothing but rounding
-    assert (measured(two)/measured(one)-1).abs().max() < 1e-5
+    # the gradients of the backbone are added up in another order, and Adam lends every weight its step, also those whose gradient is nothing but rounding:
+    # below 1e-5 on CPUs with AVX-512, 2.4e-5 on one with AVX2
+    assert (measured(two)/measured(one)-1).abs().max() < 1e-4
 
 
 def test_several_processes_want_a_backbone_to_train(release, tmp_path):
