@@ -6,6 +6,7 @@
 __all__ = ['OneDive', 'I3DSVR', 'I3DLSTM', 'I3DAvg', 'I3DClipMLP']
 
 # %% ../../nbs/peers/02_baselines.ipynb #db194782
+import torch
 import torch.nn.functional as F
 from torch import nn,Tensor
 
@@ -60,7 +61,8 @@ class I3DLSTM(OneDive):
         scene:Tensor, # Clip vectors, (B,K,1024)
     )->Tensor: # Last state, (B,256)
         "State after the last clip"
-        return self.lstm(scene)[0][:, -1]
+        with torch.autocast('cpu', enabled=False): # oneDNN has no LSTM in bf16 for a CPU without that arithmetic
+            return self.lstm(scene.to(self.lstm.weight_ih_l0.dtype))[0][:, -1]
 
 # %% ../../nbs/peers/02_baselines.ipynb #701a4064
 class I3DAvg(OneDive):
