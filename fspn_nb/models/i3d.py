@@ -28,14 +28,12 @@ def same_pad(
 
 # %% ../../nbs/models/02_i3d.ipynb #c316ff34
 class _Conv3d(nn.Conv3d):
-    "Two frames in bf16 on a CPU get a third one of zeros: oneDNN's gradient of the weights reads memory there that nobody wrote"
+    "A convolution, clear of two faults that CPUs have in bf16"
     def _conv_forward(self, x, weight, bias):
-        if x.shape[2] != 2 or x.device.type != 'cpu' or not torch.is_autocast_enabled('cpu'): return self._same_layout(x, weight, bias)
-        return self._same_layout(F.pad(x, (0,0,0,0,0,1)), weight, bias)[:, :, :2]
-
-    def _same_layout(self, x, weight, bias): # a CPU without bf16 arithmetic gives channels first: each 1x1x1 layer behind would copy it and keep the copy
-        out = super()._conv_forward(x, weight, bias)
-        return out.contiguous(memory_format=torch.channels_last_3d) if x.is_contiguous(memory_format=torch.channels_last_3d) else out
+        short = x.shape[2] == 2 and x.device.type == 'cpu' and torch.is_autocast_enabled('cpu') # gets a third frame, of zeros
+        out = super()._conv_forward(F.pad(x, (0,0,0,0,0,1)) if short else x, weight, bias)
+        if x.is_contiguous(memory_format=torch.channels_last_3d): out = out.contiguous(memory_format=torch.channels_last_3d)
+        return out[:, :, :2] if short else out
 
 class Unit3D(nn.Module):
     "Convolution with SAME padding, batch normalisation, ReLU"
@@ -142,10 +140,8 @@ MIXED = dict(Mixed_3b=(64,96,128,16,32,32), Mixed_3c=(128,128,192,32,96,64), Mix
 
 def _layers():
     "Name -> layer, in order; a pool stands in front of 2b, 3b, 4b and 5b"
-    yield 'Conv3d_1a_7x7',Unit3D(3, 64, 7, 2)
-    yield 'MaxPool3d_2a_3x3',SamePool((1,3,3), (1,2,2))
-    yield from (('Conv3d_2b_1x1',Unit3D(64, 64)), ('Conv3d_2c_3x3',Unit3D(64, 192, 3)))
-    yield 'MaxPool3d_3a_3x3',SamePool((1,3,3), (1,2,2))
+    yield from (('Conv3d_1a_7x7',Unit3D(3, 64, 7, 2)), ('MaxPool3d_2a_3x3',SamePool((1,3,3), (1,2,2))))
+    yield from (('Conv3d_2b_1x1',Unit3D(64, 64)), ('Conv3d_2c_3x3',Unit3D(64, 192, 3)), ('MaxPool3d_3a_3x3',SamePool((1,3,3), (1,2,2))))
     ins = 192
     for name,w in MIXED.items():
         if name == 'Mixed_4b': yield 'MaxPool3d_4a_3x3',SamePool((3,3,3), (2,2,2))
