@@ -486,7 +486,7 @@ def evaluation(lab):
     lab.record('evaluation: reference loop, a further video', 1e3*slow, 'ms', f'{bench.exemplars} exemplars, {2*bench.exemplars} passes of the backbone')
     query,ids = bench.data.splits['test'][:1],bench.np.arange(len(bench.data.release.samples))[:None if lab.gpu else 4]
     fast = {}
-    halves = lab.gpu or bench.torch.ops.mkldnn._is_mkldnn_bf16_supported() # else a video takes a hundred times as long
+    halves = lab.gpu or bench.torch.ops.mkldnn._is_mkldnn_bf16_supported() # else a product takes fifty times as long
     if not halves: print('evaluation in bf16: left out, this CPU has no arithmetic for it')
     for precision in ('fp32','bf16') if halves else ('fp32',):
         data = bench.replace(bench.data, cfg=bench.override(bench.cfg, train__precision=precision))
