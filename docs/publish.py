@@ -25,7 +25,8 @@ PACKED = ROOT/'reports'/'publication' # runs of a publication that is under way
 SIZES = dict(finediving=(300, 300), mtl_aqa=(300, 300), aqa7=(100, 60)) # training and test videos; of AQA-7 in each class
 SEEDS, MORE_SEEDS = '0,1,2', '3,4' # every row; the rows that the headlines rest on
 HEADLINE = 'fspn,fspn_viterbi,i3d_mlp'
-CODE = ('fspn_nb', 'requirements.lock', ':!fspn_nb/_modidx.py', ':!fspn_nb/report', ':!fspn_nb/inspect', ':!fspn_nb/share') # what a training rests on
+READING = ('fspn_nb/analysis', 'fspn_nb/report', 'fspn_nb/inspect', 'fspn_nb/share') # of the code, what reads finished runs and trains nothing
+CODE = ('fspn_nb', 'requirements.lock', *(f':!{path}' for path in (*READING, 'fspn_nb/_modidx.py', 'fspn_nb/ledger.csv'))) # what a training rests on
 
 
 def size(dataset):

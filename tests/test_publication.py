@@ -2,6 +2,8 @@
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,3 +107,14 @@ def test_runs_of_other_code_are_refused(publish, tmp_path, kept):
 def test_the_code_that_counts_is_there(publish):
     "A path that git does not know would compare nothing"
     for path in publish.CODE: assert (ROOT/path.removeprefix(':!')).exists(), path
+
+
+def test_no_training_rests_on_code_that_may_change_meanwhile(publish, tmp_path):
+    "One training of its own process loads no module that only reads finished runs"
+    code = ("import sys; from pathlib import Path; from fspn_nb.config import make_config; from fspn_nb.experiments.grid import _work; "
+            f"done = _work(make_config('finediving', 'smoke', model__name='core_tree', weights='random', clip__size=32), Path({str(tmp_path)!r}), 'cpu', ('votes', 'watch'), False); "
+            "assert done[0] == 'trained' and not done[3], done; print(*sys.modules)")
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded, reading = done.stdout.split(), [path.replace('/', '.') for path in publish.READING]
+    assert 'fspn_nb.train' in loaded and not [name for name in loaded if name.startswith(tuple(reading))]
