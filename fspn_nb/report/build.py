@@ -20,7 +20,7 @@ from ..protocols import PROTOCOLS
 from .figure_sections import draw_section,epochs_section,parsing_section,scatter_section,votes_section
 from .run_index import RunIndex,open_index,printed_methods,seed_words
 from .study_figures import plot_ablation,plot_channels
-from .study_sections import fault_section,quoted_section,search_section
+from .study_sections import fault_section,quoted_section,search_section,standing_section
 from .table_sections import ablation_section,cost_section,methods_section
 from .writers import ReportSection,page_html,page_md,save_section
 
@@ -66,7 +66,7 @@ def sections_of(
     sections = [*tables, *figures, grid['beyond'], epochs_section(index), parsing_section(index, out)]
     for section in sections: section.hidden = left_out_line(index.hidden, _OF_TABLE.get(section.key, 'finediving'))
     studies = Path(pictures or Path(out)/'figures').parent/'benchmarks'
-    return [*sections, *search_section(studies/'search.csv'), quoted_section(), *fault_section(studies/'fault_study.csv.gz', out),
+    return [*sections, standing_section(index), *search_section(studies/'search.csv'), quoted_section(), *fault_section(studies/'fault_study.csv.gz', out),
             *picture_sections(out, pictures)]
 
 # %% ../../nbs/report/11_build.ipynb #56b75743
