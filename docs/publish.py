@@ -3,7 +3,8 @@
     make publication                       or: python docs/publish.py [--runs DIR] [--minutes 170] [--workers 2]
 
 Sizes follow from `reports/benchmarks/power.csv` (tests/power_study.py). What is finished is not trained again, so the same command goes on after a break; with
-`--minutes` it begins no training after so many. The finished runs are packed into reports/publication/ at the end of each sitting: committed, they are where the
+`--minutes` it begins no training after so many, with `--datasets` it trains on these alone: features of one class of AQA-7 take minutes, those of FineDiving
+half an hour, so a short sitting is well spent on AQA-7. The finished runs are packed into reports/publication/ at the end of each sitting: committed, they are where the
 next sitting goes on, also on another machine. All runs come from the same code: a checkout with changes is refused, and so are runs of other code; `--afresh`
 deletes them. At the end reports/published/ is written from these runs alone, the page from that, and reports/publication/ is gone.
 """
@@ -60,8 +61,8 @@ def planned():
     return list(groups.values())
 
 
-def work(groups, out, until, workers):
-    "Train what is not finished; how many are left, and what went wrong"
+def work(groups, out, until, workers, datasets=tuple(SIZES)):
+    "Train what is not finished, on `datasets` alone; how many are left of all, and what went wrong"
     from fspn_nb.experiments.grid import _work,encode_all,is_there
     from fspn_nb.processes import worker_pool
     todo = [[training for training in group if not is_there(out/training.run, False)] for group in groups]
@@ -69,7 +70,7 @@ def work(groups, out, until, workers):
     print(f'== {left} of {sum(map(len, groups))} trainings to do', flush=True)
     if not left: return left, problems
     with worker_pool(workers) as pool:
-        for group in filter(None, todo):
+        for group in [group for group in todo if group and group[0].cfg.dataset in datasets]:
             if time.time() > until: break
             encode_all([training.cfg for training in group], pool, workers)
             running = {}
@@ -165,6 +166,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--runs', default='reports/runs/publication', help='folder of the runs')
     parser.add_argument('--minutes', type=float, default=float('inf'), help='begin no training after so many minutes')
+    parser.add_argument('--datasets', nargs='+', choices=SIZES, default=[*SIZES], help='train on these alone in this sitting')
     parser.add_argument('--workers', type=int, default=os.cpu_count() or 1, help='trainings side by side, one thread each')
     parser.add_argument('--afresh', action='store_true', help='delete the runs that are there')
     args = parser.parse_args()
@@ -172,7 +174,7 @@ def main():
     if args.afresh:
         for left in (folder, folder.with_name(f'{folder.name}_pictures'), PACKED): shutil.rmtree(left, ignore_errors=True)
     begin(folder)
-    try: left, problems = work(planned(), folder, until, args.workers)
+    try: left, problems = work(planned(), folder, until, args.workers, args.datasets)
     finally: pack(folder)
     if problems: raise SystemExit('\n'.join([f'{len(problems)} trainings failed:', *problems]))
     if left: raise SystemExit(f'{left} trainings are left; the same command goes on')

@@ -49,6 +49,7 @@ def test_every_training_can_begin(publish):
 def test_a_sitting_ends_in_time_and_the_next_one_goes_on(publish, tmp_path, capsys):
     groups = [[Training(make_config('finediving', 'smoke', model__name='i3d_mlp', seed=seed), keep_weights=False) for seed in (0, 1)]]
     assert publish.work(groups, tmp_path, 0, 1) == (2, []), 'no time: nothing is begun'
+    assert publish.work(groups, tmp_path, float('inf'), 1, ['aqa7']) == (2, []), 'none of them is on AQA-7'
     assert not list(tmp_path.glob('*/*/metrics.json'))
     assert publish.work([groups[0][:1]], tmp_path, float('inf'), 1) == (0, [])
     first = (tmp_path/groups[0][0].run/'metrics.json')
