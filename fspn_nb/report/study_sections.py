@@ -31,7 +31,7 @@ def _verdict(gain, p):
 def standing_table(
     index:RunIndex, # From `open_index`
 )->pd.DataFrame: # dataset, protocol, method; of both metrics _gain (the method minus FSPN), _p_holm and _verdict
-    "Each method against FSPN, in all tables of methods"
+    "Each method against FSPN, in all tables of methods; the best of a block first"
     tables = []
     for dataset in PROTOCOLS:
         runs = index.main[index.main.dataset == dataset]
@@ -41,6 +41,9 @@ def standing_table(
     for score,sign in (('rho',1),('r_l2_x100',-1)): # a lower R is better
         table[f'{score}_verdict'] = [_verdict(sign*gain, p) for gain,p in zip(table[f'{score}_gain'], table[f'{score}_p_holm'])]
     scores = [f'{score}_{what}' for score in ('rho','r_l2_x100') for what in ('gain','p_holm','verdict')]
+    blocks = [(dataset,block) for dataset in PROTOCOLS for block in block_titles(dataset)]
+    place = [blocks.index(pair) for pair in zip(table.dataset, table.protocol)]
+    table = table.assign(place=place).sort_values(['place','rho_gain'], ascending=[True,False], ignore_index=True)
     return table[['dataset','protocol','method',*scores]]
 
 # %% ../../nbs/report/10_study_sections.ipynb #2c3f199e
@@ -66,7 +69,7 @@ def standing_section(
     lines = []
     for score,short,form in (('rho','rho','+.4f'),('r_l2_x100','R x100','+.3f')):
         gain,p,verdict = (table[f'{score}_{what}'] for what in ('gain','p_holm','verdict'))
-        columns |= {f'{short} minus FSPN': [_text(value, form) for value in gain], short: verdict,
+        columns |= {f'{short} minus FSPN': [_text(value, form) for value in gain], f'in {short}': verdict,
                     f'p (Holm), {short}': [_p(*pair) for pair in zip(p, gain)]}
         counts = everything[f'{score}_verdict'].value_counts()
         said = ', '.join(f'{words} {counts.get(words, 0)}' for words in _STANDING.values() if words != 'no p' or words in counts)
