@@ -66,8 +66,8 @@ def sections_of(
     sections = [*tables, *figures, grid['beyond'], epochs_section(index), parsing_section(index, out)]
     for section in sections: section.hidden = left_out_line(index.hidden, _OF_TABLE.get(section.key, 'finediving'))
     studies = Path(pictures or Path(out)/'figures').parent/'benchmarks'
-    return [*sections, standing_section(index), *search_section(studies/'search.csv'), quoted_section(), *fault_section(studies/'fault_study.csv.gz', out),
-            *picture_sections(out, pictures)]
+    beside = [standing_section(index), *search_section(studies/'search.csv'), quoted_section()]
+    return [*sections, *beside, *fault_section(studies/'fault_study.csv.gz', out), *picture_sections(out, pictures)]
 
 # %% ../../nbs/report/11_build.ipynb #56b75743
 _FOLDERS = 'Every number of ours comes from the `predictions.csv` of the run folders that its row links to (the links are the seeds)'
