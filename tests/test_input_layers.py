@@ -47,7 +47,7 @@ def test_both_layers_reach_every_method(name):
 def test_what_a_method_has_by_default():
     layers = {name: input_layers(flatten(finediving('demo', model__name=name))) for name in METHODS}
     assert {name for name, layer in layers.items() if layer['adapter'] == 'on'} == {'tsa', 'tpt', 'hgcn', 'i3d_svr', 'i3d_clip_mlp', 'i3d_lstm'}
-    assert {name for name, layer in layers.items() if layer['standardise'] == 'on'} == {'fspn', 'fspn_m', 'fspn_s', 'musdl', 'core_tree', 'i3d_clip_mlp', 'i3d_lstm'}
+    assert {name for name, layer in layers.items() if layer['standardise'] == 'on'} == {'fspn', 'fspn_m', 'fspn_s', 'musdl', 'core_tree', 'i3d_clip_mlp', 'i3d_lstm', 'tsa'}
     assert input_layers(flatten(finediving('demo', model__name='musdl', train__backbone='finetune')))['standardise'] == 'off'
     assert input_layers(flatten(finediving('demo', model__name='tsa', train__backbone='finetune')))['adapter'] == 'auto'
     assert adapters(create_model('fspn_s')) == 1 and adapters(create_model('fspn_s', ModelCfg(adapter=False))) == 0
