@@ -67,8 +67,8 @@ class ModelCfg:
     use_actor:bool=True # False: the scene plays both roles (Table V)
     use_gc:bool=True # Group contrastive loss (Table IV)
     use_bce:bool=True # Interval loss (Table IV)
-    adapter:bool|str='auto' # Learned layer on frozen features: 'on', 'off', 'auto': as its method (D-21, D-148); True: 'auto', False: 'off'
-    standardise:str='auto' # Frozen features by the training videos' mean and deviation: 'on', 'off', or 'auto': as its method (D-142)
+    adapter:bool|str='auto' # Learned layer on frozen features: 'on', 'off', 'auto': for FSPN and TSA (D-21); True: 'auto', False: 'off'
+    standardise:str='auto' # Frozen features by the training videos' mean and deviation: 'on', 'off', or 'auto': for TPT (D-142)
     norm:str='released' # tsa: its BatchNorm mixes running statistics of vectors and of maps, or keeps them 'apart' (D-141)
     dropout:float=0. # In the score head
     clips:int=9 # K: as many as `clip.starts`
