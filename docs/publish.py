@@ -108,13 +108,13 @@ def begin(folder):
     from fspn_nb.analysis.published import unpack_runs
     if changed := git('status', '--porcelain', '--untracked-files=no', '--', '.', ':!reports'): # which this command itself writes
         raise SystemExit(f'need a checkout without changes, so that a commit names the code of all runs, got:\n{changed}\ncommit them first')
-    mark, head = folder/'commit.json', git('rev-parse', 'HEAD')
+    mark, head = folder/'commit.json', (now := git('rev-parse', 'HEAD'))
     for file in (mark, PACKED/'commit.json'):
         if not file.is_file(): continue
         began = json.loads(file.read_text())['commit']
         if changed := git('diff', '--stat', began, head, '--', *CODE):
             raise SystemExit(f'need the code of {began[:8]}, from which the runs in {file.parent} come, got other code:\n{changed}\n'
-                             'check that commit out, or begin anew with --afresh')
+                             f'go on there (git checkout {began[:8]} && git checkout {now[:8]} -- reports/publication), or begin anew with --afresh')
         head = began
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text(json.dumps(dict(commit=head)))

@@ -72,7 +72,7 @@ def standing_section(
         columns |= {f'{short} minus FSPN': [_text(value, form) for value in gain], f'in {short}': verdict,
                     f'p (Holm), {short}': [_p(*pair) for pair in zip(p, gain)]}
         counts = everything[f'{score}_verdict'].value_counts()
-        shares = ', '.join(f'{words} {counts.get(words, 0)}' for words in _STANDING.values() if words != 'no p' or words in counts)
+        shares = ', '.join(f'{words} {counts.get(words, 0)}' for key,words in _STANDING.items() if key != 'untested' or words in counts)
         worse = _named(table[verdict == _STANDING['worse']], titles)
         lines.append(f'{short}, {n} comparisons: {shares}. FSPN is worse beyond chance than: {worse}.')
     return ReportSection('standing', 'Where FSPN does not win', _WINS_NOT, table, pd.DataFrame(columns), lines*bool(n), [],
