@@ -71,14 +71,14 @@ def parsing_table(
     table:pd.DataFrame, # From `predictions`
     extras:dict, # With 'transitions' (n,2)
     data:RunData, # True transitions
-)->pd.DataFrame: # uid, predicted and true first frames of the second and of the last step, tiou
+)->pd.DataFrame: # uid, predicted and true first frames of the second and of the last step, tiou (NaN with one cut)
     "Predicted and true steps, side by side"
     row = {uid: i for i,uid in enumerate(data.labels.uid)}
     true = data.labels.transitions[[row[uid] for uid in table.uid]].numpy()
     pred = extras['transitions'].round().astype(int)
+    overlap = temporal_iou(pred[:, [0,-1]], true).round(4) if pred.shape[1] > 1 else np.nan
     return pd.DataFrame(dict(uid=table.uid, split=table.split, pred_1=pred[:, 0], pred_2=pred[:, -1], true_1=true[:, 0],
-                             true_2=true[:, -1],
-                             tiou=temporal_iou(pred[:, [0,-1]], true).round(4)))
+                             true_2=true[:, -1], tiou=overlap))
 
 # %% ../nbs/base/10_evaluate.ipynb #bff49b12
 def _metrics(table, data):
