@@ -1,18 +1,23 @@
 "docs/publish.py: what it trains, how a sitting ends, and how the next one goes on, on this machine or on another"
 import importlib.util
+import itertools
 import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fspn_nb.analysis import run_groups
 from fspn_nb.analysis.runs import collect
-from fspn_nb.config import make_config,run_id
+from fspn_nb.config import make_config,override,run_id
 from fspn_nb.experiments.jobs import Training
+from fspn_nb.experiments.variants import config_of,grid_base
 from fspn_nb.methods import METHODS
 from fspn_nb.report.fake_runs import fake_run
+from fspn_nb.report.run_index import open_index
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -119,3 +124,19 @@ def test_no_training_rests_on_code_that_may_change_meanwhile(publish, tmp_path):
     assert done.returncode == 0, done.stderr
     loaded, reading = done.stdout.split(), [path.replace('/', '.') for path in publish.READING]
     assert 'fspn_nb.train' in loaded and not [name for name in loaded if name.startswith(tuple(reading))]
+
+
+@pytest.mark.parametrize('scale_epochs', [True, False])
+def test_the_page_finds_the_cells_of_methods_with_rates_of_their_own(tmp_path, monkeypatch, scale_epochs):
+    "The grid's base is read from a run of FSPN: a rate that a search chose for FSPN alone must not count as the user's rate for all"
+    for name, searched in dict(fspn=dict(lr=3), i3d_mlp=dict(lr=1/3), fspn_viterbi={}, core_tree=dict(epochs=2)).items():
+        monkeypatch.setitem(METHODS, name, replace(METHODS[name], searched=searched))
+    monkeypatch.setattr(run_groups, '_preset_of', run_groups._preset_of.__wrapped__)
+    monkeypatch.setattr(run_groups, '_family_facts', run_groups._family_facts.__wrapped__)
+    base = grid_base('demo', synthetic__n_train=60, synthetic__n_test=40)
+    if not scale_epochs: base = override(base, train__epochs=7)
+    experiments = ['fspn', 'i3d_mlp', 'fspn_viterbi', 'core_tree', 'without_actor']
+    for seed, experiment in itertools.product((0, 1), experiments): fake_run(tmp_path, config_of(base, experiment, seed, scale_epochs=scale_epochs), 5.)
+    cells = open_index(tmp_path, (0, 1), n=20, tests=20, sizes=False).cells
+    found = cells[(cells.protocol == 'w_dn') & cells.experiment.isin(experiments)]
+    assert set(found.experiment) == set(experiments) and (found.run != '').all(), found[found.run == '']

@@ -16,7 +16,7 @@ from ..analysis.run_groups import held_back_line,left_out,main_runs,released_set
 from ..analysis.runs import SAME_RUN,collect,read_predictions
 from ..analysis.seed_spread import seed_line,spread_alike
 from ..analysis.significance import holm
-from ..config import load_cfg,override
+from ..config import load_cfg,make_config,method_schedule,override
 from ..escaping import escape_md,one_line,unquote_formulas
 from ..experiments.variants import find_runs,grid_base
 from ..paper import paper_table
@@ -63,6 +63,8 @@ def _base_of(main, root, preset):
     own = main[(main.dataset == 'finediving') & (main.method == 'fspn')]
     if not len(own): return grid_base(preset or 'demo'),True
     cfg = load_cfg(Path(root)/own.run.iloc[0]/'config.json')
+    usual = override(cfg, train__lr=make_config('finediving', cfg.preset).train.lr) # each method's own rate is a factor on it
+    if cfg.train.lr == method_schedule(usual).train.lr: cfg = usual
     return override(cfg, seed=0, protocol=PROTOCOLS['finediving'].main),bool(own.usual_epochs.all())
 
 # %% ../../nbs/report/05_run_index.ipynb #4fc13213
