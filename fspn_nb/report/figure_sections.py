@@ -117,8 +117,9 @@ def _votes_line(table):
     "Which M is best, and which cannot be told from it"
     if table.rho.isna().all(): return 'No number of exemplars has a rho, so none is best.'
     best = table.loc[table.rho.idxmax()]
-    alike = ', '.join(map(str, table[table.rho >= best.rho_lo].exemplars))
-    return f'The highest rho is that of M = {int(best.exemplars)}, but M = {alike} lie inside its interval; the paper finds its best at 15.'
+    alike = ', '.join(str(m) for m in table[table.rho >= best.rho_lo].exemplars if m != best.exemplars)
+    others = f'; M = {alike} lie inside its interval'*bool(alike)
+    return f'The highest rho is that of M = {int(best.exemplars)}{others}; the paper finds its best at 15.'
 
 # %% ../../nbs/report/09_figure_sections.ipynb #f93f506f
 def votes_section(
