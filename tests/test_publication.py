@@ -8,9 +8,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from fspn_nb.analysis import run_groups
+from fspn_nb.analysis.compare import read_baselines
+from fspn_nb.analysis.published import unpack_runs
 from fspn_nb.analysis.runs import collect
 from fspn_nb.config import make_config,override,run_id
 from fspn_nb.experiments.jobs import Training
@@ -49,6 +52,10 @@ def test_every_training_can_begin(publish):
             seeds = {training.cfg.seed for training in trainings if (training.cfg.dataset, training.cfg.model.name) == (dataset, name)}
             assert seeds == set(range(5)), (dataset, name)
     assert {extra for training in trainings for extra in training.extras} == {'watch', 'votes'}
+    assert publish.SIZES == dict(finediving=(300, 300), mtl_aqa=(300, 300), aqa7=(100, 60)), 'as power.csv asks for; the guide says why'
+    seeds = {}
+    for training in trainings: seeds.setdefault(run_id(override(training.cfg, seed=0)), set()).add(training.cfg.seed)
+    assert all(found >= {0, 1, 2} for found in seeds.values()), 'three seeds of every row'
 
 
 def test_a_sitting_ends_in_time_and_the_next_one_goes_on(publish, tmp_path, capsys):
@@ -140,3 +147,48 @@ def test_the_page_finds_the_cells_of_methods_with_rates_of_their_own(tmp_path, m
     cells = open_index(tmp_path, (0, 1), n=20, tests=20, sizes=False).cells
     found = cells[(cells.protocol == 'w_dn') & cells.experiment.isin(experiments)]
     assert set(found.experiment) == set(experiments) and (found.run != '').all(), found[found.run == '']
+
+
+# ---- what is published, once a publication has ended
+
+PUBLISHED = ROOT/'reports'/'published'
+ended = pytest.mark.skipif((ROOT/'reports'/'publication'/'runs.csv').is_file(), reason='a publication is under way; until its end the page shows the runs before it')
+
+
+@ended
+def test_all_published_runs_are_of_one_commit_and_one_precision():
+    runs = pd.read_csv(PUBLISHED/'runs.csv', dtype=str)
+    commits, precisions = (set(runs[f'provenance.{name}']) for name in ('environment.commit', 'inputs.precision'))
+    assert len(commits) == len(precisions) == 1 and runs['provenance.weights.precision'].nunique() == 1
+    page = (ROOT/'reports'/'README.md').read_text()
+    assert f'one commit (`{commits.pop()}`); precision {precisions.pop()}' in page
+    rows = (ROOT/'README.md').read_text().split('| date | commit |')[1].split('\n\n')[0].splitlines()[2:]
+    assert {row.split('|')[-2].strip() for row in rows} == set(runs['provenance.environment.commit'])
+
+
+@ended
+def test_every_cell_is_filled_by_three_seeds_and_the_headlines_by_five(publish):
+    index = open_index(unpack_runs(PUBLISHED), (0, 1, 2), n=20, tests=20, sizes=False)
+    assert not (index.runs.problem != '').any() and (index.cells.run != '').all(), index.cells[index.cells.run == '']
+    for (dataset, protocol, method), own in index.main.groupby(['dataset', 'protocol', 'method']):
+        assert set(own.seed) == set(range(5 if method in publish.HEADLINE else 3)), (dataset, protocol, method)
+        assert set(own.n) == {publish.SIZES[dataset][1]}, (dataset, protocol, method)
+    for dataset, (_, n_test) in publish.SIZES.items(): assert read_baselines(unpack_runs(PUBLISHED), dataset).n.eq(n_test).all()
+
+
+@ended
+def test_tpt_leaves_chance():
+    "Its interval loss ends below 2.5 in every training; a guess among sixteen intervals is ln 16 = 2.77"
+    log = pd.read_csv(PUBLISHED/'log.csv.gz')
+    ends = log[log.run.str.contains('/tpt-')].sort_values('epoch').groupby('run').leaf.last()
+    assert len(ends) >= 12 and (ends < 2.5).all(), ends[ends >= 2.5]
+
+
+@ended
+@pytest.mark.parametrize('protocol', ['w_dn', 'wo_dn'])
+def test_tsa_is_clearly_above_the_mean_of_the_action_type(protocol):
+    "The mean of a dive number's training scores needs no film; the whole interval of TSA lies above it, with and without dive numbers"
+    table = pd.read_csv(ROOT/'reports'/'tables'/'table_09.csv')
+    floor, = table.rho[table.method == 'no video: action-type mean']
+    lowest, = table.rho_lo[(table.method == 'tsa') & (table.protocol == protocol)]
+    assert lowest > floor > .2

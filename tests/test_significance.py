@@ -444,3 +444,44 @@ def test_average_over_classes_in_reports_and_notebooks(tmp_path):
     assert any(line.startswith('Average over classes: above FSPN in rho: none. FSPN is above 1 of 1 methods, above 1 of them beyond chance') for line in lines), lines
     session.done = [result for result in done if result.cfg.protocol != 'gym_vault']
     assert 'average' not in set(compare_methods(session, n=50).block)
+
+
+# ---- how many seeds and videos a comparison needs
+
+@pytest.fixture(scope='module')
+def power_study():
+    import importlib.util
+    spec = importlib.util.spec_from_file_location('power_study', Path(__file__).with_name('power_study.py'))
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+@pytest.mark.parametrize('S, n', [(3, 60), (5, 300)])
+def test_power_is_the_share_of_simulated_studies_that_find_the_difference(power_study, S, n):
+    "Two methods with trainings that vary, on videos that all share: the test of the tables finds as many as was computed"
+    rng, seeds, videos, gap, studies = np.random.default_rng(3), .01, .9, .15, 40_000
+    parts = np.stack([seeds/S*rng.chisquare(S-1, studies)/(S-1), seeds/S*rng.chisquare(S-1, studies)/(S-1), videos/n*rng.chisquare(n-1, studies)/(n-1)])
+    found = gap+rng.normal(size=studies)*np.sqrt(2*seeds/S+videos/n)
+    freedom = parts.sum(0)**2/(parts**2/np.array([[S-1], [S-1], [n-1]])).sum(0)
+    share = np.mean(np.abs(found)/np.sqrt(parts.sum(0)) > stats.t.ppf(.975, freedom))
+    assert power_study.power(gap, seeds, videos, S, n) == pytest.approx(share, abs=.04)
+    assert power_study.power(0, seeds, videos, S, n) == pytest.approx(.05, abs=.001)
+
+
+def test_the_smallest_difference_is_found_in_80_of_100_studies(power_study):
+    for S, n in ((3, 60), (10, 749)):
+        least = power_study.smallest(.01, .9, S, n, .85)
+        assert power_study.power(power_study.on_z(least, .85), .01, .9, S, n) == pytest.approx(.8, abs=1e-3)
+    assert power_study.smallest(.01, .9, 10, 749, .85) < power_study.smallest(.01, .9, 3, 60, .85)
+    assert power_study.smallest(9., 9., 2, 20, .85) != power_study.smallest(9., 9., 2, 20, .85), 'never: no number'
+
+
+def test_the_sizes_of_the_publication_follow_from_the_table_of_power():
+    "The guide's numbers: with 300 videos more videos help little, more seeds much"
+    table = pd.read_csv(Path(__file__).resolve().parents[1]/'reports'/'benchmarks'/'power.csv').set_index(['dataset', 'protocol', 'seeds', 'videos'])
+    text = (Path(__file__).resolve().parents[1]/'docs'/'guide.md').read_text()
+    for block, five, more in ((('finediving', 'w_dn'), '.037', '.037'), (('finediving', 'wo_dn'), '.057', '.044'), (('mtl_aqa', 'w_dd'), '.045', '.041'), (('mtl_aqa', 'wo_dd'), '.11', '.10')):
+        digits = len(five)-1
+        for videos, shown in ((300, five), (600, more)):
+            assert f'{table.smallest_median[(*block, 5, videos)]:.{digits}f}'.lstrip('0') == shown, (block, videos)
+            assert shown in text
