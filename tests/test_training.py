@@ -15,6 +15,7 @@ import torch
 from fspn_nb.batches.sources import ClipDataset
 from fspn_nb.config import override,finediving,run_id,save_cfg
 from fspn_nb.evaluate import evaluate
+from fspn_nb.methods import METHODS
 from fspn_nb.train import fit,launch
 from fspn_nb.training.checkpoint import load_ckpt,newest_ckpt
 from fspn_nb.training.loop import build_model
@@ -184,9 +185,20 @@ def test_every_setting(release, tmp_path, method, protocol):
     assert json.loads((run/'provenance.json').read_text())['data'] == 'synthetic'
 
 
-def test_finetune_mode_trains_the_backbone(release, tmp_path):
+@pytest.mark.parametrize('method', ['fspn_s', 'fspn_viterbi', 'tsa'])
+def test_step_labels_are_read_by_methods_that_say_so_and_by_no_other(release, tmp_path, method):
+    "FSPN and FSPN-Viterbi find the steps by themselves: with other step labels they end at the same bits; TSA does not, so the test would see it"
+    data = prepare(finediving('smoke', **SMALL, model__name=method, train__epochs=2), 'cpu')
+    other = replace(data, labels=replace(data.labels, transitions=data.labels.transitions//2))
+    assert not torch.equal(data.labels.transitions, other.labels.transitions)
+    first, second = (weights(fit(data.cfg, tmp_path/name, 'cpu', own)) for name, own in (('first', data), ('second', other)))
+    assert all(torch.equal(value, second[name]) for name, value in first.items()) == ('transitions' not in METHODS[method].learns_from)
+
+
+@pytest.mark.parametrize('method', ['fspn_s', 'fspn_viterbi'])
+def test_finetune_mode_trains_the_backbone(release, tmp_path, method):
     clip = dict(clip__size=32, clip__starts=(0,40), model__clips=2, synthetic__n_train=6, synthetic__n_test=4, weights='random')
-    cfg = finediving('smoke', **clip, train__backbone='finetune', model__adapter=False, model__name='fspn_s', train__epochs=1, train__batch_size=2)
+    cfg = finediving('smoke', **clip, train__backbone='finetune', model__adapter=False, model__name=method, train__epochs=1, train__batch_size=2)
     run = fit(cfg, tmp_path, 'cpu')
     w = weights(run)
     before = prepare(cfg, 'cpu').backbone
