@@ -201,6 +201,7 @@ def test_rows_keep_the_papers_order(good, tmp_path):
     assert table.protocol.tolist() == ['wo_dn']*7+['w_dn']*8+['w_dd']*2
     assert table[table.protocol == 'wo_dn'].method.tolist() == ['usdl', 'musdl', 'core_tree', 'tsa', 'i3d_mlp', 'fspn', 'no video: constant mean']
     assert table.label[table.method == 'fspn_s'].item() == 'FSPN-S'
+    assert table[table.protocol == 'w_dn'].method.tolist()[-3:] == ['fspn', 'fspn_s', 'no video: action-type mean'], 'what the paper does not print stands below'
     assert table.rho_paper[table.protocol == 'w_dd'].isna().all()
     assert 'target' in readable(table).columns
 

@@ -94,13 +94,13 @@ def block_titles(
 
 # %% ../../nbs/report/01_tables.ipynb #62c62862
 def _beside(ours, paper, blocks):
-    "All rows of `ours` and `paper`, joined on protocol and method, in the paper's order; `blocks` come as listed"
+    "All rows of `ours` and `paper`, in the paper's order, methods that it does not print below; `blocks` come as listed"
     df = ours.merge(paper, on=['protocol','method'], how='outer', suffixes=('','_paper'))
     order = {m: i for i,m in enumerate(dict.fromkeys(paper.method))}
     no_video = df.method.str.startswith('no video: ')
     df['label'] = df.label.fillna(df.method.map(method_label))
     known = df.method.str.partition(f' ({RELEASED}') # a released set follows the row of its method
-    rank = known[0].map(order).fillna(order['fspn']-.5)+.25*(known[1] != '')+100*no_video
+    rank = known[0].map(order).fillna(len(order))+.25*(known[1] != '')+100*no_video
     block = df.protocol.map({name: i for i,name in enumerate(blocks)})
     keys = pd.DataFrame(dict(block=block, rank=rank, method=df.method, data=df.data.astype(str), config=df.config.astype(str)))
     return df.loc[keys.sort_values(list(keys)).index].reset_index(drop=True)
