@@ -7,7 +7,6 @@ __all__ = ['TABLES', 'to_cell', 'from_cell', 'flatten_json', 'unflatten_json', '
            'pack_runs', 'published_dir', 'unpack_runs', 'run_links']
 
 # %% ../../nbs/analysis/06_published.ipynb #e66ad413
-import csv
 import gzip
 import hashlib
 import io
@@ -21,7 +20,7 @@ from pathlib import Path,PurePosixPath,PureWindowsPath
 from .compare import joined_baselines
 from .runs import collect
 from ..core import data_cache,repo_root,write_atomic,write_json
-from ..escaping import quote_formula,unquote_formula
+from ..escaping import read_rows,write_rows
 from ..stored_files import damaged_files,read_checked,read_table,write_checksums
 
 # %% ../../nbs/analysis/06_published.ipynb #2c5904bb
@@ -69,19 +68,6 @@ def unflatten_json(
 _JSON = ('config','metrics','provenance')
 TABLES = ('predictions','log','parsing','votes','watched') # Files of a run, beside its three JSON files
 
-# %% ../../nbs/analysis/06_published.ipynb #9c88759a
-def _read_rows(text):
-    "Rows of a CSV text from `_write_rows` or `csv_text`, header first"
-    rows = list(csv.reader(io.StringIO(text, newline='')))
-    return [[unquote_formula(cell) for cell in row] for row in rows] if "'" in text else rows
-
-# %% ../../nbs/analysis/06_published.ipynb #77f2ca4d
-def _write_rows(rows):
-    "Rows as CSV text, as `csv_text` writes it"
-    out = io.StringIO()
-    csv.writer(out, lineterminator='\n').writerows([quote_formula(cell) for cell in row] for row in rows)
-    return out.getvalue()
-
 # %% ../../nbs/analysis/06_published.ipynb #338b34b1
 _PATH = re.compile(r'(?<![\w.\\/])(?:[A-Za-z]:)?(?:[\\/][^\\/\s,;:"\'()]+){2,}') # in a sentence
 
@@ -105,7 +91,7 @@ def read_record(
         cells |= flatten_json(drop_folders(json.loads((folder/f'{name}.json').read_text(encoding='utf-8'))), name)
     for name in TABLES:
         if not (folder/f'{name}.csv').is_file(): continue
-        tables[name] = _read_rows(read_checked(folder/f'{name}.csv').decode())
+        tables[name] = read_rows(read_checked(folder/f'{name}.csv').decode())
         cells[f'files.{name}'] = ' '.join(tables[name][0])
     return cells,tables
 
@@ -158,10 +144,10 @@ def pack_runs(
                      key=lambda name: (not name.startswith('metrics.'), name))
     rows = [['dataset','run',*columns]]
     rows += [[*run.split('/'), *(cells.get(name, '') for name in columns)] for run,(cells,_) in records.items()]
-    texts = {'runs.csv': _write_rows(rows)}
+    texts = {'runs.csv': write_rows(rows)}
     for name in TABLES:
         tables = {run: own[name] for run,(_,own) in records.items() if name in own}
-        if tables: texts[f'{name}.csv.gz'] = _write_rows(join_tables(tables))
+        if tables: texts[f'{name}.csv.gz'] = write_rows(join_tables(tables))
     if baselines := joined_baselines(roots): texts['baselines.csv'] = baselines
     # runs.csv last: a run that it names has its rows in all other files, also where this is cut short
     files = [_save(Path(published)/name, text) for name,text in reversed(texts.items())][::-1]
@@ -171,7 +157,7 @@ def pack_runs(
 # %% ../../nbs/analysis/06_published.ipynb #2a575c08
 def _split_table(path):
     "{run: (header, rows)} of a table that `join_tables` made"
-    header,*rows = _read_rows(_read(path))
+    header,*rows = read_rows(_read(path))
     out = {}
     for run,*row in rows: out.setdefault(run, []).append(row)
     return {run: (header[1:], rows) for run,rows in out.items()}
@@ -191,12 +177,12 @@ def _write_folder(folder, cells, tables):
     for name,own in columns.items():
         header,rows = tables[name]
         at = [header.index(column) for column in own]
-        write_atomic(folder/f'{name}.csv', _write_rows([own, *([row[i] for i in at] for row in rows)]))
+        write_atomic(folder/f'{name}.csv', write_rows([own, *([row[i] for i in at] for row in rows)]))
 
 # %% ../../nbs/analysis/06_published.ipynb #bca5ab1f
 def _write_all(published, root):
     "All run folders and baselines of `published` below `root`"
-    header,*rows = _read_rows(_read(published/'runs.csv'))
+    header,*rows = read_rows(_read(published/'runs.csv'))
     tables = {name: _split_table(path) for name in TABLES if (path := published/f'{name}.csv.gz').is_file()}
     for dataset,run,*row in rows:
         name = f'{dataset}/{run}'
@@ -242,5 +228,5 @@ def run_links(
     prefix:str='published/', # From the page to that folder
 )->dict[str,str]: # {'finediving/fspn-...': 'published/runs.csv#L2'}
     "Where on the web each published run has its row"
-    _,*rows = _read_rows(_read(Path(published or published_dir())/'runs.csv'))
+    _,*rows = read_rows(_read(Path(published or published_dir())/'runs.csv'))
     return {f'{dataset}/{run}': f'{prefix}runs.csv#L{line}' for line,(dataset,run,*_) in enumerate(rows, 2)}
