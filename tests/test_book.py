@@ -328,3 +328,33 @@ def test_publishing_adds_runs_and_replaces_the_same(root, tmp_path):
     both = (tmp_path/'page'/'published'/'runs.csv').read_text()
     assert (len(once.splitlines()), len(both.splitlines())) == (2, 3)
     for run in collect(unpack_runs(tmp_path/'page'/'published')).run: assert len(read_predictions(unpack_runs(tmp_path/'page'/'published')/run)) == 24
+
+
+# Packed files: what is deleted, empty, or of runs before
+
+@pytest.fixture
+def packed(tmp_path):
+    "Two invented runs, one with votes, and baselines: (their folder, the files that they pack to)"
+    runs, base = tmp_path/'runs', grid_base('smoke')
+    for exp in ('fspn', 'i3d_mlp'): fake_run(runs, config_of(base, exp, 0), 5., n=24, votes=exp == 'fspn')
+    pd.DataFrame(dict(protocol='w_dn', baseline=['constant mean'], n=24, spearman=[.1], relative_l2=[.05])).to_csv(runs/'finediving'/'baselines_24.csv', index=False)
+    pack_runs([runs], tmp_path/'published')
+    return runs, tmp_path/'published'
+
+
+@pytest.mark.parametrize('full', [0, 1])
+def test_a_table_without_rows_is_packed_and_unpacked(packed, tmp_path, full):
+    runs, _ = packed
+    for i, folder in enumerate(sorted(runs.glob('*/*/'))): (folder/'log.csv').write_text('epoch,loss\n'+'1,0.5\n'*(i < full))
+    pack_runs([runs], tmp_path/'published')
+    again = unpack_runs(tmp_path/'published', tmp_path/'cache')
+    logs = {folder.name: (folder/'log.csv').read_text() for folder in runs.glob('*/*/')}
+    assert {folder.name: (folder/'log.csv').read_text() for folder in again.glob('*/*/')} == logs and len(logs) == 2
+    packed_again = {path.name: path.read_bytes() for path in pack_runs([again], tmp_path/'again')}
+    assert packed_again == {name: (tmp_path/'published'/name).read_bytes() for name in packed_again}
+
+
+def test_a_packed_table_that_is_not_there_is_named(packed, tmp_path):
+    (packed[1]/'votes.csv.gz').unlink()
+    with pytest.raises(FileNotFoundError, match='need the published file .*votes.csv.gz, got none; take it from the repository'):
+        unpack_runs(packed[1], tmp_path/'cache')

@@ -120,6 +120,7 @@ _CURE = 'take it from the repository again, or pack the runs again'
 
 def _read(path):
     "The text of a file, `.gz` or not"
+    if not path.is_file(): raise FileNotFoundError(f'need the published file {path}, got none; {_CURE}')
     data = read_checked(path, _CURE)
     try: return (gzip.decompress(data) if str(path).endswith('.gz') else data).decode()
     except (OSError, EOFError, ValueError, zlib.error) as e: raise ValueError(f'{path}: need a published file, got a damaged one ({e}); {_CURE}') from e
@@ -156,11 +157,11 @@ def pack_runs(
 
 # %% ../../nbs/analysis/06_published.ipynb #2a575c08
 def _split_table(path):
-    "{run: (header, rows)} of a table that `join_tables` made"
-    header,*rows = read_rows(_read(path))
+    "Columns and {run: rows} of a table that `join_tables` made; a run whose table has only a header has no rows in it"
+    (_,*columns),*rows = read_rows(_read(path))
     out = {}
     for run,*row in rows: out.setdefault(run, []).append(row)
-    return {run: (header[1:], rows) for run,rows in out.items()}
+    return columns,out
 
 # %% ../../nbs/analysis/06_published.ipynb #7aa40174
 def _check_names(published, row, cells):
@@ -183,12 +184,12 @@ def _write_folder(folder, cells, tables):
 def _write_all(published, root):
     "All run folders and baselines of `published` below `root`"
     header,*rows = read_rows(_read(published/'runs.csv'))
-    tables = {name: _split_table(path) for name in TABLES if (path := published/f'{name}.csv.gz').is_file()}
+    tables = {name: _split_table(published/f'{name}.csv.gz') for name in TABLES if f'files.{name}' in header}
     for dataset,run,*row in rows:
         name = f'{dataset}/{run}'
         cells = {column: cell for column,cell in zip(header[2:], row) if cell}
         _check_names(published, [dataset,run], cells)
-        _write_folder(root/name, cells, {kind: own[name] for kind,own in tables.items() if name in own})
+        _write_folder(root/name, cells, {kind: (columns, own.get(name, [])) for kind,(columns,own) in tables.items()})
     if not (published/'baselines.csv').is_file(): return
     baselines = read_table(published/'baselines.csv', _CURE, dtype=str, keep_default_na=False)
     for (dataset,n),own in baselines.groupby(['dataset','n']):
