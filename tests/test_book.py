@@ -358,3 +358,15 @@ def test_a_packed_table_that_is_not_there_is_named(packed, tmp_path):
     (packed[1]/'votes.csv.gz').unlink()
     with pytest.raises(FileNotFoundError, match='need the published file .*votes.csv.gz, got none; take it from the repository'):
         unpack_runs(packed[1], tmp_path/'cache')
+
+
+def test_packing_again_removes_the_tables_that_no_run_has_any_more(packed, tmp_path):
+    runs, published = packed
+    foreign = {'commit.json': '{}', 'notes.csv': 'a\n1\n', 'README.md': 'of others'}
+    for name, text in foreign.items(): (published/name).write_text(text)
+    for path in (*runs.glob('*/*/votes.csv'), *runs.glob('*/baselines_*.csv')): path.unlink()
+    files = pack_runs([runs], published)
+    fresh = pack_runs([runs], tmp_path/'fresh')
+    assert {path.name for path in published.iterdir()} == {*foreign, 'checksums.json', *(path.name for path in files)}
+    assert [path.read_bytes() for path in files] == [path.read_bytes() for path in fresh]
+    assert not list(unpack_runs(published, tmp_path/'cache').glob('*/baselines_*.csv'))

@@ -19,7 +19,7 @@ import zlib
 from pathlib import Path,PurePosixPath,PureWindowsPath
 from .compare import joined_baselines
 from .runs import collect
-from ..core import data_cache,repo_root,write_atomic,write_json
+from ..core import data_cache,explain_write,repo_root,write_atomic,write_json
 from ..escaping import read_rows,write_rows
 from ..stored_files import damaged_files,read_checked,read_table,write_checksums
 
@@ -67,6 +67,7 @@ def unflatten_json(
 # %% ../../nbs/analysis/06_published.ipynb #6acfe922
 _JSON = ('config','metrics','provenance')
 TABLES = ('predictions','log','parsing','votes','watched') # Files of a run, beside its three JSON files
+_PACKED = ('runs.csv',*(f'{name}.csv.gz' for name in TABLES),'baselines.csv') # All that `pack_runs` may write
 
 # %% ../../nbs/analysis/06_published.ipynb #338b34b1
 _PATH = re.compile(r'(?<![\w.\\/])(?:[A-Za-z]:)?(?:[\\/][^\\/\s,;:"\'()]+){2,}') # in a sentence
@@ -152,6 +153,8 @@ def pack_runs(
     if baselines := joined_baselines(roots): texts['baselines.csv'] = baselines
     # runs.csv last: a run that it names has its rows in all other files, also where this is cut short
     files = [_save(Path(published)/name, text) for name,text in reversed(texts.items())][::-1]
+    for path in {Path(published)/name for name in _PACKED}-{*files}: # of runs that are gone; other files in the folder are not ours
+        with explain_write(path): path.unlink(missing_ok=True)
     write_checksums(published)
     return files
 
