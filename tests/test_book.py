@@ -342,6 +342,24 @@ def packed(tmp_path):
     return runs, tmp_path/'published'
 
 
+def bytes_below(folder):
+    "{name: content} of all files below `folder`"
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+@pytest.mark.parametrize('name', ['finediving', 'finediving/fspn*', 'finediving/fspn*/votes.csv', 'finediving/fspn*/metrics.json',
+                                  'finediving/fspn*/checksums.json', 'finediving/baselines_24.csv', '*.json'])
+def test_what_is_deleted_from_the_cache_is_unpacked_again(packed, tmp_path, name, capsys):
+    root = unpack_runs(packed[1], tmp_path/'cache')
+    whole, (lost, *_) = bytes_below(root), root.glob(name)
+    shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+    assert unpack_runs(packed[1], tmp_path/'cache') == root and bytes_below(root) == whole
+    assert 'missing or damaged: made anew' in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in root.rglob('*')}
+    assert unpack_runs(packed[1], tmp_path/'cache') == root and not capsys.readouterr().out, 'whole again: nothing to do'
+    assert {path: path.stat().st_mtime_ns for path in root.rglob('*')} == before and [root] == [*(tmp_path/'cache').iterdir()]
+
+
 @pytest.mark.parametrize('full', [0, 1])
 def test_a_table_without_rows_is_packed_and_unpacked(packed, tmp_path, full):
     runs, _ = packed

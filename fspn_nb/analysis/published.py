@@ -21,7 +21,7 @@ from .compare import joined_baselines
 from .runs import collect
 from ..core import data_cache,explain_write,repo_root,write_atomic,write_json
 from ..escaping import read_rows,write_rows
-from ..stored_files import damaged_files,read_checked,read_table,write_checksums
+from ..stored_files import damaged_files,read_checked,read_sealed,read_table,seal,write_checksums
 
 # %% ../../nbs/analysis/06_published.ipynb #2c5904bb
 def to_cell(
@@ -203,6 +203,15 @@ def published_dir()->Path:
     "The published files of this checkout"
     return repo_root()/'reports'/'published'
 
+# %% ../../nbs/analysis/06_published.ipynb #4b7e21fa
+_LIST = 'files.json' # In an unpacked folder: the names of all its files
+
+def _lost_files(root):
+    "The files below `root`, a folder that `unpack_runs` made, that are missing or damaged"
+    try: missing = [root/name for name in read_sealed(root/_LIST)['files'] if not (root/name).is_file()]
+    except (FileNotFoundError,ValueError): missing = [root/_LIST]
+    return missing+[folder/name for folder in (*root.glob('*/'), *root.glob('*/*/')) for name in damaged_files(folder)]
+
 # %% ../../nbs/analysis/06_published.ipynb #8965f123
 def unpack_runs(
     published:str|Path='', # A folder that `pack_runs` wrote; '': that of this checkout
@@ -212,16 +221,19 @@ def unpack_runs(
     published = Path(published or published_dir())
     files = sorted(path for path in published.iterdir() if path.suffix in ('.csv','.gz'))
     key = hashlib.sha256(b''.join(path.name.encode()+path.read_bytes() for path in files)).hexdigest()[:12]
-    root = Path(cache or data_cache()/'published')/f'{key}_checked' # folders of older versions have no checksums
-    damaged = [folder/name for folder in (*root.glob('*/'), *root.glob('*/*/')) for name in damaged_files(folder)]
-    if root.is_dir() and not damaged: return root
+    root = Path(cache or data_cache()/'published')/f'{key}_listed' # folders of older versions have no list of their files
+    lost = _lost_files(root) if root.is_dir() else []
+    if root.is_dir() and not lost: return root
     root.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f'{key}_', suffix='.part', dir=root.parent))
     _write_all(published, part)
     for folder in (*part.glob('*/'), *part.glob('*/*/')): write_checksums(folder)
-    if damaged: print(f'unpacked runs: {len(damaged)} files ({damaged[0].relative_to(root)}{", ..." if damaged[1:] else ""}) were damaged: made anew')
-    for folder in sorted({file.parent for file in damaged}):
-        for file in (part/folder.relative_to(root)).glob('*.*'): os.replace(file, folder/file.name)
+    names = sorted(path.relative_to(part).as_posix() for path in part.rglob('*') if path.is_file())
+    write_json(part/_LIST, seal(dict(files=names)))
+    if lost: # file by file: other processes may be reading the sound ones
+        more = ', ...' if lost[1:] else ''
+        print(f'unpacked runs: {len(lost)} files ({lost[0].relative_to(root)}{more}) were missing or damaged: made anew')
+        shutil.copytree(part, root, dirs_exist_ok=True, copy_function=os.replace)
     try: os.rename(part, root)
     except OSError: shutil.rmtree(part) # it is there: mended, or made by another process
     return root
