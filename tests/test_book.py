@@ -388,3 +388,21 @@ def test_packing_again_removes_the_tables_that_no_run_has_any_more(packed, tmp_p
     assert {path.name for path in published.iterdir()} == {*foreign, 'checksums.json', *(path.name for path in files)}
     assert [path.read_bytes() for path in files] == [path.read_bytes() for path in fresh]
     assert not list(unpack_runs(published, tmp_path/'cache').glob('*/baselines_*.csv'))
+
+
+def test_a_page_that_cannot_be_built_leaves_the_published_files(tmp_path, monkeypatch):
+    options, page = dict(seeds=(0, 1), n=20, tests=20, sizes=False), tmp_path/'page'
+    for seed, folder in ((0, 'first'), (1, 'second')): fake_run(tmp_path/folder, config_of(grid_base('smoke'), 'fspn', seed), 5., n=24)
+    publish_report([tmp_path/'first'], page, **options)
+    before = bytes_below(page)
+
+    def fail(*args, **kwargs): raise RuntimeError('no page')
+    with monkeypatch.context() as patch:
+        patch.setattr('fspn_nb.report.build.page_html', fail)
+        with pytest.raises(RuntimeError, match='no page'): publish_report([tmp_path/'second'], page, **options)
+    assert bytes_below(page) == before
+    publish_report([tmp_path/'second'], page, **options)
+    after = bytes_below(page)
+    assert after['README.md'] != before['README.md'] and len(after['published/runs.csv'].splitlines()) == 3
+    publish_report((), page, **options)
+    assert bytes_below(page) == after

@@ -228,8 +228,12 @@ def publish_report(
     "Add runs to the published files and build the published page"
     reports = Path(reports or published_dir().parent)
     published = reports/'published'
-    known = [unpack_runs(published)] if (published/'runs.csv').is_file() else []
-    files = pack_runs([*known, *roots], published) if len(roots) else []
-    built,sections = build_report(unpack_runs(published), out or reports, run_links(published),
-                                  pictures or reports/'figures', **options)
-    return [*files, *built],sections
+    pictures = pictures or reports/'figures'
+    def _build(packed): return build_report(unpack_runs(packed), out or reports, run_links(packed), pictures, **options)
+    if not len(roots): return _build(published)
+    # The page first, from files packed elsewhere: where it fails, the published files are still those of the old page
+    with hold_lock(reports/'.report.lock', f'the report in {reports}', wait=True), tempfile.TemporaryDirectory() as packed:
+        known = [unpack_runs(published)] if (published/'runs.csv').is_file() else []
+        pack_runs([*known, *roots], packed)
+        built,sections = _build(packed)
+        return [*pack_runs([unpack_runs(packed)], published), *built],sections
