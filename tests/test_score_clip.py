@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
+from PIL import Image,ImageColor,ImageDraw
 
 from fspn_nb.config import make_config
 from fspn_nb.data.video_io import encode_video
@@ -400,6 +400,26 @@ def test_portrait_clips(tmp_path, h, w):
     boxes.sort(key=lambda box: box.x0)
     assert len(boxes) == 6 and all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:]))
     matplotlib.pyplot.close('all')
+
+
+@pytest.mark.parametrize('seen', [96, 60, 12]) # frames that the run saw; its parser has 96 steps
+def test_film_page_and_file_show_the_same_steps(tmp_path, seen):
+    "A doubtful stretch, where another sub-action is likelier than the one between the cuts of the Viterbi path: the cuts count"
+    result = example_result(tmp_path)
+    step_probs = result.step_probs.copy()
+    step_probs[44:50] = .1, .3, .6
+    kept = np.linspace(0, 95, seen).astype(int)
+    result = replace(result, step_probs=step_probs, transitions=(30, 62), ids=result.ids[kept], boxes=result.boxes[kept], heat=None)
+    assert (result.step_probs.argmax(1) != np.searchsorted((30, 62), np.arange(96), 'right')).sum() >= 6
+    page = {frame: i for i, first, last in result.parts for frame in result.ids if first <= frame <= last}
+    assert list(page) == result.ids.tolist() and sorted(set(page.values())) == [0, 1, 2], 'each frame has one part on the page'
+    assert clip_summary(result)['first_frame_of_later_sub_actions'] == [first for _, first, _ in result.parts[1:]]
+    bar = Image.new('RGB', (seen*10, 20))
+    words = [clip_pictures._timeline(ImageDraw.Draw(bar), result, i, 2, seen*10) for i in range(seen)] # the last one leaves the bars of all
+    for i, frame in enumerate(result.ids):
+        assert words[i].startswith(result.names[page[frame]]), (frame, words[i])
+        assert bar.getpixel((10*i+2, 6)) == ImageColor.getrgb(clip_pictures.COLOURS[page[frame]])
+    if seen == 96: assert words[46] == f'{result.names[1]} (30%)'
 
 
 def test_true_cuts_are_explained_where_they_are_known():

@@ -137,14 +137,12 @@ def _blend(frame, heat):
 # %% ../../nbs/inspect/09_clip_pictures.ipynb #9d354447
 def _timeline(draw, result, i, y, w):
     "The sub-actions as bars of a row, the place of frame `i` and what is there in words"
+    n,words = len(result.ids),'no parser'
     if result.step_probs is not None:
-        T = len(result.step_probs)
-        part = result.step_probs.argmax(1)
-        for t in range(T): draw.rectangle((t*w//T, y, (t+1)*w//T, y+9), fill=COLOURS[part[t] % len(COLOURS)])
-        at = i*T//len(result.ids)
-        words = f'{result.names[part[at]]} ({result.step_probs[at,part[at]]:.0%})'
-    else: words = 'no parser'
-    x = (2*i+1)*w//(2*len(result.ids))
+        part = result.frame_parts # as on the page; a doubtful frame may be likelier in another sub-action
+        for t in range(n): draw.rectangle((t*w//n, y, (t+1)*w//n, y+9), fill=COLOURS[part[t] % len(COLOURS)])
+        words = f'{result.names[part[i]]} ({result.step_probs[i*len(result.step_probs)//n,part[i]]:.0%})'
+    x = (2*i+1)*w//(2*n)
     draw.rectangle((x-1, y-2, x+1, y+11), fill='white')
     return words
 

@@ -80,11 +80,14 @@ class ClipResult:
         n = 0 if self.step_probs is None else self.step_probs.shape[1]
         return part_names(self.clip.action, n) or tuple(f'sub-action {i+1}' for i in range(n))
     @property
+    def frame_parts(self): # (T,) number of the sub-action at each frame that it saw, by the decoded cuts; with a parser only
+        T,n = len(self.step_probs),len(self.ids)
+        return np.searchsorted(np.sort(self.transitions), np.arange(n)*T//n, 'right')
+    @property
     def parts(self): # (i, first frame of the clip, last one) of each sub-action that the model gave frames to
         if self.step_probs is None: return []
-        T,edges = len(self.step_probs),[0,*sorted(self.transitions),len(self.step_probs)]
-        number = lambda t: int(self.ids[min(len(self.ids)-1, round(t*len(self.ids)/T))])
-        return [(i,number(a),number(b-1)) for i,(a,b) in enumerate(zip(edges, edges[1:])) if b > a]
+        part = self.frame_parts
+        return [(int(i),*map(int, self.ids[part == i][[0,-1]])) for i in np.unique(part)]
 
 # %% ../../nbs/inspect/08_clip_score.ipynb #7d0bfc69
 def _caveats(data, clip, label):
@@ -201,8 +204,9 @@ def clip_summary(
     steps = [{}]*len(result.votes) if result.step_points is None else [dict(steps=[r(d) for d in row]) for row in result.step_points]
     votes = [dict(uid=s.uid, action=s.action, difficulty=s.difficulty, score=s.score, vote=r(vote))|step
              for s,vote,step in zip(result.exemplars, result.votes, steps)]
-    T = len(result.ids) if result.step_probs is None else len(result.step_probs)
-    transitions = [int(result.ids[min(len(result.ids)-1, round(t*len(result.ids)/T))]) for t in result.transitions]
+    n = len(result.ids)
+    T = n if result.step_probs is None else len(result.step_probs)
+    transitions = [int(result.ids[min(n-1, -(-t*n//T))]) for t in result.transitions] # -(-a//b): a/b rounded up, as `frame_parts` counts
     expected,novelty = result.expected,result.novelty
     return dict(clip=result.clip.name, clip_kind=result.clip.kind, action=result.clip.action,
                 difficulty=result.clip.difficulty, n_frames=len(result.clip.frames), run=result.run,
