@@ -12,14 +12,16 @@ import psutil
 import pytest
 
 from waiting import wait_until
-from fspn_nb.experiments import cluster
+from fspn_nb.core import write_json
+from fspn_nb.experiments import cluster,grid
 from fspn_nb.experiments.cluster import follow,train_on_cluster
 from fspn_nb.experiments.grid import run_grid
-from fspn_nb.experiments.jobs import balanced_parts,grid_trainings,pack_trainings,training_minutes
+from fspn_nb.experiments.jobs import TrainingPack,balanced_parts,grid_trainings,pack_trainings,read_outcome,training_minutes,write_outcome
 from fspn_nb.experiments.parameters import CLUSTER_DEFAULTS,ClusterSettings,cluster_settings,notebook_parameters
 from fspn_nb.experiments.plan_files import NOTEBOOK_DEFAULTS,grid_cli,parse_shard,planned_trainings,read_plan,write_plan
 from fspn_nb.experiments.submit import job_states,submit_missing,submitted_jobs
 from fspn_nb.experiments.variants import grid_base
+from fspn_nb.stored_files import write_checked
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = grid_base('smoke', train__epochs=1, model__stages=1)
@@ -196,6 +198,21 @@ def test_a_training_that_fails_says_why_and_where_its_log_is(tmp_path):
     answers = train_on_cluster([*trainings, *good], tmp_path, HERE)
     failed = [answer for answer in answers if answer[0] == 'failed']
     assert failed and answers[-1][0] == 'trained' and all('(log: ' in answer[3] and Path(answer[3].split('(log: ')[1].rstrip(')')).is_file() for answer in failed)
+
+
+def test_a_finished_training_without_a_rho_ends_no_pack(tmp_path):
+    "Constant predictions: null in metrics.json. A job that was killed after that file and before its answer does the rest of its pack"
+    trainings, jobs = grid_trainings(QUICK, 'V', (0,), False)[:2], tmp_path/'jobs'
+    TrainingPack(trainings[:1], tmp_path, 'cpu', jobs)()
+    path = tmp_path/trainings[0].run/'metrics.json'
+    write_json(path, json.loads(path.read_text())|dict(spearman=None, reason='all predictions are equal'), write_checked)
+    write_outcome(jobs, trainings[0].run, 'running')
+    TrainingPack(trainings, tmp_path, 'cpu', jobs)()
+    first, second = (read_outcome(jobs, training.run) for training in trainings)
+    assert (first['status'], first['rho'], first['problem'], second['status']) == ('there', None, '', 'trained')
+    for rho in (None, float('nan'), np.float32('nan')): assert json.loads(write_outcome(jobs, trainings[0].run, 'trained', rho=rho).read_text())['rho'] is None
+    status, _, rho, _ = grid._work(trainings[0].cfg, tmp_path, 'cpu', (), False) # what `run_grid` puts into its plan
+    assert status == 'there' and isinstance(rho, float) and np.isnan(rho)
 
 
 def test_ctrl_c_leaves_the_jobs_and_says_how_to_come_back(tmp_path, monkeypatch, capsys):

@@ -129,7 +129,7 @@ def _work(cfg, out, device, extras, keep):
         with _single(device), run_lock(run := run_folder(cfg, out)):
             status = 'there' if is_there(run, keep) else 'trained'
             _,metrics,_last['data'] = run_one(cfg, out, device, _last.get('data'), extras, keep)
-        return status,time.perf_counter()-began,metrics['spearman'],''
+        return status,time.perf_counter()-began,float('nan' if (rho := metrics['spearman']) is None else rho),'' # null: undefined
     except LockHeld as e: return 'elsewhere',0.,float('nan'),str(e)
     except Exception as e: return 'failed',time.perf_counter()-began,float('nan'),f'{type(e).__name__}: {e}'
 

@@ -125,11 +125,11 @@ def write_outcome(
     run:str, # As in `Training.run`
     status:str, # 'running' | 'there' | 'trained' | 'elsewhere' | 'failed'
     seconds:float=0., # That it took
-    rho:float=float('nan'), # Spearman's, on the test samples
+    rho:float|None=float('nan'), # Spearman's, on the test samples; NaN or None: undefined
     problem:str='', # Why it failed
 )->Path: # The file
     "Write down how a training stands"
-    record = dict(run=run, status=status, seconds=seconds, rho=None if math.isnan(rho) else rho, problem=escape(problem),
+    record = dict(run=run, status=status, seconds=seconds, rho=None if rho is None or math.isnan(rho) else rho, problem=escape(problem),
                   job=job_name(), host=platform.node())
     return write_json(Path(folder)/'outcomes'/f'{Path(run).name}.json', seal(record))
 
