@@ -105,7 +105,7 @@ class Scorer:
         full, # Of another cell, the same seeds in the same order, or another number of them
         shared:bool=False, # As in `stack_predictions`
     )->dict: # As `compare_seeds`, `runs` minus `full`
-        key = ('gain', *runs, '-', *full)
+        key = ('gain', shared, *runs, '-', *full)
         if key not in self._known:
             preds,true = stack_predictions(self.root, [*runs, *full], shared)
             self._known[key] = compare_seeds(preds[:len(runs)], preds[len(runs):], true, self.tests)
