@@ -73,6 +73,9 @@ def test_which_dives_count(tmp_path):
     assert score_interval(50., errors).half_width == sorted(errors.values)[math.ceil(34*.9)-1]
     assert held_out_errors(run_with(tmp_path/'b', splits, eval__checkpoint_selection='best_val')).counts == dict(test=20)
     assert held_out_errors(run_with(tmp_path/'c', dict(test=20), train__val_fraction=0.)).counts == dict(test=20)
+    few = run_with(tmp_path/'few', dict(test=40), train__val_fraction=.1) # a tenth of up to five training dives is none
+    assert held_out_errors(few).counts == dict(test=40) and score_interval(50., held_out_errors(few)).bounded
+    assert held_out_errors(few, ('val',)).counts == {} and not score_interval(50., held_out_errors(few, ('val',))).bounded
     per_dd = held_out_errors(run_with(tmp_path/'d', splits, protocol='w_dd'), ('test',))
     assert np.allclose(sorted(per_dd.values), np.arange(1, 21)/2.5)
     q = conformal_quantile(per_dd.values)
@@ -81,6 +84,10 @@ def test_which_dives_count(tmp_path):
         run = run_with(tmp_path/'e', splits)
         (run/'predictions.csv').unlink()
         held_out_errors(run)
+    for spoil, message in ((lambda rows: rows.drop(columns='split'), 'lacks the columns split'), (lambda rows: rows.assign(pred=rows.pred.where(rows.split != 'val')), 'finite scores in val')):
+        run = run_with(tmp_path/message, splits)
+        spoil(pd.read_csv(run/'predictions.csv')).to_csv(run/'predictions.csv', index=False)
+        with pytest.raises(ValueError, match=message): held_out_errors(run)
 
 
 def test_the_spread_of_votes_is_no_interval():

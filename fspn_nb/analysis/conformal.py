@@ -12,7 +12,7 @@ from math import ceil,inf
 from pathlib import Path
 import numpy as np
 from scipy import stats
-from .runs import read_predictions
+from .runs import predicted_splits,read_predictions
 from ..config import load_cfg
 from ..protocols import protocol_variant
 
@@ -61,10 +61,9 @@ def held_out_errors(
     splits:tuple[str,...]=('val','test'), # Where from
 )->HeldOutErrors: # Empty where the run has predictions for none of `splits`
     "The errors of `run`; validation dives are left out where they chose the epoch"
-    cfg,tables = load_cfg(Path(run)/'config.json'),{}
-    for split in splits:
-        if split == 'val' and (not cfg.train.val_fraction or cfg.eval.checkpoint_selection == 'best_val'): continue
-        tables[split] = read_predictions(run, split)
+    cfg,there = load_cfg(Path(run)/'config.json'),predicted_splits(run) # val_fraction of few dives may be none
+    if cfg.eval.checkpoint_selection == 'best_val' or not cfg.train.val_fraction: splits = [split for split in splits if split != 'val']
+    tables = {split: read_predictions(run, split) for split in splits if split in there}
     per_difficulty = protocol_variant(cfg.dataset, cfg.protocol).label == 'per_dd'
     errors = [(table.true-table.pred).abs()/(table.difficulty if per_difficulty else 1) for table in tables.values()]
     return HeldOutErrors(np.concatenate([np.zeros(0), *errors]), {split: len(table) for split,table in tables.items()}, per_difficulty)
