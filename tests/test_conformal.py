@@ -44,6 +44,17 @@ def test_too_few_dives_give_no_end():
     assert 'at least 9 videos' in text and text.endswith('got 8.') and 'inf' not in text
 
 
+@pytest.mark.parametrize('score, ends', [(-5., (0, 0)), (-2., (0, 0)), (-1., (0, 1)), (1., (0, 3)), (5., (3, 7))])
+@pytest.mark.parametrize('difficulty', [None, 2.])
+def test_the_ends_are_in_order_and_no_score_is_negative(score, ends, difficulty):
+    "Half width 2, also as 1 per difficulty at difficulty 2; what the interval held of the scores from 0 up, it still holds"
+    errors = HeldOutErrors(np.full(40, 2. if difficulty is None else 1.), dict(test=40), difficulty is not None)
+    interval = score_interval(score, errors, difficulty)
+    assert (interval.lo, interval.hi) == ends and interval.bounded and interval.half_width == 2
+    text = describe_interval(interval)
+    assert text.startswith(f'{ends[0]:.1f} to {ends[1]:.1f}: 90%' if ends[1] else '0.0, since all of it lies below 0') and '0.0 to 0.0' not in text and '-' not in text
+
+
 @pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
 def test_a_missing_error_is_an_error(bad):
     with pytest.raises(ValueError, match='got 1 of 12 without a number'): conformal_quantile([*range(11), bad])

@@ -73,7 +73,7 @@ def held_out_errors(
 class ScoreInterval:
     "Where the judges' score of a dive like the held-out ones is expected"
     lo:float # In the unit of the score, not below 0; 0 where the interval has no end
-    hi:float # Infinite where there were too few dives
+    hi:float # Not below 0 either; infinite where there were too few dives
     level:float # Share of scores that it is to hold
     half_width:float # What is added on both sides
     counts:dict # Held-out dives of each split
@@ -89,9 +89,10 @@ def score_interval(
     difficulty:float|None=None, # Of the dive; None: not known
     level:float=.9, # Share of scores that the interval is to hold
 )->ScoreInterval:
-    "The split conformal interval around `score`"
+    "The split conformal interval around `score`, without what lies below 0"
     half_width = conformal_quantile(errors.values, level)*(difficulty if errors.per_difficulty and difficulty else 1)
-    return ScoreInterval(max(0., score-half_width), score+half_width, level, half_width, errors.counts)
+    lo,hi = (max(0., end) for end in (score-half_width, score+half_width)) # no judge gives less, so nothing that it held is lost
+    return ScoreInterval(lo, hi, level, half_width, errors.counts)
 
 # %% ../../nbs/analysis/14_conformal.ipynb #fca4fdfe
 def describe_interval(
@@ -105,7 +106,8 @@ def describe_interval(
                 f'{least_dives(interval.level)} {learnt}, got {interval.n}.')
     parts = ' and '.join(f"{n} {dict(val='validation', test='test').get(split, split)}" for split,n in interval.counts.items())
     lo,hi = coverage_range(interval.n, level=interval.level)
-    return (f'{interval.lo:.1f} to {interval.hi:.1f}: {interval.level:.0%} interval for the judges\' score, '
+    ends = f'{interval.lo:.1f} to {interval.hi:.1f}' if interval.hi > 0 else '0.0, since all of it lies below 0 and no score does'
+    return (f'{ends}: {interval.level:.0%} interval for the judges\' score, '
             f'from the errors on {interval.n} {learnt} ({parts}). '
             f'It holds for clips like those {noun}s only; with this number of them, {lo:.0%} to {hi:.0%} of such intervals hold the score.')
 
