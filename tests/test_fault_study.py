@@ -131,3 +131,25 @@ def test_a_network_that_knows_stands_out_and_one_that_does_not_does_not():
     again = fault_table(pd.concat([rows('trained', 0), rows('untrained', 0), rows('shuffled', 0)]), 200)
     assert (again[again.fault == 'all'].set_index('measure').over_untrained_p[['order', 'step']] > .05).all()
     assert guessed_steps(rows('trained', 1)) == {'always take-off': 0, 'always flight': .5, 'always entry': .5, 'any step at random': 1/3}
+
+
+@pytest.mark.parametrize('unknown', [np.nan, 0.])
+def test_a_dive_without_true_steps_hits_nothing(unknown):
+    "A fault that changes no pixel: `step`, `heat_step`, `booked` and the guesses are those of the other dives; what needs no step counts all"
+    rng, n = np.random.default_rng(2), 12
+    cost, entry = rng.uniform(3, 25, n), np.arange(n) % 2
+    def rows(network):
+        steps = {f'{kind}_{i}': 1.*(i == 0)+rng.normal(0, .1, n) for kind in ('step', 'heat') for i in range(3)} # always the take-off, which argmax of NaN is too
+        return pd.DataFrame(dict(method='m', network=network, seed=0, uid=[f'{i:02d}' for i in range(n)], fault=np.where(np.arange(n) < 3, 'shape', 'splash'), cost=cost,
+                                 fall=cost, true_0=0., true_1=1.-entry, true_2=1.*entry, acts_0=0, acts_1=1-entry, acts_2=entry)|steps)
+    answers = pd.concat([rows(name) for name in ('trained', 'untrained', 'shuffled')])
+    hidden = answers.uid.isin(['00', '01', '02']) # all that have the fault 'shape'
+    odd = answers.assign(**{f'true_{i}': answers[f'true_{i}'].where(~hidden, unknown) for i in range(3)})
+    table, rest = (fault_table(frame, 50) for frame in (odd, answers[~hidden]))
+    pick = lambda frame, fault: frame[frame.fault == fault].set_index('measure')
+    assert pick(table, 'all').trained[['step', 'heat_step']].tolist() == [0, 0] and set(pick(table, 'shape').index) == {'order', 'slope', 'falls', 'acts'}
+    assert pick(table, 'all').n[['order', 'acts', 'step', 'booked', 'heat_step']].tolist() == [12, 12, 9, 9, 9]
+    measured = ['step', 'booked', 'heat_step']
+    pd.testing.assert_frame_equal(pick(table, 'all').loc[measured], pick(rest, 'all').loc[measured])
+    assert guessed_steps(odd) == guessed_steps(answers[~hidden]) and guessed_steps(odd)['always take-off'] == 0
+    assert np.isnan(guessed_steps(odd[hidden])['always take-off'])

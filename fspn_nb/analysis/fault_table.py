@@ -23,11 +23,19 @@ MEASURES = dict(order='fall and cost, rank correlation', slope='points fallen pe
 
 _NEEDS = {**dict.fromkeys(('order','slope','falls'), 'fall'), **dict.fromkeys(('step','acts','booked'), 'step_0'),
           'heat_step': 'heat_0'} # else its own name
+_TRUTH_NEEDED = ('step','booked','heat_step') # They compare with the true steps
 
 def _columns(answers):
     "{column: (R,N)} over seeds and dives, dives in the order of their names"
     pivot = lambda name: answers.pivot(index='seed', columns='uid', values=name).to_numpy()
     return {name: pivot(name) for name in answers if name not in ('method','network','seed','uid')}
+
+def _networks(answers): return {name: _columns(part.dropna(axis=1, how='all')) for name,part in answers.groupby('network', sort=False)}
+
+def _with_truth(answers, n=3):
+    "The dives whose true steps are known; a fault that changes no pixel has none"
+    known = answers[[f'true_{i}' for i in range(n)]].sum(axis=1, skipna=False) > 0 # neither NaN nor all zero
+    return answers[~answers.uid.isin(answers.uid[~known])]
 
 def _three(v, name): return np.stack([v[f'{name}_{i}'] for i in range(3)], -1) # (R,N,3)
 
@@ -87,10 +95,11 @@ def fault_table(
     for method,mine in answers.groupby('method', sort=False):
         for fault in ('all',*dict.fromkeys(mine.fault)):
             some = mine if fault == 'all' else mine[mine.fault == fault]
-            nets = {name: _columns(part.dropna(axis=1, how='all')) for name,part in some.groupby('network', sort=False)}
-            size = nets['trained']['cost'].shape[1]
+            every,located = _networks(some),_networks(_with_truth(some))
             for key in MEASURES:
-                if _NEEDS.get(key, key) not in nets['trained']: continue # no steps, or no heat
+                nets = located if key in _TRUTH_NEEDED else every
+                if _NEEDS.get(key, key) not in nets.get('trained', ()): continue # no steps, no heat, or no true step
+                size = nets['trained']['cost'].shape[1]
                 stats,row = {name: _statistic(v, key) for name,v in nets.items()},dict(method=method, fault=fault, measure=key, n=size)
                 parts = stats|{f'over_{name}': partial(_gap, stats['trained'], f) for name,f in stats.items() if name != 'trained'}
                 for name,f in parts.items():
@@ -103,11 +112,12 @@ def fault_table(
 def guessed_steps(
     answers:pd.DataFrame, # As for `fault_table`
     names:tuple[str,...]=('take-off','flight','entry'), # Of the steps
-)->dict[str,float]: # 'always flight', ..., 'any step at random': share of dives
+)->dict[str,float]: # 'always flight', ..., 'any step at random': share of the dives with known steps; NaN without any
     "How often the right step is hit by rules that see no film"
-    dives = answers.drop_duplicates('uid')
+    dives = _with_truth(answers, len(names)).drop_duplicates('uid')
     right = dives[[f'true_{i}' for i in range(len(names))]].to_numpy().argmax(1)
-    return {f'always {name}': float((right == i).mean()) for i,name in enumerate(names)}|{'any step at random': 1/len(names)}
+    share = lambda i: float((right == i).mean()) if len(right) else np.nan
+    return {f'always {name}': share(i) for i,name in enumerate(names)}|{'any step at random': 1/len(names)}
 
 def readable_faults(
     table:pd.DataFrame, # From `fault_table`
