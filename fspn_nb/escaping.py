@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['one_line', 'escape_md', 'md_code', 'plain_md', 'escape_tex', 'figure_text', 'quote_formula', 'unquote_formula',
-           'csv_text', 'unquote_formulas', 'read_rows', 'write_rows']
+           'csv_text', 'unquote_formulas', 'read_csv_rows', 'write_csv_rows']
 
 # %% ../nbs/base/15_escaping.ipynb #5da20e50
 import csv,io,re
@@ -107,14 +107,14 @@ def unquote_formulas(
     return _map_text(table, unquote_formula)
 
 # %% ../nbs/base/15_escaping.ipynb #c41f0b2e
-def read_rows(
-    text:str, # A CSV file of `csv_text` or `write_rows`
+def read_csv_rows(
+    text:str, # A CSV file of `csv_text` or `write_csv_rows`
 )->list[list[str]]: # Header first; every cell as text
     "The rows of a CSV file, with their names as they were"
     rows = list(csv.reader(io.StringIO(text, newline='')))
     return [[unquote_formula(cell) for cell in row] for row in rows] if "'" in text else rows
 
-def write_rows(
+def write_csv_rows(
     rows:list, # Header first; every cell as text
 )->str: # A CSV file
     "Rows as `csv_text` writes them, without a change of a digit"

@@ -20,7 +20,7 @@ from pathlib import Path,PurePosixPath,PureWindowsPath
 from .compare import joined_baselines
 from .runs import collect
 from ..core import data_cache,explain_write,repo_root,write_atomic,write_json
-from ..escaping import read_rows,write_rows
+from ..escaping import read_csv_rows,write_csv_rows
 from ..stored_files import damaged_files,read_checked,read_sealed,read_table,seal,write_checksums
 
 # %% ../../nbs/analysis/06_published.ipynb #2c5904bb
@@ -92,7 +92,7 @@ def read_record(
         cells |= flatten_json(drop_folders(json.loads((folder/f'{name}.json').read_text(encoding='utf-8'))), name)
     for name in TABLES:
         if not (folder/f'{name}.csv').is_file(): continue
-        tables[name] = read_rows(read_checked(folder/f'{name}.csv').decode())
+        tables[name] = read_csv_rows(read_checked(folder/f'{name}.csv').decode())
         cells[f'files.{name}'] = ' '.join(tables[name][0])
     return cells,tables
 
@@ -146,10 +146,10 @@ def pack_runs(
                      key=lambda name: (not name.startswith('metrics.'), name))
     rows = [['dataset','run',*columns]]
     rows += [[*run.split('/'), *(cells.get(name, '') for name in columns)] for run,(cells,_) in records.items()]
-    texts = {'runs.csv': write_rows(rows)}
+    texts = {'runs.csv': write_csv_rows(rows)}
     for name in TABLES:
         tables = {run: own[name] for run,(_,own) in records.items() if name in own}
-        if tables: texts[f'{name}.csv.gz'] = write_rows(join_tables(tables))
+        if tables: texts[f'{name}.csv.gz'] = write_csv_rows(join_tables(tables))
     if baselines := joined_baselines(roots): texts['baselines.csv'] = baselines
     # runs.csv last: a run that it names has its rows in all other files, also where this is cut short
     files = [_save(Path(published)/name, text) for name,text in reversed(texts.items())][::-1]
@@ -161,7 +161,7 @@ def pack_runs(
 # %% ../../nbs/analysis/06_published.ipynb #2a575c08
 def _split_table(path):
     "Columns and {run: rows} of a table that `join_tables` made; a run whose table has only a header has no rows in it"
-    (_,*columns),*rows = read_rows(_read(path))
+    (_,*columns),*rows = read_csv_rows(_read(path))
     out = {}
     for run,*row in rows: out.setdefault(run, []).append(row)
     return columns,out
@@ -181,12 +181,12 @@ def _write_folder(folder, cells, tables):
     for name,own in columns.items():
         header,rows = tables[name]
         at = [header.index(column) for column in own]
-        write_atomic(folder/f'{name}.csv', write_rows([own, *([row[i] for i in at] for row in rows)]))
+        write_atomic(folder/f'{name}.csv', write_csv_rows([own, *([row[i] for i in at] for row in rows)]))
 
 # %% ../../nbs/analysis/06_published.ipynb #bca5ab1f
 def _write_all(published, root):
     "All run folders and baselines of `published` below `root`"
-    header,*rows = read_rows(_read(published/'runs.csv'))
+    header,*rows = read_csv_rows(_read(published/'runs.csv'))
     tables = {name: _split_table(published/f'{name}.csv.gz') for name in TABLES if f'files.{name}' in header}
     for dataset,run,*row in rows:
         name = f'{dataset}/{run}'
@@ -244,5 +244,5 @@ def run_links(
     prefix:str='published/', # From the page to that folder
 )->dict[str,str]: # {'finediving/fspn-...': 'published/runs.csv#L2'}
     "Where on the web each published run has its row"
-    _,*rows = read_rows(_read(Path(published or published_dir())/'runs.csv'))
+    _,*rows = read_csv_rows(_read(Path(published or published_dir())/'runs.csv'))
     return {f'{dataset}/{run}': f'{prefix}runs.csv#L{line}' for line,(dataset,run,*_) in enumerate(rows, 2)}

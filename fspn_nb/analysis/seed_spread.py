@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np,pandas as pd
 from .published import from_cell,published_dir,unflatten_json
 from .runs import SAME_RUN,SCORE_PAIRS
-from ..escaping import read_rows
+from ..escaping import read_csv_rows
 from ..stored_files import read_checked
 
 # %% ../../nbs/analysis/09_seed_spread.ipynb #93356e73
@@ -46,7 +46,7 @@ _SCORE_COLUMNS = [*SAME_RUN,'seed',*(source for _,source,_ in SCORE_PAIRS)]
 @lru_cache(maxsize=4) # a report asks for every table
 def _scores_of(text):
     "The scores in the content of a runs.csv"
-    header,*rows = read_rows(text)
+    header,*rows = read_csv_rows(text)
     rows = [_published_row(dict(zip(header, row))) for row in rows]
     return pd.DataFrame(rows, columns=_SCORE_COLUMNS).astype({source: float for _,source,_ in SCORE_PAIRS})
 
