@@ -20,6 +20,8 @@ import pandas as pd
 import pytest
 
 from fspn_nb.analysis import runs
+from fspn_nb.analysis.class_averages import average_gaps
+from fspn_nb.analysis.method_tables import average_cell
 from fspn_nb.analysis.published import pack_runs,unpack_runs
 from fspn_nb.analysis.run_groups import RANKING,left_out,left_out_line,main_runs,rank_group,why_lower
 from fspn_nb.analysis.runs import average_seeds,collect,read_predictions,read_run
@@ -425,6 +427,21 @@ def test_a_perfect_class_has_no_average(tmp_path):
     body = section_md(ten)
     assert ten.table[(ten.table.protocol == 'average') & (ten.table.method == 'fspn')].rho.isna().all()
     assert 'FSPN (Ours), Avg.: no rho (Diving: perfect order, whose Fisher z is infinite' in body
+
+
+def test_an_average_has_the_seeds_that_all_classes_have(tmp_path):
+    for i, sport in enumerate(SPORTS):
+        for method, seed in (('fspn', 0), ('i3d_mlp', 0), *[('fspn', 1)]*(i < 3)):
+            fake_run(tmp_path, make_config('aqa7', 'demo', protocol=sport, seed=seed, model__name=method), 6. if method == 'fspn' else 9., n=20)
+    index = open_index(tmp_path, (0, 1), n=60, tests=60, sizes=False)
+    ten = methods_section(index, 'aqa7')
+    rows = ten.table[ten.table.method == 'fspn'].set_index('protocol')
+    first = index.main[(index.main.method == 'fspn') & (index.main.seed == 0)]
+    cell = average_cell(tmp_path, first, index.scorer.n//2)
+    assert rows.seeds.tolist() == ['0,1']*3+['0']*4 and set(rows.runs['average'].split()) == set(first.run)
+    assert rows.rho['average'] == pytest.approx(cell['rho']) and (rows.rho_lo['average'], rows.rho_hi['average']) == (cell['rho_lo'], cell['rho_hi'])
+    other = ten.table[(ten.table.method == 'i3d_mlp') & (ten.table.protocol == 'average')].rho.item()
+    assert average_gaps(index.main, tmp_path).rho_gain.item() == pytest.approx(other-cell['rho']), 'the line below the table is about its rows'
 
 
 def test_sections_of_single_test_videos(tmp_path):

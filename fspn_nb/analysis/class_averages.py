@@ -99,12 +99,12 @@ def average_gaps(
     runs:pd.DataFrame, # Of AQA-7, with method, protocol (the class), seed and run
     root:Path, # Their folder
     other:str='fspn', # What each method is compared with
-)->pd.DataFrame: # protocol ('average'), method; both metrics with _gain (minus `other`), _p and _p_holm; methods with all classes
+)->pd.DataFrame: # protocol ('average'), method; both metrics with _gain (minus `other`), _p and _p_holm; seeds with all classes
     "Each method against `other`, on average over the classes of AQA-7"
-    runs_of,rows = {},[]
-    for (method,sport),g in runs.groupby(['method','protocol'], sort=False):
-        runs_of.setdefault(method, {})[sport] = g.sort_values('seed').run.tolist()
-    whole = {method: own for method,own in runs_of.items() if set(own) == set(SPORTS)}
+    whole,rows = {},[]
+    in_all = runs.groupby(['method','seed']).protocol.transform('nunique') == len(SPORTS) # seeds that are in the average
+    for (method,sport),g in runs[in_all].groupby(['method','protocol'], sort=False):
+        whole.setdefault(method, {})[sport] = g.sort_values('seed').run.tolist()
     for method,own in whole.items():
         if method == other or other not in whole: continue
         tests = compare_averages(own, whole[other], root).set_index('metric')

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np,pandas as pd
 from .compare import SCORES,Scorer,score_functions,score_seeds,stack_predictions
 from .complexity import beside_paper
+from .runs import SAME_RUN
 from ..metrics import on_rows
 from ..paper import paper_table
 from ..protocols import SPORTS
@@ -72,6 +73,12 @@ def average_cell(
     return cell
 
 # %% ../../nbs/analysis/07_method_tables.ipynb #5b566d6f
+def _runs_of(row, runs):
+    "Those of `runs` that the row of a table is the mean of; an average has the seeds alone that all classes have"
+    of_classes = ('protocol','inputs','test_set','n') # they differ between the classes of an average
+    keys = [name for name in SAME_RUN[1:] if row.protocol != 'average' or name not in of_classes]
+    return runs[(runs[keys] == row[keys]).all(axis=1) & runs.seed.isin([int(seed) for seed in row.seeds.split(',')])]
+
 def seed_intervals(
     table:pd.DataFrame, # From `ours_vs_paper`
     runs:pd.DataFrame, # The runs that it was made of
@@ -80,8 +87,8 @@ def seed_intervals(
     "Give each row of `table` the interval of its mean over seeds, and the names of its runs"
     table = table.assign(runs='')
     for i,row in table[table.seeds.notna()].iterrows():
+        own = _runs_of(row, runs).sort_values(['seed','run'])
         average = row.protocol == 'average'
-        own = runs[(runs.method == row.method) & (average | (runs.protocol == row.protocol))].sort_values(['seed','run'])
         cell = average_cell(scorer.root, own, scorer.n//2) if average else scorer.score(own.run.tolist())
         for column,value in cell.items():
             if column.endswith(('_lo','_hi')): table.loc[i, column] = value
