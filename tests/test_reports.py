@@ -388,6 +388,51 @@ def test_seeds_on_other_inputs_are_never_averaged(tmp_path):
     assert set(index.cells.run)-{''} == set(main.run)
 
 
+def test_the_runs_of_one_row_have_one_number_of_epochs(tmp_path):
+    fspn, mlp = (lambda seed, name=name, **changes: override(config_of(grid_base('demo'), name, seed), **changes) for name in ('fspn', 'i3d_mlp'))
+    kept = [fake_run(tmp_path, cfg, miss) for cfg, miss in ((fspn(0), 3.), (mlp(0), 9.), (mlp(1), 9.))]
+    short = fake_run(tmp_path, fspn(1, train__epochs=2), 30.)
+    index = open_index(tmp_path, n=20, tests=20, sizes=False)
+    assert set(index.main.run) == {f'finediving/{folder.name}' for folder in kept}
+    nine = methods_section(index, 'finediving').table
+    row = nine[(nine.method == 'fspn') & nine.seeds.notna()]
+    assert row.seeds.tolist() == ['0'] and row.runs.tolist() == [f'finediving/{kept[0].name}']
+    pair = [f'finediving/{folder.name}' for folder in (kept[1], kept[0])]
+    assert nine[(nine.method == 'i3d_mlp') & nine.seeds.notna()].rho_gain.item() == index.scorer.gain(pair[:1], pair[1:])['rho_gain']
+    assert left_out_line(index.hidden, 'finediving').endswith('seed 1): another number of epochs than the runs that are shown.')
+    # without the preset's epochs: those of most seeds
+    shutil.rmtree(kept[0])
+    for seed, epochs in ((0, 2), (2, 3)): fake_run(tmp_path, fspn(seed, train__epochs=epochs), 30.)
+    main = main_runs(collect(tmp_path), tmp_path)
+    assert main[main.method == 'fspn'].seed.tolist() == [0, 1] and f'finediving/{short.name}' in set(main.run)
+
+
+def test_the_classes_of_a_row_have_one_number_of_epochs(tmp_path):
+    for i, sport in enumerate(SPORTS):
+        cfg = make_config('aqa7', 'demo', protocol=sport)
+        fake_run(tmp_path, cfg, 6., n=20)
+        if i < 3: fake_run(tmp_path, override(cfg, seed=1, train__epochs=2), 20., n=20)
+    index = open_index(tmp_path, n=20, tests=20, sizes=False)
+    assert index.main.seed.tolist() == [0]*6
+    assert index.hidden.reason.tolist() == ['another number of epochs than the runs that are shown'] and index.hidden.runs.tolist() == [3]
+
+
+def test_the_epochs_of_one_block_empty_no_cell_of_another(tmp_path):
+    for experiment in ('fspn', 'i3d_mlp'): fake_run(tmp_path, config_of(grid_base('demo'), experiment, 0), 5.)
+    for protocol in ('w_dd', 'wo_dn'): fake_run(tmp_path, override(config_of(grid_base('demo'), 'fspn', 0, protocol), train__epochs=2), 20.)
+    index = open_index(tmp_path, n=20, tests=20, sizes=False)
+    assert len(index.main) == 4 and set(index.cells.experiment[index.cells.run != '']) == {'fspn', 'i3d_mlp'}
+
+
+def test_a_group_is_ranked_by_the_runs_that_it_would_show(tmp_path):
+    cfg = make_config('finediving', 'demo')
+    for seed in (0, 1): fake_run(tmp_path, override(cfg, seed=seed), 5., inputs='a')
+    for seed in (0, 1, 2): fake_run(tmp_path, override(cfg, seed=seed, train__epochs=20 if seed == 0 else 2, train__lr_backbone=2e-4), 5., inputs='b')
+    index = open_index(tmp_path, (0, 1), n=20, tests=20, sizes=False)
+    assert index.main.seed.tolist() == [0, 1] and set(index.main.inputs) == {'a'}
+    assert index.hidden.reason.tolist() == ['fewer seeds'], 'two of its three seeds have two epochs'
+
+
 def test_runs_on_other_videos_do_not_stop_the_report(tmp_path):
     for seed, n in ((0, 24), (1, 24), (2, 12)): fake_run(tmp_path, config_of(grid_base('demo'), 'fspn', seed), 5., n=n)
     index = open_index(tmp_path, n=20, tests=20, sizes=False)

@@ -131,17 +131,25 @@ def why_lower(
 # %% ../../nbs/analysis/08_run_groups.ipynb #32920341
 _GROUP = ['family','data','mode','weights','group_inputs']
 
-def _with_inputs(runs):
-    "`runs` with `group_inputs`, what runs of one group must share of their inputs: all of it, on AQA-7 whether they are recorded"
-    recorded = (runs.inputs != '').astype(str)
-    return runs.assign(group_inputs=recorded.where(runs.dataset == 'aqa7', runs.inputs.astype(str)+' '+runs.test_set.astype(str)))
+def _with_keys(runs):
+    "`runs` with `group_inputs`, what one group shares of its inputs (AQA-7: whether they are recorded), and `row`, theirs in a table"
+    recorded,classes = (runs.inputs != '').astype(str),runs.dataset == 'aqa7'
+    method,protocol,inputs,test_set = (runs[name].astype(str) for name in ('method','protocol','inputs','test_set'))
+    return runs.assign(group_inputs=recorded.where(classes, inputs+' '+test_set), row=method.where(classes, method+' '+protocol))
 
 # %% ../../nbs/analysis/08_run_groups.ipynb #d13d86ef
+def _of_one_length(group):
+    "The runs of `group` with one number of epochs in each row: the preset's where there are such runs, else that of most trainings"
+    training = group.protocol+' '+group.seed.astype(str)
+    group = group.assign(trainings=training.groupby([group.row, group.trained], dropna=False).transform('nunique'))
+    ordered = group.sort_values(['usual_epochs','trainings','trained'], ascending=False)
+    return group.merge(ordered.drop_duplicates('row')[['row','trained']], on=['row','trained']).drop(columns='trainings')
+
 def _one_of_each(group):
-    "One run per method, protocol and seed: on the inputs with most seeds, and with the preset's epochs where there is such a run"
-    keys = ['method','protocol','inputs','test_set']
+    "One run per method, protocol and seed: of one number of epochs, on the inputs with most seeds"
+    keys,group = ['method','protocol','inputs','test_set'],_of_one_length(group)
     group = group.assign(of_inputs=group.groupby(keys).seed.transform('nunique'))
-    group = group.sort_values(['usual_epochs','of_inputs','inputs','test_set','run'], ascending=[False,False,True,True,True])
+    group = group.sort_values(['of_inputs','inputs','test_set','run'], ascending=[False,True,True,True])
     first = group.drop_duplicates(['method','protocol'])[keys]
     return group.merge(first, on=keys).drop_duplicates(['method','protocol','seed']).drop(columns='of_inputs')
 
@@ -151,10 +159,10 @@ def main_runs(
     root:str|Path, # The reports folder
 )->pd.DataFrame: # Of each dataset one group, and of it one run per method, protocol and seed
     "The runs that Tables VII, IX, X and XI, and all figures of methods, are made of"
-    valid,chosen = _with_inputs(families(runs, root)),[]
+    valid,chosen = _with_keys(families(runs, root)),[]
     for _,own in valid.groupby('dataset'):
-        groups = [group for _,group in own[own.plain].groupby(_GROUP)]
-        if groups: chosen.append(_one_of_each(min(groups, key=lambda group: rank_group(describe_group(group)))))
+        groups = [_one_of_each(group) for _,group in own[own.plain].groupby(_GROUP)] # ranked by what would be shown
+        if groups: chosen.append(min(groups, key=lambda group: rank_group(describe_group(group))))
     if not chosen: return valid[:0]
     return pd.concat(chosen).sort_values('run').reset_index(drop=True)
 
@@ -181,6 +189,14 @@ def _group_words(group):
     seeds = ', '.join(map(str, sorted({int(seed) for seed in group.seed})))
     return f"{first.data} data, preset {first.preset}, {samples_words(group)}, seed{'s'*(',' in seeds)} {seeds}"
 
+def _why_not_beside(run, chosen):
+    "Why `run`, which is of the group that is shown, is not one of its runs `chosen`"
+    row = chosen[chosen.row == run.row]
+    if not row.trained.isin([run.trained]).any(): return 'another number of epochs than the runs that are shown'
+    own = row[row.protocol == run.protocol]
+    if not ((own.inputs == run.inputs) & (own.test_set == run.test_set)).any(): return 'other inputs than the runs that are shown'
+    return 'a copy of a run that is shown: the same settings, seed and inputs'
+
 def _why_not(group, chosen):
     "Why `group` is not shown where `chosen` is"
     if group.preset.iloc[0] == RELEASED: return 'released predictions, which stand only beside runs on real data'
@@ -188,9 +204,13 @@ def _why_not(group, chosen):
         other = len(chosen) and group.group_inputs.iloc[0] not in set(chosen.group_inputs)
         return 'other inputs than the runs that are shown' if other else "settings of the method that are not its preset's"
     if not len(chosen): return 'another preset was asked for'
-    if all(group[name].iloc[0] == chosen[name].iloc[0] for name in _GROUP):
-        return 'another number of epochs, or other inputs than the runs that are shown'
-    return why_lower(describe_group(group), describe_group(chosen))
+    return why_lower(describe_group(_one_of_each(group)), describe_group(chosen))
+
+def _reasons(group, chosen):
+    "Why each run of `group` is not shown where `chosen` is"
+    beside = len(chosen) and group.plain.all() and all(group[name].iloc[0] == chosen[name].iloc[0] for name in _GROUP)
+    if not beside: return pd.Series(_why_not(group, chosen), group.index)
+    return pd.Series([_why_not_beside(run, chosen) for run in group.itertuples()], group.index)
 
 # %% ../../nbs/analysis/08_run_groups.ipynb #f2865bfd
 def left_out(
@@ -200,11 +220,11 @@ def left_out(
     shown=(), # Names of further runs that are shown, e.g. those of ablations
 )->pd.DataFrame: # dataset, group (in words), reason, runs (how many), most runs first
     "Groups of sound runs that are shown nowhere"
-    valid,rows = _with_inputs(families(runs, root)),[]
+    valid,rows = _with_keys(families(runs, root)),[]
     hidden = valid[~valid.run.isin({*main.run, *shown})]
     for (dataset,_,*_),group in hidden.groupby(['dataset','plain',*_GROUP]):
-        reason = _why_not(group, main[main.dataset == dataset])
-        rows.append(dict(dataset=dataset, group=_group_words(group), reason=reason, runs=len(group)))
+        for reason,part in group.groupby(_reasons(group, main[main.dataset == dataset])):
+            rows.append(dict(dataset=dataset, group=_group_words(part), reason=reason, runs=len(part)))
     table = pd.DataFrame(rows, columns=['dataset','group','reason','runs'])
     table = table.groupby(['dataset','group','reason'], as_index=False).runs.sum()
     return table.sort_values(['dataset','runs','group'], ascending=[True,False,True]).reset_index(drop=True)

@@ -59,13 +59,14 @@ def _unreadable(main, root):
     return problems
 
 def _base_of(main, root, preset):
-    "The grid's base that the FineDiving runs of `main` have, and whether they have the preset's epochs"
+    "The grid's base that a FineDiving run of `main` has, of the main block if there is one, and whether it has the preset's epochs"
     own = main[(main.dataset == 'finediving') & (main.method == 'fspn')]
     if not len(own): return grid_base(preset or 'demo'),True
-    cfg = load_cfg(Path(root)/own.run.iloc[0]/'config.json')
+    first = min(own.itertuples(), key=lambda run: run.protocol != PROTOCOLS['finediving'].main)
+    cfg = load_cfg(Path(root)/first.run/'config.json')
     usual = override(cfg, train__lr=make_config('finediving', cfg.preset).train.lr) # each method's own rate is a factor on it
     if cfg.train.lr == method_schedule(usual).train.lr: cfg = usual
-    return override(cfg, seed=0, protocol=PROTOCOLS['finediving'].main),bool(own.usual_epochs.all())
+    return override(cfg, seed=0, protocol=PROTOCOLS['finediving'].main),bool(first.usual_epochs)
 
 # %% ../../nbs/report/05_run_index.ipynb #4fc13213
 def _usable(cells, runs, main):
@@ -87,8 +88,7 @@ def open_index(
     sizes:bool=True, # Count weights and operations for Tables VII and VIII (ten seconds)
 )->RunIndex:
     "Read all runs below `root` and decide which table each belongs to"
-    runs = collect(root)
-    runs = runs[runs.dataset.isin(PROTOCOLS)].reset_index(drop=True)
+    runs = collect(root).loc[lambda runs: runs.dataset.isin(PROTOCOLS)].reset_index(drop=True)
     choose = lambda runs: main_runs(runs[runs.preset.isin(['', preset]) | (preset == '')], root)
     main = choose(runs)
     while problems := _unreadable(main, root): # such runs are named as broken, and the next best group is shown
