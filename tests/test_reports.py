@@ -728,6 +728,29 @@ def test_a_damaged_extra_table_is_named_in_its_section(tmp_path):
             assert unseen == (k == 2) and set(index.main.run) == {f'finediving/{run.name}' for run in folders}
 
 
+DROPPED = {'votes.csv': ('m_25', 'true'), 'watched.csv': ('split', 'epoch'), 'parsing.csv': ('split', 'tiou')}
+ODD = {'votes.csv': ('m_5', 'x'), 'watched.csv': ('pred', ''), 'parsing.csv': ('pred_2', '')}
+
+
+@pytest.mark.parametrize('damaged', [0, 1])
+def test_each_column_that_a_section_reads_is_checked(tmp_path, damaged):
+    "A column less, a vote more, and a cell without a number, in the first or in the second seed"
+    folders = [fake_run(tmp_path/'runs', config_of(grid_base('smoke'), 'fspn', seed), 5., n=12, watched=True, votes=True) for seed in (0, 1)]
+    folder, sections = folders[damaged], (lambda index: votes_section(index, tmp_path), epochs_section, lambda index: parsing_section(index, tmp_path))
+    for file, section in zip(EXTRAS, sections):
+        sound = pd.read_csv(folder/file, dtype=dict(uid=str))
+        sound = sound if file == 'votes.csv' else sound[sound.split == 'test']
+        column, value = ODD[file]
+        cases = [(sound.drop(columns=name), f'it lacks the columns {name}') for name in DROPPED[file]]
+        cases.append((sound.assign(**{column: [value, *sound[column][1:]]}), f'it needs a number in each row of {column}'))
+        if file == 'votes.csv': cases.append((sound.assign(m_30=sound.m_25), 'it has unknown columns m_30'))
+        for table, reason in cases:
+            table.to_csv(folder/file, index=False)
+            words = section_md(section(open_index(tmp_path/'runs', seeds=(0, 1), n=20, tests=20, sizes=False)))
+            assert f'{file} of finediving/{folder.name}: {reason}' in words.replace('\\', ''), words
+        sound.to_csv(folder/file, index=False)
+
+
 def test_json_of_any_shape_gives_a_page(tmp_path):
     fake_run(tmp_path, config_of(grid_base('smoke'), 'i3d_mlp', 0), 5., n=12)
     sound = fake_run(tmp_path, config_of(grid_base('smoke'), 'fspn', 0), 5., n=12)

@@ -97,11 +97,15 @@ def seed_intervals(
 
 # %% ../../nbs/analysis/07_method_tables.ipynb #d165260a
 def _read_votes(root, runs):
-    "The votes.csv of each run, checked to be for the same test videos"
+    "The votes.csv of each run, checked to be for the same test videos and numbers of exemplars"
     sheets = [read_table(root/run/'votes.csv', dtype=dict(uid=str, action=str)).set_index('uid') for run in runs]
     for run,sheet in zip(runs, sheets):
         if set(sheet.index) != set(sheets[0].index):
             raise ValueError(f'need votes for the same test videos, got others in {run} than in {runs[0]}')
+        own,first = ([name for name in votes if name.startswith('m_')] for votes in (sheet, sheets[0]))
+        if set(own) != set(first):
+            raise ValueError(f"need votes of the same numbers of exemplars, got {', '.join(own) or 'none'} in {run} and "
+                             f"{', '.join(first) or 'none'} in {runs[0]}; leave one of them out, or evaluate it again")
     return sheets
 
 # %% ../../nbs/analysis/07_method_tables.ipynb #66147167

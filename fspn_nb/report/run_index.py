@@ -9,7 +9,7 @@ __all__ = ['HOW', 'COSTS', 'RunIndex', 'open_index', 'cells_with', 'paired_note'
 # %% ../../nbs/report/05_run_index.ipynb #3fda4591
 from dataclasses import dataclass
 from pathlib import Path
-import pandas as pd
+import numpy as np,pandas as pd
 from pandas.api.types import is_numeric_dtype
 from ..analysis.compare import SCORES,Scorer,read_baselines
 from ..analysis.run_groups import held_back_line,left_out,main_runs,released_sets,samples_words
@@ -18,6 +18,7 @@ from ..analysis.seed_spread import seed_line,spread_alike
 from ..analysis.significance import holm
 from ..config import load_cfg,make_config,method_schedule,override
 from ..escaping import escape_md,one_line,unquote_formulas
+from ..experiments.grid import EXEMPLAR_COUNTS
 from ..experiments.variants import find_runs,grid_base
 from ..paper import paper_table
 from ..protocols import PROTOCOLS
@@ -100,19 +101,21 @@ def open_index(
     return RunIndex(Path(root), runs, main, cells, Scorer(root, n, tests), sizes, left_out(runs, root, main, shown))
 
 # %% ../../nbs/report/05_run_index.ipynb #f885d77c
-_NUMBERS = {'votes.csv': ('true','m_1'), 'watched.csv': ('epoch','true','pred'),
+_NUMBERS = {'votes.csv': ('true',*(f'm_{m}' for m in EXEMPLAR_COUNTS)), 'watched.csv': ('epoch','true','pred'),
             'parsing.csv': ('pred_1','pred_2','true_1','true_2','tiou')}
+_MAY_BE_EMPTY = ('true_1','true_2','tiou') # a dive without steps; a parser with one cut
 
 def _problem(folder, file):
     "Why the table `file` of the run in `folder` cannot be used; '' for a sound one"
     try: table = read_table(folder/file, dtype=dict(uid=str, action=str))
     except (ValueError, OSError) as e: return str(e).removeprefix(f'{folder/file}: ')
-    if lacking := [name for name in ('uid',*_NUMBERS[file]) if name not in table]: return f"it lacks the columns {', '.join(lacking)}"
-    text = [name for name in _NUMBERS[file] if not is_numeric_dtype(table[name])]
-    if text: return f"it has text among the numbers of {', '.join(text)}"
-    test = unquote_formulas(table[table.split == 'test'] if 'split' in table else table)
-    videos = set(read_predictions(folder).uid)
-    parts = test.groupby('epoch') if file == 'watched.csv' else [('', test)]
+    numbers,text = _NUMBERS[file],('uid',) if file == 'votes.csv' else ('uid','split') # all votes are of test videos
+    if lacking := [name for name in (*text,*numbers) if name not in table]: return f"it lacks the columns {', '.join(lacking)}"
+    if more := [name for name in table if name.startswith('m_') and name not in numbers]: return f"it has unknown columns {', '.join(more)}"
+    sound = lambda name: is_numeric_dtype(table[name]) and (name in _MAY_BE_EMPTY or np.isfinite(table[name]).all())
+    if odd := [name for name in numbers if not sound(name)]: return f"it needs a number in each row of {', '.join(odd)}"
+    test = unquote_formulas(table[table.split == 'test'] if 'split' in text else table)
+    videos,parts = set(read_predictions(folder).uid),test.groupby('epoch') if file == 'watched.csv' else [('', test)]
     whole = all(len(part) == len(videos) and set(part.uid) == videos for _,part in parts)
     return '' if whole else 'it has other test videos than predictions.csv'
 
@@ -132,8 +135,7 @@ def cells_with(
 _KINDS = {'real': 'Real data', 'synthetic': '**Synthetic data, not comparable with the paper**', '': 'No finished run'}
 _MIXED = '**Real and synthetic data mixed; the synthetic rows are not comparable with the paper**'
 HOW = ('Ours: mean over seeds; in brackets the 95 % bootstrap interval of that mean (BCa, or percentiles where BCa is undefined; '
-       'test videos drawn, the same ones for all seeds); '
-       'sd: standard deviation over seeds.')
+       'test videos drawn, the same ones for all seeds); sd: standard deviation over seeds.')
 
 # %% ../../nbs/report/05_run_index.ipynb #699b7c06
 def paired_note(
@@ -196,8 +198,7 @@ def matching_baselines(
     n:dict, # Test videos of each protocol: {protocol: n}
 )->pd.DataFrame|None: # As `score_baselines`; None where none were computed for the same number of test videos
     "No-video baselines for the test videos of the runs"
-    baselines = read_baselines(root, dataset)
-    if baselines is None: return None
+    if (baselines := read_baselines(root, dataset)) is None: return None
     baselines = baselines[baselines.n == baselines.protocol.map(n)]
     return baselines if len(baselines) else None
 
@@ -207,9 +208,8 @@ def printed_methods(
     protocol:str='w_dn', # Block of Table IX
 )->pd.DataFrame: # label, seed, run
     "Runs of the methods that Table IX prints, for Figs. 9 and 11"
-    runs = index.main[(index.main.dataset == 'finediving') & (index.main.protocol == protocol)]
-    order = {method: i for i,method in enumerate(paper_table('IX').method.unique())}
-    runs = runs[runs.method.isin(order)]
+    order,main = {method: i for i,method in enumerate(paper_table('IX').method.unique())},index.main
+    runs = main[(main.dataset == 'finediving') & (main.protocol == protocol) & main.method.isin(order)]
     runs = runs.assign(place=runs.method.map(order), label=runs.method.map(method_titles()))
     return runs.sort_values(['place','seed'])[['label','seed','run']]
 
