@@ -13,9 +13,10 @@ import pytest
 from scipy import stats
 
 from fspn_nb.analysis.class_averages import average_test
+from fspn_nb.analysis.compare import compare
 from fspn_nb.analysis.published import unpack_runs
 from fspn_nb.analysis.interval_coverage import coverage
-from fspn_nb.analysis.significance import holm,jackknife,paired_ci,paired_test,retrain_test,seed_mean_ci
+from fspn_nb.analysis.significance import _gap_ci,_gap_parts,holm,jackknife,paired_ci,paired_test,retrain_test,seed_mean_ci
 from fspn_nb.analysis.watched_epochs import epoch_selection,per_epoch
 from fspn_nb.config import make_config
 from fspn_nb.metrics import bca,bootstrap_ci,on_rows,relative_l2,spearman,summarise
@@ -319,6 +320,82 @@ def test_exchanges_of_ranks_are_those_of_the_general_way():
     alone = paired_test(spearman, a, b, y, n=500)
     paired_test(spearman, a[:, :40], b[:, :40], y[:40], n=500)
     assert paired_test(spearman, a, b, y, n=500) == alone == pytest.approx(paired_test(same, *ranks, y, n=500), abs=1e-12)
+
+
+# ---- the interval of the same test
+
+def retrain_ci(f, a, b, y):
+    "As `compare` asks for it"
+    return _gap_ci(f, *(np.mean([f(pred, y) for pred in preds]) for preds in (a, b)), *_gap_parts(f, np.asarray(a), np.asarray(b), y)[1:])
+
+
+@pytest.mark.parametrize('f', [spearman, partial(relative_l2, lo=20, hi=110), mae])
+def test_zero_lies_outside_exactly_where_p_is_below_05(f):
+    "Methods from alike to far apart, two to four trainings each, and the same pair shifted until p passes .05"
+    below = 0
+    for k in range(120):
+        rng = np.random.default_rng([12, k])
+        y, hard, sds = rng.normal(66, 14, 40), rng.normal(0, 4, 40), (5, 5+k/10)
+        a, b = (y+hard+sd*np.exp(.2*rng.normal(size=(n, 1)))*rng.normal(size=(n, 40)) for sd, n in zip(sds, rng.integers(2, 5, 2)))
+        (gap, p), (lo, hi) = retrain_test(f, a, b, y), retrain_ci(f, a, b, y)
+        assert lo < gap < hi and (lo > 0 or hi < 0) == (p < .05)
+        assert retrain_ci(f, b, a, y) == pytest.approx((-hi, -lo))
+        below += p < .05
+    assert 20 < below < 110
+    if f is mae:
+        near = [(retrain_test(f, a+shift, b, y)[1] < .05, retrain_ci(f, a+shift, b, y)) for shift in np.linspace(-60, 60, 400)]
+        assert len({below for below, _ in near}) == 2 and all(below == (lo > 0 or hi < 0) for below, (lo, hi) in near)
+
+
+def test_the_interval_is_scipys_where_only_seeds_or_only_videos_differ():
+    y, (a, b) = np.zeros(30), (np.array(shift)[:, None]+np.zeros((len(shift), 30)) for shift in ([1., 2., 4.], [5., 5.5, 7., 6.]))
+    assert retrain_ci(mae, a, b, y) == pytest.approx(tuple(stats.ttest_ind([1., 2., 4.], [5., 5.5, 7., 6.], equal_var=False).confidence_interval()))
+    y, a, b = np.random.default_rng(6).normal(60, 15, (3, 40))
+    assert retrain_ci(mae, np.tile(a, (3, 1)), np.tile(b, (3, 1)), y) == pytest.approx(tuple(stats.ttest_rel(abs(a-y), abs(b-y)).confidence_interval()))
+
+
+def test_no_interval_without_a_p(pair):
+    a, b, y = pair
+    flat = np.full((2, 60), 60.)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for one, two in ((a[:1], b), (a, b[:1]), (a, flat)): assert np.isnan(retrain_ci(spearman, one, two, y)).all()
+        assert np.isnan(retrain_ci(mae, flat, flat+1, np.full(60, 9.))).all() and retrain_ci(mae, flat, flat, np.full(60, 9.)) == (0, 0)
+        lo, hi = retrain_ci(spearman, a, a, y)
+        assert lo == -hi and hi > 0 and retrain_test(spearman, a, a, y) == (0, 1)
+        lo, hi = retrain_ci(spearman, np.tile(y, (2, 1)), a, y) # a rho of 1 has no z
+        assert lo < 1-np.mean([spearman(pred, y) for pred in a]) < hi
+
+
+@pytest.mark.parametrize('sds', [(6, 6), (5, 9), (4, 20)])
+def test_the_interval_holds_the_difference_of_methods(sds):
+    "Other trainings on other videos, the truth known; the interval over videos alone misses it far more often"
+    metrics, held, videos = dict(rho=spearman, r=partial(relative_l2, lo=20, hi=110)), [], []
+    def draw(rng, n, k):
+        y, hard = rng.normal(66, 14, n), rng.normal(0, 5, n)
+        return *(y+hard+sd*np.exp(.2*rng.normal(size=(k, 1)))*rng.normal(size=(k, n)) for sd in sds), y
+    large = [draw(np.random.default_rng([13, k]), 4000, 1) for k in range(100)]
+    truth = dict(rho=np.mean([spearman(a[0], y)-spearman(b[0], y) for a, b, y in large]), r=np.exp(.08)*(sds[0]**2-sds[1]**2)/90**2)
+    for k in range(150):
+        a, b, y = draw(np.random.default_rng([14, k]), 80, 3)
+        inside = lambda ends, name: ends[0] <= truth[name] <= ends[1]
+        held.append([inside(retrain_ci(f, a, b, y), name) for name, f in metrics.items()])
+        if k < 60: videos.append([inside(paired_ci(f, a, b, y, n=200), name) for name, f in metrics.items()])
+    assert (np.mean(held, 0) > .88).all() and (np.mean(held, 0) > np.mean(videos, 0)).all(), (np.mean(held, 0), np.mean(videos, 0))
+
+
+def test_compare_gives_the_interval_of_its_p(tmp_path):
+    "Two methods whose trainings differ more than the methods: over videos alone they are told apart, with other trainings they are not"
+    made = {(name, seed): make_config('finediving', 'demo', model__name=name, seed=seed) for name in ('fspn', 'usdl') for seed in range(3)}
+    miss = dict(zip(made, (2., 4., 9., 5., 8., 10.)))
+    runs = {key: fake_run(tmp_path, cfg, miss[key], n=150) for key, cfg in made.items()}
+    a, b = ([runs[name, seed] for seed in range(3)] for name in ('fspn', 'usdl'))
+    for table in (compare(a, b, n=500, tests=500), compare(a, b[:2], n=500, tests=500), compare(a, a, n=50, tests=50)):
+        assert ((table.lo <= table.difference) & (table.difference <= table.hi)).all() and (((table.lo > 0) | (table.hi < 0)) == (table.p < .05)).all()
+    table = compare(a, b, n=500, tests=500).set_index('metric')
+    assert table.p['rho'] > .05 > table.p_videos['rho'] and table.lo['rho'] < 0 < table.lo_videos['rho']
+    one = compare(a[0], b[0], n=100, tests=100)
+    assert one[['lo', 'hi', 'p']].isna().all(axis=None) and one[['lo_videos', 'hi_videos', 'p_videos']].notna().all(axis=None)
 
 # ---- Holm
 

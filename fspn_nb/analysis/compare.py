@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np,pandas as pd
 from .runs import SCORE_PAIRS,read_predictions
-from .significance import holm,paired_ci,paired_test,retrain_test,seed_mean_ci
+from .significance import _gap_ci,_gap_parts,holm,paired_ci,paired_test,retrain_test,seed_mean_ci
 from ..metrics import relative_l2,spearman
 from ..paper import paper_figure_points,paper_table
 from ..protocols import PROTOCOLS
@@ -115,19 +115,21 @@ class Scorer:
 def compare(
     a, # Run folders of one method, one per seed; or one folder
     b, # Of another method, tested on the same videos
-    n:int=2000, # Resamples of the interval
+    n:int=2000, # Resamples for `lo_videos`, `hi_videos`
     tests:int=5000, # Swaps for `p_videos`
     shared:bool=False, # True: on the videos that both have, where one has more
-)->pd.DataFrame: # A row per metric: metric, a, b, difference (a minus b), lo, hi (95 %), p, p_videos, seeds_a, seeds_b, n
-    "How far two methods differ, and whether they would with other trainings on other test videos"
+)->pd.DataFrame: # A row per metric: metric, a, b, difference (a minus b); lo, hi (95 %), p, and each with _videos; seeds_a, seeds_b, n
+    "How far two methods differ, and would with other trainings on other videos (lo, hi, p), or these very trainings on others (_videos)"
     a,b = ([runs] if isinstance(runs, (str,Path)) else list(runs) for runs in (a, b))
     stacked,true = stack_predictions('', [*a, *b], shared)
     preds,tested,rows = (stacked[:len(a)],stacked[len(a):]),compare_seeds(stacked[:len(a)], stacked[len(a):], true, tests),[]
     for name,f,factor in score_functions(true):
-        lo,hi = paired_ci(f, *_pair_seeds(*preds), true, n)
-        means = {side: factor*np.mean([f(pred, true) for pred in own]) for side,own in zip('ab', preds)}
-        rows.append(dict(metric=name, **means, difference=tested[f'{name}_gain'], lo=factor*lo, hi=factor*hi, p=tested[f'{name}_p'],
-                         p_videos=tested[f'{name}_p_videos'], seeds_a=len(a), seeds_b=len(b), n=len(true)))
+        means = [np.mean([f(pred, true) for pred in own]) for own in preds]
+        ends = *_gap_ci(f, *means, *_gap_parts(f, *preds, true)[1:]),*paired_ci(f, *_pair_seeds(*preds), true, n)
+        side_a,side_b,lo,hi,lo_videos,hi_videos = (float(factor*value) for value in (*means,*ends))
+        rows.append(dict(metric=name, a=side_a, b=side_b, difference=tested[f'{name}_gain'], lo=lo, hi=hi, p=tested[f'{name}_p'],
+                         lo_videos=lo_videos, hi_videos=hi_videos, p_videos=tested[f'{name}_p_videos'],
+                         seeds_a=len(a), seeds_b=len(b), n=len(true)))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/analysis/03_compare.ipynb #f7757388

@@ -30,12 +30,11 @@ def table_interval(
     size:int, # Test videos to draw from
     n:int=2000, # Resamples
     seed:int=0, # Seed of the resampling
-    level:float=.95, # Share that the interval is to cover
 )->tuple[float,float]: # (low, high); both NaN where most resamples are degenerate
-    "BCa bootstrap interval, or percentiles where it is undefined, without a warning"
+    "BCa bootstrap interval of 95 %, or percentiles where it is undefined, without a warning"
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'BCa is undefined')
-        return bca(drawn, size, n, seed, level)
+        return bca(drawn, size, n, seed)
 
 # %% ../../nbs/analysis/02_significance.ipynb #e02f4058
 def seed_mean_ci(
@@ -44,11 +43,10 @@ def seed_mean_ci(
     true, # Judge scores, shape (n,)
     n:int=2000, # Resamples
     seed:int=0, # Seed of the resampling
-    level:float=.95, # Share that the interval is to cover
 )->tuple[float,float]: # (low, high); both NaN where `metric` is NaN for any seed
     "BCa bootstrap interval over test videos of the mean over seeds of `metric`"
     mean,drawn = _seeds(metric, preds, true)
-    return (mean,mean) if np.isnan(mean) else table_interval(drawn, len(true), n, seed, level)
+    return (mean,mean) if np.isnan(mean) else table_interval(drawn, len(true), n, seed)
 
 # %% ../../nbs/analysis/02_significance.ipynb #afd0c793
 def _two(metric, preds_a, preds_b, true):
@@ -58,7 +56,6 @@ def _two(metric, preds_a, preds_b, true):
                          'leave out what one of them lacks')
     return _seeds(metric, preds_a, true),_seeds(metric, preds_b, true)
 
-# %% ../../nbs/analysis/02_significance.ipynb #88ff79b1
 def paired_ci(
     metric, # Function of (pred, true), as in `seed_mean_ci`
     preds_a, # Predictions of one method, shape (S,n)
@@ -66,11 +63,10 @@ def paired_ci(
     true, # Judge scores, shape (n,)
     n:int=2000, # Resamples
     seed:int=0, # Seed of the resampling
-    level:float=.95, # Share that the interval is to cover
 )->tuple[float,float]: # (low, high) of a minus b; both NaN where `metric` is NaN for any seed
     "BCa bootstrap interval over test videos of the difference of two methods' means over seeds"
     (a,at_a),(b,at_b) = _two(metric, preds_a, preds_b, true)
-    return (a-b,a-b) if np.isnan(a-b) else table_interval(lambda i, axis=-1: at_a(i)-at_b(i), len(true), n, seed, level)
+    return (a-b,a-b) if np.isnan(a-b) else table_interval(lambda i, axis=-1: at_a(i)-at_b(i), len(true), n, seed)
 
 # %% ../../nbs/analysis/02_significance.ipynb #d66d9599
 def _exchanged_ranks(a, b, true):
@@ -90,11 +86,6 @@ def _kind(metric):
     "The function behind `metric`, and what a `partial` binds"
     return (metric.func,metric.keywords) if isinstance(metric, partial) and not metric.args else (metric,{})
 
-def _each_video(metric, pred, true):
-    "Error of each video (n,) whose mean is `metric`, a `relative_l2`"
-    bound = partial(relative_l2, **dict(lo=true.min(), hi=true.max())|_kind(metric)[1])
-    return on_rows(bound, pred, true)(np.arange(len(true))[:,None])
-
 def _rho_gap(a, b, true):
     "Rho of `a` minus rho of `b`, scores (n,), as a function of signs (R,n): -1 swaps a video"
     n,codes,q = len(true),stats.rankdata(np.r_[a, b], 'dense').astype(int)-1,stats.rankdata(true)-(len(true)+1)/2
@@ -113,10 +104,11 @@ def _rho_gap(a, b, true):
 
 def _swapped(metric, preds_a, preds_b, true):
     "Difference of the means over seeds as a function of signs (...,n): -1 swaps a video"
-    (a,b),true = (np.asarray(preds, float) for preds in (preds_a, preds_b)),np.asarray(true, float)
-    n = len(true)
+    (a,b),true,n = (np.asarray(preds, float) for preds in (preds_a, preds_b)),np.asarray(true, float),len(true)
     if _kind(metric)[0] is relative_l2:
-        gap = np.mean([_each_video(metric, p, true)-_each_video(metric, q, true) for p,q in zip(a, b)], 0)
+        bound = partial(relative_l2, **dict(lo=true.min(), hi=true.max())|_kind(metric)[1])
+        each = lambda pred: on_rows(bound, pred, true)(np.arange(n)[:,None]) # error of each video (n,)
+        gap = np.mean([each(p)-each(q) for p,q in zip(a, b)], 0)
         return lambda sign, axis=-1: sign@gap/n
     if metric is spearman: a,b = stats.rankdata(a, axis=1),stats.rankdata(b, axis=1) # D-120
     def _general(p, q):
@@ -189,28 +181,21 @@ def jackknife(
     true, # Judge scores, shape (n,)
 )->tuple[float,np.ndarray]: # `metric`, and the pull of each video on it, (n,), mean 0; their variance / n estimates Var(metric)
     "A metric and how far each test video pulls it, by leaving the videos out in turn"
-    pred,true = (np.ascontiguousarray(scores, float) for scores in (pred,true))
     f,options = _kind(metric)
-    return _jackknife(f, tuple(sorted(options.items())), pred.tobytes(), true.tobytes())
+    return _jackknife(f, tuple(sorted(options.items())), *(np.asarray(scores, float).tobytes() for scores in (pred,true)))
 
 # %% ../../nbs/analysis/02_significance.ipynb #e891b4fa
-def _link(metric, mean):
-    "`mean` on the scale of the test, and the slope there"
-    if metric is spearman and abs(mean) < 1: return np.arctanh(mean),1/(1-mean**2)
-    return (np.log(mean),1/mean) if _kind(metric)[0] is relative_l2 and mean > 0 else (mean,1.)
-
-def _on_scale(metric, sides):
-    "(mean, values (k,), pulls (k,n)) of both methods on the scale of the test; as they are where a mean has no place on it"
-    links = [_link(metric, np.mean(values)) for values,_ in sides]
-    if 1 in (links[0][1], links[1][1]): links = [(np.mean(values), 1.) for values,_ in sides]
-    return [(mean, slope*values, slope*pulls) for (mean,slope),(values,pulls) in zip(links, sides)]
+def _scale(metric, a, b):
+    "To the scale of the test (z for rho, log for R), its slope, and back; the metric's own where mean `a` or `b` has no place there"
+    if metric is spearman and max(abs(a), abs(b)) < 1: return np.arctanh,lambda mean: 1/(1-mean**2),np.tanh
+    if _kind(metric)[0] is relative_l2 and min(a, b) > 0: return np.log,lambda mean: 1/mean,np.exp
+    return np.positive,np.ones_like,np.positive
 
 def _covariances(a, b, same):
     "Mean covariance over videos of trainings with the pulls `a` and `b`; `same`: one method, its different seeds"
     cov = a@b.T/(a.shape[1]*(a.shape[1]-1))
     return (cov.sum()-np.trace(cov))/(cov.size-len(cov)) if same else cov.mean()
 
-# %% ../../nbs/analysis/02_significance.ipynb #95f94078
 def _gap_parts(metric, preds_a, preds_b, true):
     "Difference of the means; the same on the scale of the test, its variances (seeds of both, videos) and their degrees of freedom"
     true = np.asarray(true, float)
@@ -218,7 +203,8 @@ def _gap_parts(metric, preds_a, preds_b, true):
     gap = float(sides[0][0].mean()-sides[1][0].mean())
     if any(len(values) < 2 or not np.isfinite([*values, *pulls.ravel()]).all() for values,pulls in sides):
         return gap,np.nan,np.full(3, np.nan),np.ones(3)
-    (za,va,pa),(zb,vb,pb) = _on_scale(metric, sides)
+    to,slope,_ = _scale(metric, *(values.mean() for values,_ in sides))
+    (za,va,pa),(zb,vb,pb) = ((to(m := values.mean()), slope(m)*values, slope(m)*pulls) for values,pulls in sides)
     videos = max(_covariances(pa, pa, True)+_covariances(pb, pb, True)-2*_covariances(pa, pb, False), 0)
     return gap,za-zb,np.array([va.var(ddof=1)/len(va), vb.var(ddof=1)/len(vb), videos]),np.array([len(va), len(vb), len(true)])-1
 
@@ -236,6 +222,18 @@ def retrain_test(
     "Test of the difference of two methods' means over seeds against other seeds and other videos"
     gap,*parts = _gap_parts(metric, preds_a, preds_b, true)
     return gap,1. if gap == 0 and np.isfinite(parts[0]) else _gap_p(*parts)
+
+# %% ../../nbs/analysis/02_significance.ipynb #c58d0a9f
+def _gap_ci(metric, a, b, gap, variances, freedom):
+    "(low, high), 95 %, of mean `a` minus mean `b`, by the t of `_gap_p`: without 0 exactly where that p is below .05, NaN where it is"
+    total = variances.sum()
+    if not total > 0: return (0.,0.) if gap == total == 0 else (np.nan,np.nan)
+    half = stats.t.isf(.025, total**2/(variances**2/freedom).sum())*np.sqrt(total)
+    to,slope,back = _scale(metric, a, b)
+    seeds_a,_,videos = variances.reshape(-1, 3).sum(0)
+    share,da,db = (seeds_a+videos/2)/total,1/slope(a),1/slope(b)
+    w = share*(da+db)/(db+np.sqrt(share*da**2+(1-share)*db**2)) # then w*da+(1-w)*db is that root
+    return tuple(float(back(to(a)+end*w)-back(to(b)-end*(1-w))) for end in (-half,half))
 
 # %% ../../nbs/analysis/02_significance.ipynb #5f66a69d
 def holm(
