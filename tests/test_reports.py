@@ -20,8 +20,9 @@ import pandas as pd
 import pytest
 
 from fspn_nb.analysis import runs
-from fspn_nb.analysis.class_averages import average_gaps
-from fspn_nb.analysis.method_tables import average_cell
+from fspn_nb.analysis.class_averages import add_averages,average_gaps
+from fspn_nb.analysis.compare import Scorer
+from fspn_nb.analysis.method_tables import average_cell,seed_intervals
 from fspn_nb.analysis.published import pack_runs,unpack_runs
 from fspn_nb.analysis.run_groups import RANKING,left_out,left_out_line,main_runs,rank_group,why_lower
 from fspn_nb.analysis.runs import average_seeds,collect,read_predictions,read_run
@@ -487,6 +488,25 @@ def test_an_average_has_the_seeds_that_all_classes_have(tmp_path):
     assert rows.rho['average'] == pytest.approx(cell['rho']) and (rows.rho_lo['average'], rows.rho_hi['average']) == (cell['rho_lo'], cell['rho_hi'])
     other = ten.table[(ten.table.method == 'i3d_mlp') & (ten.table.protocol == 'average')].rho.item()
     assert average_gaps(index.main, tmp_path).rho_gain.item() == pytest.approx(other-cell['rho']), 'the line below the table is about its rows'
+
+
+def test_a_class_with_two_runs_of_one_seed_has_no_average_and_says_so(tmp_path):
+    root = tmp_path/'runs'
+    for sport in SPORTS: fake_run(root, make_config('aqa7', 'demo', protocol=sport), 6., n=20, inputs='a')
+    again = fake_run(tmp_path/'other', make_config('aqa7', 'demo', protocol='diving'), 9., n=20, inputs='b')
+    shutil.copytree(again, root/'aqa7'/f'{again.name}-again')
+    runs = add_averages(collect(root, strict=True), root, 20)
+    table = seed_intervals(ours_vs_paper('X', runs), runs, Scorer(root, 20, 20))
+    row = table[(table.protocol == 'average') & (table.method == 'fspn')]
+    assert row.rho.isna().all() and row.seeds.tolist() == ['0']
+    text = save_table(table, tmp_path/'t')[1].read_text().replace('\\', '')
+    reason = f'Diving: need one run with seed 0, got aqa7/{again.name} and aqa7/{again.name}-again; remove all but one'
+    assert f'FSPN (Ours), Avg.: no rho and no R ({reason})' in text
+    # the page takes one of them, and names the other
+    index = open_index(root, n=20, tests=20, sizes=False)
+    ten = methods_section(index, 'aqa7').table
+    assert ten[(ten.protocol == 'average') & (ten.method == 'fspn')].rho.notna().all() and len(index.main) == 6
+    assert left_out_line(index.hidden, 'aqa7').endswith('seed 0): other inputs than the runs that are shown.')
 
 
 def test_sections_of_single_test_videos(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 from .compare import SCORES,score_functions,stack_predictions
-from .runs import mean_rho,read_predictions
+from .runs import _SCORES,mean_rho,read_predictions
 from .significance import _gap_p,_gap_parts,holm
 from ..metrics import relative_l2,spearman
 from ..protocols import SPORTS
@@ -53,15 +53,25 @@ def _average(g, root, n):
                     annotated=g.annotated.sum(), reason='; '.join(undefined))
 
 # %% ../../nbs/analysis/11_class_averages.ipynb #3327cb07
+def _no_average(g):
+    "The row `average` of runs `g`, several of one class: without a score, as nothing says which of them belongs to the others"
+    twice = g[g.protocol.duplicated(keep=False)].groupby('protocol').run
+    reasons = [f"{SPORTS[name].title}: need one run with seed {int(g.seed.iloc[0])}, got {' and '.join(sorted(runs))}; remove all but one"
+               for name,runs in twice]
+    facts = dict(protocol='average', run=', '.join(g.run), inputs=' '.join(dict.fromkeys(g.inputs[g.inputs != ''])), test_set='')
+    counts = dict(n=int(g.n.sum()), used=g.used.sum(), annotated=g.annotated.sum())
+    return g.iloc[0].to_dict()|dict.fromkeys(_SCORES, float('nan'))|facts|counts|dict(reason='; '.join(reasons))
+
 def add_averages(
     runs:pd.DataFrame, # From `collect`
     root:Path, # Their folder
     n:int=1000, # Resamples
-)->pd.DataFrame: # `runs` with one row more per method and seed that has all six classes
+)->pd.DataFrame: # `runs` with one row more per method and seed that has all six classes; without a score where a class has two runs
     "Averages over AQA-7's classes as runs of a seventh class"
     sound = runs[(runs.problem == '') & (runs.dataset == 'aqa7')]
     keys = ['method','data','mode','weights','preset','checkpoint_selection','target','config','seed']
-    rows = [_average(g, root, n) for _,g in sound.groupby(keys) if sorted(g.protocol) == sorted(SPORTS)]
+    whole = [g for _,g in sound.groupby(keys) if set(g.protocol) == set(SPORTS)]
+    rows = [_no_average(g) if g.protocol.duplicated().any() else _average(g, root, n) for g in whole]
     return pd.concat([runs, pd.DataFrame(rows, columns=runs.columns)], ignore_index=True) if rows else runs
 
 # %% ../../nbs/analysis/11_class_averages.ipynb #6f3da5f8

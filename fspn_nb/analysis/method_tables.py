@@ -89,10 +89,11 @@ def seed_intervals(
     for i,row in table[table.seeds.notna()].iterrows():
         own = _runs_of(row, runs).sort_values(['seed','run'])
         average = row.protocol == 'average'
+        table.loc[i, 'runs'] = ' '.join(own.run)
+        if average and row[[*SCORES]].isna().all(): continue # e.g. two runs of one class and seed
         cell = average_cell(scorer.root, own, scorer.n//2) if average else scorer.score(own.run.tolist())
         for column,value in cell.items():
             if column.endswith(('_lo','_hi')): table.loc[i, column] = value
-        table.loc[i, 'runs'] = ' '.join(own.run)
     return table
 
 # %% ../../nbs/analysis/07_method_tables.ipynb #d165260a
