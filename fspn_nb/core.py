@@ -135,7 +135,7 @@ def _sync(path):
 def write_atomic(
     path:Path, # The file to be written
     data:bytes|str|Callable, # Its whole content, text as UTF-8; or a function that writes it to the path it is given
-    backup:Path|None=None, # Where what `path` held before is kept; None: nowhere
+    before:Callable|None=None, # Called with `path` just before its content changes, where it is there
     durable:bool=False, # Wait until the disk has it: for what a power cut must not take back
 )->Path: # `path`
     "Write `data` to `path` so that a reader sees all of it or nothing, also after a power cut where it is `durable`"
@@ -147,7 +147,7 @@ def write_atomic(
             path.parent.mkdir(parents=True, exist_ok=True)
             data(part) if callable(data) else part.write_bytes(data)
             if durable: _sync(part)
-            if backup and path.exists(): os.replace(path, backup)
+            if before and path.exists(): before(path)
             os.replace(part, path)
             if durable and os.name == 'posix': _sync(path.parent) # the new name too
     except BaseException: # Ctrl-C as well; a full disk must not be filled further

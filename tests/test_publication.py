@@ -149,6 +149,19 @@ def test_the_page_finds_the_cells_of_methods_with_rates_of_their_own(tmp_path, m
     assert set(found.experiment) == set(experiments) and (found.run != '').all(), found[found.run == '']
 
 
+def test_runs_from_before_a_search_are_no_seeds_of_its_rate(tmp_path, monkeypatch):
+    "A search gave FSPN three times the rate: a training at the old one is another family, not a third seed"
+    monkeypatch.setitem(METHODS, 'fspn', replace(METHODS['fspn'], searched=dict(lr=3)))
+    monkeypatch.setattr(run_groups, '_preset_of', run_groups._preset_of.__wrapped__)
+    monkeypatch.setattr(run_groups, '_family_facts', run_groups._family_facts.__wrapped__)
+    base = grid_base('demo')
+    for seed, experiment in itertools.product((0, 1), ('fspn', 'i3d_mlp')): fake_run(tmp_path, config_of(base, experiment, seed), 5.)
+    old = fake_run(tmp_path, override(base, seed=2), 9.) # at the preset's rate
+    main = run_groups.main_runs(runs := collect(tmp_path, strict=True), tmp_path)
+    assert main.groupby('method').seed.agg(set).to_dict() == dict(fspn={0, 1}, i3d_mlp={0, 1}) and main.family.nunique() == 1
+    assert old.name not in ' '.join(main.run) and run_groups.left_out(runs, tmp_path, main).runs.tolist() == [1]
+
+
 # ---- what is published, once a publication has ended
 
 PUBLISHED = ROOT/'reports'/'published'

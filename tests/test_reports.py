@@ -787,3 +787,10 @@ def test_json_of_any_shape_gives_a_page(tmp_path):
     runs, page = collect(tmp_path), (tmp_path/'README.md').read_text(encoding='utf-8')
     assert len(runs) == 62 and 10 < (runs.problem != '').sum() < 60
     assert all(f'`{run}`' in page for run in runs.run[runs.problem != ''])
+
+
+def test_seeds_of_one_release_in_two_places_are_one_row(tmp_path):
+    "Another machine has the data in another folder: the same videos and labels, so one configuration"
+    for seed, place in enumerate(('/data/FineDiving', '/scratch/FineDiving')): fake_run(tmp_path, make_config('finediving', 'demo', data_root=place, seed=seed), 5.)
+    runs = collect(tmp_path, strict=True)
+    assert runs.config.nunique() == 1 and average_seeds(runs).seeds.tolist() == ['0,1']

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -17,7 +18,7 @@ from fspn_nb.config import override,finediving,run_id,save_cfg
 from fspn_nb.evaluate import evaluate
 from fspn_nb.methods import METHODS
 from fspn_nb.train import fit,launch
-from fspn_nb.training.checkpoint import load_ckpt,newest_ckpt
+from fspn_nb.training.checkpoint import backup_path,load_ckpt,newest_ckpt,save_ckpt
 from fspn_nb.training.loop import build_model
 from fspn_nb.training.predict import predict
 from fspn_nb.training.prepare import prepare
@@ -92,11 +93,30 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, tmp_path, capsy
     p.wait()
     for damage in (lambda b: b[:len(b)//2], lambda b: b[:len(b)//2]+bytes([b[len(b)//2]^1])+b[len(b)//2+1:]):
         sound = (run/'last.pt').read_bytes()
+        (run/'last.pt').unlink() # after a kill it may be one file with its backup, which stays sound
         (run/'last.pt').write_bytes(damage(sound))
         assert newest_ckpt(run, run_id(cfg)) is not None
         assert 'going on from the checkpoint before it' in capsys.readouterr().out
     assert fit(cfg, tmp_path, 'cpu') == run
     assert same(weights(run), weights(whole))
+
+
+@pytest.mark.parametrize('links', [True, False])
+def test_a_kill_between_backup_and_checkpoint_loses_neither(tmp_path, monkeypatch, links):
+    last = save_ckpt(tmp_path/'last.pt', keep_backup=True, run_id='run', epoch=1)
+    def killed(source, target):
+        if Path(target) == last: raise SystemExit('killed')
+        rename(source, target)
+    def no_links(*a): raise OSError(95, 'Operation not supported')
+    rename = os.replace
+    if not links: monkeypatch.setattr('fspn_nb.training.checkpoint.os.link', no_links)
+    monkeypatch.setattr('fspn_nb.core.os.replace', killed)
+    with pytest.raises(SystemExit, match='killed'): save_ckpt(last, keep_backup=True, run_id='run', epoch=2)
+    assert newest_ckpt(tmp_path, 'run')['epoch'] == 1 and last.is_file() == links
+    monkeypatch.setattr('fspn_nb.core.os.replace', rename)
+    for epoch in (2,3): save_ckpt(last, keep_backup=True, run_id='run', epoch=epoch)
+    assert [load_ckpt(path, 'run')['epoch'] for path in (last, backup_path(last))] == [3,2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['last.backup.pt','last.pt']
 
 
 def test_what_a_kill_left_behind_is_removed(release, tmp_path):

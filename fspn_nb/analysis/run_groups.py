@@ -21,7 +21,9 @@ def _family(cfg, preset):
     shared = {k: v for k,v in cfg.items() if k not in ('seed','protocol','fspn_nb')} # the version that wrote the file is no setting
     shared['data_root'] = bool(cfg.get('data_root'))
     shared['train'] = {k: v for k,v in cfg.get('train', {}).items() if k != 'epochs'}
-    if preset and shared['train'].get('lr') == preset['train']['lr']: shared['train']['lr'] = preset['usual_lr']
+    lr = shared['train'].get('lr')
+    if preset and lr == preset['train']['lr']: shared['train']['lr'] = preset['usual_lr']
+    elif preset and lr == preset['usual_lr']: shared['train']['lr'] = 'not its own' # as before a search gave the method another
     shared['model'] = {k: v for k,v in cfg.get('model', {}).items() if k != 'name'}
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -167,10 +167,11 @@ def read_run(
     _check_metrics(metrics, known)
     if (protocol := PROTOCOLS.get(folder.parent.name)) and metrics['protocol'] not in protocol.variants:
         raise ValueError(f"metrics.json needs a protocol of {', '.join(protocol.variants)}, got {metrics['protocol']!r}")
-    shared = json.dumps({k: v for k,v in cfg.items() if k not in ('seed','protocol','fspn_nb')}, sort_keys=True)
+    shared = {k: v for k,v in cfg.items() if k not in ('seed','protocol','fspn_nb')}
+    if shared.get('data_root'): shared['data_root'] = 'given' # where it lies is no setting; `inputs` says what was in it
     facts = {name if name != 'label' else 'target': metrics[name] for name in (*_FACTS,*_SCORES)}
     dataset = folder.parent.name
-    return dict(run=f'{dataset}/{folder.name}', dataset=dataset, config=_short_hash(shared), **facts,
+    return dict(run=f'{dataset}/{folder.name}', dataset=dataset, config=_short_hash(json.dumps(shared, sort_keys=True)), **facts,
                 **_input_facts(provenance, metrics, dataset, known['test_set']))
 
 # %% ../../nbs/analysis/01_runs.ipynb #a34fbbf6

@@ -47,6 +47,14 @@ def backup_path(
     return Path(path).with_suffix('.backup.pt')
 
 # %% ../../nbs/training/02_checkpoint.ipynb #e8158952
+def _keep(path):
+    "Give what `path` holds the name of its backup too: a kill at any moment leaves both"
+    link = path.with_name(f'.{path.name}.part')
+    try: os.link(path, link)
+    except OSError: link = path # a disk without hard links
+    os.replace(link, backup_path(path))
+    if link != path: link.unlink(missing_ok=True) # two names of one file: nothing was renamed
+
 def save_ckpt(
     path:Path, # Usually last.pt
     keep_backup:bool=False, # Keep the checkpoint that it replaces
@@ -55,7 +63,7 @@ def save_ckpt(
     "Write `state` and the version of this library to `path`, all of it or nothing, also where the power fails"
     state = dict(state, fspn_nb=fspn_nb.__version__)
     torch.save(dict(state, checksum=checksum(state)), buffer := io.BytesIO())
-    return write_atomic(path, buffer.getbuffer(), backup_path(path) if keep_backup else None, durable=True)
+    return write_atomic(path, buffer.getbuffer(), _keep if keep_backup else None, durable=True)
 
 # %% ../../nbs/training/02_checkpoint.ipynb #48e11b86
 def _damaged(path, reason):
@@ -105,8 +113,7 @@ def newest_ckpt(
             errors.append(str(e))
             continue
         if errors or path != last:
-            print(f"{last.name} of {Path(run).name} is {'damaged' if errors else 'missing'}: going on from the "
-                  f"checkpoint before it")
+            print(f"{last.name} of {Path(run).name} is {'damaged' if errors else 'missing'}: going on from the checkpoint before it")
         return state
     if errors: raise ValueError(errors[0]+' (with its backup)'*backup_path(last).is_file())
 
