@@ -503,7 +503,7 @@ def test_average_over_classes_keeps_its_error_rate():
         for _ in range(6):
             true, hard = rng.normal(70, 12, 60), rng.normal(0, 5, 60) # some videos are hard for all trainings
             classes.append((*(true+hard+rng.uniform(4, 9, (3, 1))*rng.normal(size=(3, 60)) for _ in 'ab'), true))
-        called.append([average_test(score, classes)[2] < .05 for score in ('rho', 'r_l2_x100')])
+        called.append([average_test(score, classes)['p'] < .05 for score in ('rho', 'r_l2_x100')])
     assert (np.mean(called, 0) > .015).all() and (np.mean(called, 0) < .085).all(), np.mean(called, 0)
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 from scipy import stats
 from .compare import SCORES,score_functions,stack_predictions
 from .runs import _SCORES,mean_rho,read_predictions
-from .significance import _gap_p,_gap_parts,holm
+from .significance import _gap_ci,_gap_p,_gap_parts,holm
 from ..metrics import relative_l2,spearman
 from ..protocols import SPORTS
 
@@ -78,32 +78,34 @@ def add_averages(
 def average_test(
     score:str, # 'rho' | 'r_l2_x100'
     classes, # For each class (predictions (S,n), those of the other method (S',n), judge scores (n,))
-)->tuple[float,float,float]: # Average of one method, of the other, two-sided p of the difference; NaN as in `retrain_test`
-    "Test of the difference of two methods' averages over classes against other seeds and other videos"
+)->dict: # a, b (their averages), difference, lo, hi (95 %), p; the last three NaN as in `retrain_test`, and where an average is
+    "Test and interval of the difference of two methods' averages over classes, for other seeds and other videos"
     parts,means = [],[]
     for a,b,true in classes:
         _,metric,factor = score_functions(true)[SCORES.index(score)]
         on_scale = metric if score == 'rho' else lambda pred, true, f=metric: f(pred, true) # R is averaged as it is, not its logarithm
         parts.append(_gap_parts(on_scale, a, b, true)[1:])
-        means.append([factor*np.mean([metric(pred, true) for pred in side]) for side in (a, b)])
+        means.append([np.mean([metric(pred, true) for pred in side]) for side in (a, b)])
     gaps,variances,freedom = zip(*parts)
+    gap = np.mean(gaps),np.concatenate(variances)/len(parts)**2,np.concatenate(freedom)
     own,other = (float(mean_rho(side) if score == 'rho' else np.mean(side)) for side in np.transpose(means))
-    return own,other,_gap_p(np.mean(gaps), np.concatenate(variances)/len(parts)**2, np.concatenate(freedom))
+    lo,hi = _gap_ci(spearman if score == 'rho' else None, own, other, *gap) # no logarithm of R here either
+    scaled = {name: factor*value for name,value in dict(a=own, b=other, difference=own-other, lo=lo, hi=hi).items()}
+    return scaled|dict(p=_gap_p(*gap) if np.isfinite(own-other) else float('nan'))
 
 # %% ../../nbs/analysis/11_class_averages.ipynb #511e58f3
 def compare_averages(
     a:dict, # Class -> run folders of one method, one per seed
     b:dict, # Of another method, the same classes
     root:Path|str='', # What the folders are relative to
-)->pd.DataFrame: # A row per metric, as `compare`, without intervals
+)->pd.DataFrame: # A row per metric, as `compare`; its interval lo to hi is the one for other trainings on other videos
     "How far the averages over classes of two methods differ, and whether they would with other trainings on other test videos"
     classes,seeds = [],[min(len(runs) for runs in side.values()) for side in (a, b)]
     for sport,own in a.items():
         preds,true = stack_predictions(root, [*own, *b[sport]])
         classes.append((preds[:len(own)], preds[len(own):], true))
-    tests = {score: average_test(score, classes) for score in SCORES}
-    return pd.DataFrame([dict(metric=score, a=own, b=other, difference=own-other, p=p, seeds_a=seeds[0], seeds_b=seeds[1],
-                              n=sum(len(true) for *_,true in classes)) for score,(own,other,p) in tests.items()])
+    counts = dict(seeds_a=seeds[0], seeds_b=seeds[1], n=sum(len(true) for *_,true in classes))
+    return pd.DataFrame([dict(metric=score)|average_test(score, classes)|counts for score in SCORES])
 
 def average_gaps(
     runs:pd.DataFrame, # Of AQA-7, with method, protocol (the class), seed and run
