@@ -146,6 +146,15 @@ def test_two_sets_of_one_method_are_two_rows(videos, tmp_path):
     assert table.label[table.rho.notna() & table.label.str.contains('released')].tolist() == ['TSA [20], released 1', 'TSA [20], released 2']
 
 
+def test_two_sets_are_compared_with_each_other_once(videos, tmp_path):
+    folders = [add(tmp_path, videos('finediving', 'w_dn', ''), name, shift) for name, shift in (('core_tree', 12.), ('tsa', 3.))]
+    lines = methods_section(open_index(tmp_path, **INDEX), 'finediving').lines
+    between = compare(*folders).set_index('metric').loc['rho']
+    words = f'CoRe [38], released, 40 test videos (a repository). In rho: minus TSA [20], released {between.difference:+.4f} on 40 test videos'
+    assert sum(words in line for line in lines) == sum('minus TSA' in line for line in lines) == 1
+    assert not any('minus CoRe' in line for line in lines)
+
+
 def test_a_released_set_of_six_classes_has_an_average(videos, tmp_path):
     for sport in SPORTS: add(tmp_path, videos('aqa7', sport, ''), 'tsa_net', 4., dataset='aqa7', setting=sport)
     ten = methods_section(open_index(tmp_path, **INDEX), 'aqa7')

@@ -237,10 +237,10 @@ def beside_released(
     sets:pd.DataFrame, # From `released_sets`
     runs:pd.DataFrame, # From `main_runs`, of the same dataset
 )->pd.DataFrame: # protocol, method (the set), other, n (shared videos), _gain, _p and _p_videos of both metrics; problem
-    "Each released set against each method of its block, tested on the videos that both have"
+    "Each released set against each method of its block and each other set, tested on the videos that both have"
     rows = []
     for (protocol,method),own in sets.groupby(['protocol','method'], sort=False):
-        for other,theirs in runs[runs.protocol == protocol].groupby('method'):
+        for other,theirs in pd.concat([runs, sets[sets.method > method]]).query('protocol == @protocol').groupby('method'): # sets: once
             pair = own.sort_values('seed').run.tolist(),theirs.sort_values('seed').run.tolist()
             shared = set.intersection(*(set(read_predictions(index.root/run).uid) for run in (pair[0][0], pair[1][0])))
             try: tested = index.scorer.gain(*pair, shared=True)|dict(problem='')
