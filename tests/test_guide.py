@@ -1,10 +1,17 @@
 "The numbers of docs/guide.md are those of the CSV files that it names"
+import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+
+from fspn_nb.analysis.compare import compare
+from fspn_nb.analysis.parse_quality import overlap_gain,parse_table
+from fspn_nb.analysis.published import unpack_runs
+from fspn_nb.config import make_config
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = (ROOT/'docs'/'guide.md').read_text(encoding='utf-8')
@@ -59,7 +66,7 @@ def test_the_table_of_fspn_viterbi():
         assert_numbers(row[1], own[metric])
         for cell, other in zip(row[2:], (fspn, smt)): assert_numbers(cell, other[metric], other[f'{metric}_p'])
     cuts = table.loc['finediving'].tiou
-    assert_numbers(said(r'temporal IoU (\S+ w/ DN)'), cuts['w_dn', 'fspn_viterbi'])
+    assert_numbers(said(r'Cuts: temporal IoU (\S+ w/ DN)'), cuts['w_dn', 'fspn_viterbi'])
     assert_numbers(said(r'our aim of \.87\*\*\) and (\S+) w/o DN'), cuts['wo_dn', 'fspn_viterbi'])
     assert_numbers(said(r'FSPN (\S+ and \S+), and a linear classifier'), cuts['w_dn', 'fspn'], cuts['wo_dn', 'fspn'])
 
@@ -133,3 +140,45 @@ def test_what_is_called_outside_of_training():
     assert len(noticed) == 6 and (called[noticed] == 1).all() and said(r'(vaults, ski jumps, grey clips, noise and both real films) are noticed')
     assert said('(two of three) dives played backwards') and np.isclose(called['dive backwards'], 2/3, atol=.001)
     assert (called[['dive, half as bright', 'dive of another release']] < .05).all()
+
+
+@pytest.fixture(scope='session')
+def publication():
+    "FineDiving's runs on 300 training dives: those of the publication under way, or where it has ended the published ones"
+    packed = ROOT/'reports'/'publication'
+    root = Path(unpack_runs(packed if packed.is_dir() else ROOT/'reports'/'published'))/'finediving'
+    return {file.parent: json.loads(file.read_text())['model'] for file in root.glob('*/config.json')}
+
+
+def runs_of(publication, name, protocol, **switches):
+    "Folders of a method's runs, one for each seed, of those with its usual switches but for `switches`"
+    usual = json.loads(json.dumps(asdict(make_config('finediving', 'demo').model)))|dict(name=name)|switches
+    chosen = ('adapter', 'standardise') # as its method has them; without its layer FSPN is another row
+    same = lambda model: all(model[key] == value for key, value in usual.items() if key not in chosen)
+    runs = [run for run, model in publication.items() if same(model) and (name != 'fspn' or model['adapter'] != 'off')]
+    return sorted(run for run in runs if run.name.startswith(f'{name}-{protocol}-frozen-'))
+
+
+def test_what_is_left_of_the_lead_with_more_dives_and_searched_rates(publication):
+    between = lambda *runs: compare(*runs, n=50, tests=50).set_index('metric')
+    viterbi, fspn = ({block: runs_of(publication, name, block) for block in ('w_dn', 'wo_dn')} for name in ('fspn_viterbi', 'fspn'))
+    assert {len(runs) for own in (viterbi, fspn) for runs in own.values()} == {5}
+    with_dn, without = (between(viterbi[block], fspn[block]) for block in viterbi)
+    assert_numbers(said(r'w/ DN rho (\S+ against \S+ \(p = \S+\)) and R x100'), *with_dn.loc['rho', ['a', 'b', 'p']])
+    assert_numbers(said(r'and R x100 (\S+ against \S+ \(p = \S+\)), w/o DN'), *with_dn.loc['r_l2_x100', ['a', 'b', 'p']])
+    assert_numbers(said(r'w/o DN (\S+ against \S+ \(p = \S+\) and \S+ against \S+ \(p = \S+\))\. Above FSPN without'),
+                   *without.loc['rho', ['a', 'b', 'p']], *without.loc['r_l2_x100', ['a', 'b', 'p']])
+    smt = between([run for run in viterbi['w_dn'] if int(run.name.split('-s')[1][0]) < 3],
+                  runs_of(publication, 'fspn', 'w_dn', use_iap=False, use_mtf=False))
+    assert smt[['seeds_a', 'seeds_b']].eq(3).all(axis=None)
+    assert_numbers(said(r'three seeds, (\S+ against \S+, p = \S+; R \S+ against \S+, p = \S+)\)').replace('R', ''),
+                   *smt.loc['rho', ['a', 'b', 'p']], *smt.loc['r_l2_x100', ['a', 'b', 'p']])
+    cuts = {(name, block): parse_table(pd.DataFrame(dict(label=name, seed=range(5), run=runs)), n=0) for name, own in
+            (('fspn_viterbi', viterbi), ('fspn', fspn)) for block, runs in own.items()}
+    mean = lambda *key: cuts[key].tiou[cuts[key].seed.notna()].mean()
+    gains = [overlap_gain(viterbi[block]) for block in viterbi]
+    constant = mean('fspn_viterbi', 'w_dn')-gains[0]['gain']
+    assert_numbers(said(r'temporal IoU (\S+ w/ DN and \S+ w/o DN, against \S+) for the same two frames in every dive').replace('DN', ''),
+                   mean('fspn_viterbi', 'w_dn'), mean('fspn_viterbi', 'wo_dn'), constant)
+    assert_numbers(said(r'\(p < \.001\), (\S+ and \S+) for FSPN'), mean('fspn', 'w_dn'), mean('fspn', 'wo_dn'))
+    assert all(gain['p'] < .001 for gain in gains)
