@@ -398,8 +398,8 @@ def test_the_runs_of_one_row_have_one_number_of_epochs(tmp_path):
     nine = methods_section(index, 'finediving').table
     row = nine[(nine.method == 'fspn') & nine.seeds.notna()]
     assert row.seeds.tolist() == ['0'] and row.runs.tolist() == [f'finediving/{kept[0].name}']
-    pair = [f'finediving/{folder.name}' for folder in (kept[1], kept[0])]
-    assert nine[(nine.method == 'i3d_mlp') & nine.seeds.notna()].rho_gain.item() == index.scorer.gain(pair[:1], pair[1:])['rho_gain']
+    mine, *others = (f'finediving/{folder.name}' for folder in kept)
+    assert nine[(nine.method == 'i3d_mlp') & nine.seeds.notna()].rho_gain.item() == index.scorer.gain(others, [mine])['rho_gain']
     assert left_out_line(index.hidden, 'finediving').endswith('seed 1): another number of epochs than the runs that are shown.')
     # without the preset's epochs: those of most seeds
     shutil.rmtree(kept[0])
@@ -787,6 +787,18 @@ def test_json_of_any_shape_gives_a_page(tmp_path):
     runs, page = collect(tmp_path), (tmp_path/'README.md').read_text(encoding='utf-8')
     assert len(runs) == 62 and 10 < (runs.problem != '').sum() < 60
     assert all(f'`{run}`' in page for run in runs.run[runs.problem != ''])
+
+
+def test_a_difference_is_that_of_the_two_rows_where_one_method_has_more_seeds(tmp_path):
+    base = grid_base('demo')
+    for name, miss, seeds in (('fspn', 5., range(5)), ('i3d_mlp', 9., range(5)), ('usdl', 7., range(3))):
+        for seed in seeds: fake_run(tmp_path, config_of(base, name, seed), miss)
+    nine = methods_section(open_index(tmp_path, n=20, tests=20, sizes=False), 'finediving')
+    table = nine.table[nine.table.protocol == 'w_dn'].set_index('method')
+    for name in ('usdl', 'i3d_mlp'): assert table.rho_gain[name] == pytest.approx(table.rho[name]-table.rho['fspn'])
+    rhos = pd.Series({row.seed: row.spearman for row in collect(tmp_path).itertuples() if row.method == 'fspn'})
+    assert table.rho['fspn'] == pytest.approx(rhos.mean()) != pytest.approx(rhos[:3].mean()), 'the seeds that both have would say something else'
+    assert 'over all seeds of both' in nine.caption
 
 
 def test_seeds_of_one_release_in_two_places_are_one_row(tmp_path):

@@ -166,17 +166,15 @@ def _row(name, paper, cell, full, scorer):
                seeds=','.join(map(str, done.seed)), runs=' '.join(done.run))
     row |= {f'{score}_paper': paper.get(score, np.nan) for score in SCORES}
     if len(done): row |= scorer.score(done.run.tolist())
-    shared = [seed for seed in done.seed if seed in full]
-    if shared and first.experiment != 'fspn':
-        row |= scorer.gain(done.set_index('seed').run[shared].tolist(), [full[seed] for seed in shared])
+    if len(done) and full and first.experiment != 'fspn': row |= scorer.gain(done.run.tolist(), full)
     return row
 
 # %% ../../nbs/analysis/03_compare.ipynb #b4ba4ad1
 def _full_runs(cells, own):
-    "Seed -> run of the full FSPN that the table of the cells `own` compares with, from another table where it has none"
+    "Runs of the full FSPN that the table of the cells `own` compares with, from another table where it has none; one per seed"
     source = own if (own.experiment == 'fspn').any() else cells
     full = source[(source.experiment == 'fspn') & (source.run != '') & source.protocol.isin(set(own.protocol))]
-    return dict(zip(full.seed, full.run))
+    return full.drop_duplicates('seed').sort_values('seed').run.tolist()
 
 # %% ../../nbs/analysis/03_compare.ipynb #903a60cf
 def ablation_table(

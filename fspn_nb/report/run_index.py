@@ -142,7 +142,7 @@ def paired_note(
     among:str='rows of the table', # Over what p is adjusted
 )->str: # Four sentences
     "What a caption says of differences and their p"
-    return ('Minus FSPN and p: on the seeds that both have. p asks whether the difference would hold for other trainings on other '
+    return ('Minus FSPN and p: over all seeds of both. p asks whether the difference would hold for other trainings on other '
             f'test videos, both drawn at random, and is adjusted (Holm) for the {among}, each metric by itself. A dash: one seed '
             'says nothing about another training; train three (`-p seeds 0,1,2`). The interval asks about other test videos only, '
             'as does the p in the CSV column `_p_videos`.')
@@ -223,9 +223,9 @@ def beside_fspn(
     "Each method against FSPN, tested on the same test videos"
     rows = []
     for (protocol,method),g in runs[runs.method != 'fspn'].groupby(['protocol','method'], sort=False):
-        own,full = g.set_index('seed').run,runs[(runs.protocol == protocol) & (runs.method == 'fspn')].set_index('seed').run
-        both = sorted(set(own.index) & set(full.index))
-        if both: rows.append(dict(protocol=protocol, method=method, **index.scorer.gain(own[both].tolist(), full[both].tolist())))
+        full = runs[(runs.protocol == protocol) & (runs.method == 'fspn')]
+        own,full = (side.sort_values('seed').run.tolist() for side in (g, full))
+        if full: rows.append(dict(protocol=protocol, method=method, **index.scorer.gain(own, full)))
     table = pd.DataFrame(rows, columns=['protocol','method',*(name for name in _AGAINST if not name.endswith('holm'))])
     for score in SCORES:
         table[f'{score}_p_holm'] = table.groupby('protocol')[f'{score}_p'].transform(lambda p: holm(p.to_numpy(float)))

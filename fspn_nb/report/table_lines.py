@@ -33,7 +33,7 @@ def order_lines(
     return lines
 
 # %% ../../nbs/report/08_table_lines.ipynb #a0dd236c
-_ONE_SEED = ' No p: one seed each; train three (`-p seeds 0,1,2`).'
+_ONE_SEED = ' No p: one seed of a method; train three (`-p seeds 0,1,2`).'
 
 def _order_caution(table):
     "What the order of rows with one seed says, as a list of at most one line"
@@ -45,11 +45,12 @@ def _order_caution(table):
 def _lead_lines(index, runs, titles):
     "The difference of FSPN and the baseline in each protocol of `titles`, tested on the same videos"
     for protocol,title in titles.items():
-        fspn,mlp = (runs[(runs.protocol == protocol) & (runs.method == name)].set_index('seed').run for name in ('fspn','i3d_mlp'))
-        if not len(both := sorted(set(fspn.index) & set(mlp.index))): continue
-        gain = index.scorer.gain(fspn[both].tolist(), mlp[both].tolist())
+        own = runs[runs.protocol == protocol].sort_values('seed')
+        fspn,mlp = (own.run[own.method == name].tolist() for name in ('fspn','i3d_mlp'))
+        if not fspn or not mlp: continue
+        gain = index.scorer.gain(fspn, mlp)
         yield (f"{title}: FSPN minus I3D+MLP is {gain['rho_gain']:+.4f} in rho ({_is(gain['rho_p'])}) and "
-               f"{gain['r_l2_x100_gain']:+.3f} in R x100 ({_is(gain['r_l2_x100_p'])})."+_ONE_SEED*(len(both) == 1))
+               f"{gain['r_l2_x100_gain']:+.3f} in R x100 ({_is(gain['r_l2_x100_p'])})."+_ONE_SEED*(min(len(fspn), len(mlp)) == 1))
 
 # %% ../../nbs/report/08_table_lines.ipynb #29621609
 def rank_lines(
