@@ -4,7 +4,10 @@ import subprocess
 import sys
 import tomllib
 from configparser import ConfigParser
+from importlib.metadata import distributions
 from pathlib import Path
+
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,6 +21,15 @@ def settings():
 def test_pins_that_work_together():
     dev = settings()['dev_requirements']
     assert 'nbdev==2.4.14' in dev and 'execnb==0.1.18' in dev and 'fastcore>=1.12.24,<2' in dev
+
+
+def test_every_pin_can_be_installed_on_the_oldest_python():
+    oldest = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']['requires-python'].removeprefix('>=')+'.0'
+    pins = dict(line.split('==') for line in (ROOT/'requirements.lock').read_text().split() if '==' in line)
+    allowed = {dist.name: dist.metadata['Requires-Python'] for dist in distributions() if pins.get(dist.name) == dist.version}
+    assert len(allowed) > 100, 'the environment must be that of the lock file'
+    newer = {name: python for name, python in allowed.items() if python and oldest not in SpecifierSet(python)}
+    assert not newer, f'need pins that install on Python {oldest}, got {newer}; Debian 12 has 3.11.2'
 
 
 def test_lock_file_has_every_requirement():
