@@ -19,13 +19,14 @@ from fspn_nb.analysis.run_groups import main_runs
 from fspn_nb.analysis.runs import collect,mean_rho,read_predictions
 from fspn_nb.analysis.significance import seed_mean_ci
 from fspn_nb.config import override,make_config
-from fspn_nb.experiments.variants import config_of,grid_base
+from fspn_nb.experiments.variants import TABLE_CELLS,config_of,grid_base
 from fspn_nb.metrics import cs_area,relative_l2,spearman
 from fspn_nb.protocols import SPORTS
 from fspn_nb.report.build import build_report,publish_report
 from fspn_nb.report.fake_runs import fake_run
+from fspn_nb.report.figure_sections import parsing_section
 from fspn_nb.report.run_index import open_index
-from fspn_nb.report.table_sections import methods_section
+from fspn_nb.report.table_sections import cost_section,methods_section
 from fspn_nb.report.writers import ReportSection,section_md,escape_tex,page_html,to_latex
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -164,6 +165,19 @@ def test_no_ablation_leaks_into_table_nine(root):
     fake_run(root, override(config_of(grid_base('smoke'), 'fspn', 0), eval__num_exemplars=7, model__tau=.3), 1.)
     try: assert main_runs(collect(root), root).run.tolist() == main.run.tolist()
     finally: shutil.rmtree(next(p for p in (root/'finediving').iterdir() if f'finediving/{p.name}' not in set(runs.run)))
+
+
+def test_the_command_of_a_section_trains_what_it_shows(root, tmp_path):
+    index = open_index(root, (0, 1), n=20, tests=20, sizes=False)
+    commands = [section.command.partition('out.ipynb ')[2] for section in (*(methods_section(index, name) for name in ('finediving', 'mtl_aqa', 'aqa7')), cost_section(index))]
+    assert commands == ['-p tables "IX" -p seeds 0,1', *['-p methods fspn -p seeds 0,1']*3]
+    parsed = parsing_section(index, tmp_path)
+    trained = TABLE_CELLS[TABLE_CELLS.table.isin(re.search('tables "(.*)"', parsed.command)[1].split(','))]
+    assert len(parsed.table) > 2 and set(parsed.table.label[parsed.table.runs != '']) <= set(trained.row) | set(trained.table+', '+trained.row)
+    (tmp_path/'none').mkdir()
+    empty = open_index(tmp_path/'none', (0, 1), n=20, tests=20, sizes=False)
+    assert [methods_section(empty, 'mtl_aqa').command, cost_section(empty).command] == [
+        f'papermill nbs/run_mtl_aqa.ipynb out.ipynb -p methods {names}' for names in ('i3d_mlp,fspn', 'musdl,core_tree,hgcn,fspn')]
 
 
 def test_a_folder_without_runs_gives_a_page_of_commands(tmp_path):

@@ -51,7 +51,7 @@ def families(
     runs:pd.DataFrame, # From `collect`
     root:str|Path, # The reports folder
 )->pd.DataFrame: # The valid runs, with columns family, plain, usual_epochs, trained (share of the preset's epochs)
-    "Which runs differ in method, protocol, seed and epochs only"
+    "Which runs differ only in method, protocol, seed, epochs and the method's own learning rate"
     valid = runs[runs.problem == ''].reset_index(drop=True)
     facts = [_family_facts((Path(root)/run/'config.json').read_text(encoding='utf-8')) for run in valid.run]
     return valid.join(pd.DataFrame(facts, columns=['family','plain','usual_epochs','trained'], index=valid.index))

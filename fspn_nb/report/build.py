@@ -161,7 +161,7 @@ def intro(
 {_rests_on(index)}
 {_PUBLISHED if published else _FOLDERS}; the CSV beside each table has all digits.
 Numbers on synthetic data say what the code does, not how good the method is on real dives, and are not comparable with the printed ones.
-A row that is empty has no run yet, and the command below its table fills it.
+A row that is empty has no run of ours: below its table stands the command that makes one, or that this kit does not have the method.
 
 {_counts(index)} This page, the files under `tables/` and the figures of Tables I to XI and Figs. 6 to 9 and 11
 are rebuilt from the {source}, without training, by

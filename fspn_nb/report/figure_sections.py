@@ -234,11 +234,12 @@ def parsing_section(
     cells = cells.assign(label=cells.row.where(~cells.table.str.startswith('Fig'), cells.table+', '+cells.row))
     each = parse_table(cells[['label','seed','run']], index.root, n=0)
     means,used = _parse_means(index, cells, each),index.select(cells.run)
+    command = _GRID.format(','.join(cells.table.unique()))
     best,baseline = (means[own].sort_values('tiou', na_position='first').iloc[-1] for own in (means.runs != '', means.runs == ''))
     gain = overlap_gain([index.root/run for run in best.runs.split()])
     line = (f'The best variant, {best.label}, reaches a temporal IoU of {best.tiou:.3f}, the best rule that sees no frame '
-            f'{baseline.tiou:.3f}. It is {gain["gain"]:+.3f} from cutting every dive at {MEAN_TRANSITIONS} '
-            f'({_is(gain["p"])}, for other trainings and other dives).')
+            f'{baseline.tiou:.3f}. Against cutting every dive at frames {MEAN_TRANSITIONS[0]} and {MEAN_TRANSITIONS[1]} that is '
+            f'{gain["gain"]:+.3f} ({_is(gain["p"])}, for other trainings and other dives).')
     fig = plot_tiou(each, *figure_note(used))
     save_figure(fig, Path(out)/'figures'/'tiou', pdf=True)
     plt.close(fig)

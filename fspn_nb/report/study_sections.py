@@ -167,4 +167,5 @@ def quoted_section()->ReportSection: # Without figures
                           'year': [_text(year, '') for year in table.year], 'rho': score(table.rho), 'R x100': score(table.r_l2_x100),
                           'learns also from': table.inputs.replace('', 'not known'), 'contested': table.contested, 'source': table.source})
     doubted = ', '.join(f'{row.label} {row.rho:.4f}' for row in table[table.contested != ''].itertuples())
-    return ReportSection('newer', 'Newer results, quoted', _NEWER, table, shown, [f'Contested, so no record: {doubted}.'])
+    line = f'Disputed or not comparable, so not counted as best results: {doubted}.'
+    return ReportSection('newer', 'Newer results, quoted', _NEWER, table, shown, [line])

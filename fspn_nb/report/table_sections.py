@@ -72,6 +72,14 @@ def ablation_section(
 _NOTEBOOK = dict(finediving=_GRID.format('IX'), mtl_aqa='papermill nbs/run_mtl_aqa.ipynb out.ipynb -p methods {}',
                  aqa7='papermill nbs/run_aqa7.ipynb out.ipynb -p methods {}')
 
+def _training(dataset, runs, usual='i3d_mlp,fspn'):
+    "The command that trains the methods of `runs` on the seeds that all of them have; `usual`: the methods where there are none yet"
+    methods = [name for name in METHODS if name in set(runs.method)]
+    seeds = sorted(set.intersection(*(set(runs.seed[runs.method == name].astype(int)) for name in methods))) if methods else []
+    command = _NOTEBOOK[dataset].format(','.join(methods) or usual)
+    own = '0,1,2' if dataset == 'finediving' else '0' # what the notebook has
+    return command+f" -p seeds {','.join(map(str, seeds))}"*(bool(seeds) and ','.join(map(str, seeds)) != own)
+
 # %% ../../nbs/report/09_table_sections.ipynb #dd47035a
 def _reason(row):
     "Why a printed row has no run, or ''"
@@ -91,7 +99,8 @@ def _add_reasons(table, dataset):
 # %% ../../nbs/report/09_table_sections.ipynb #25d244f9
 def _family_line(runs):
     "What the runs of a table of methods have in common"
-    return f' All runs are of one family, {runs.family.iloc[0]}: equal but for method, protocol, seed and epochs.' if len(runs) else ''
+    equal = "equal but for method, protocol, seed, epochs and the method's own learning rate"
+    return f' All runs are of one family, {runs.family.iloc[0]}: {equal}.' if len(runs) else ''
 
 # %% ../../nbs/report/09_table_sections.ipynb #e859be22
 def _methods_table(index, dataset, runs, sets):
@@ -125,8 +134,7 @@ def _block_section(index, dataset, runs):
     lines = [*_lead_lines(index, runs, titles), *rank_lines(beside, titles), *floor_lines(table, titles), *_difficulty_lines(runs),
              *absent_lines(dataset), *_released_lines(index, sets, tested, titles)]
     name = PROTOCOLS[dataset].table
-    command = _NOTEBOOK[dataset].format('i3d_mlp,fspn')
-    return ReportSection(key_of(name), TITLES[name], caption, table, shown, lines, [], command)
+    return ReportSection(key_of(name), TITLES[name], caption, table, shown, lines, [], _training(dataset, runs))
 
 # %% ../../nbs/report/09_table_sections.ipynb #83f2e8e8
 def _class_section(index, runs):
@@ -139,7 +147,7 @@ def _class_section(index, runs):
     section = ReportSection(key_of('X'), TITLES['X'], caption, table, wide(table).replace('-', ''),
                             [*_lead_lines(index, runs, titles), *ranks, *absent_lines('aqa7'),
                              *_released_lines(index, sets, tested, titles)],
-                            [], _NOTEBOOK['aqa7'].format('i3d_mlp,fspn'))
+                            [], _training('aqa7', runs))
     means = table[(table.protocol == 'average') & table.rho.notna()]
     averages = [f"{row.label.removesuffix(' (Ours)')} {_cell(row, 'rho', 4)}" for _,row in means.iterrows()]
     seeds = sorted({len(row.seeds.split(',')) for row in means.itertuples()})
@@ -166,7 +174,8 @@ def cost_section(
     cells = method_cells('VII', index.main[index.main.dataset == 'mtl_aqa'], 'w_dd', _NOTEBOOK['mtl_aqa'])
     table = ablation_table('VII', cells, index.scorer)
     if index.sizes: table = with_sizes(table, _sizes(tuple(table.experiment), 'mtl_aqa'))
-    used,command = index.select(' '.join(table.runs).split()),_NOTEBOOK['mtl_aqa'].format('musdl,core_tree,fspn')
+    used = index.select(' '.join(table.runs).split())
+    command = _training('mtl_aqa', used, ','.join(cells.experiment.unique()))
     caption = f"{provenance_line(used, f'{HOW} {paired_note()}', index.runs)} {COSTS}"
     lines,table = [*order_lines(table), *_order_caution(table)],_with_reasons(index, table)
     return ReportSection('table_07', TITLES['VII'], caption, table, readable_ablation(table), lines, [], command)
