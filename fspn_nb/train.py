@@ -17,11 +17,11 @@ from .config import RunCfg,load_cfg,run_id,save_cfg,validate
 from .core import escape,progress,reports_dir,write_json
 from .processes import explain_memory,short_errors,tune_malloc
 from .stored_files import damaged_files,remove_unfinished,write_checked
-from .training.checkpoint import (CheckpointTimer,Preempted,REMADE,backup_path,check_disk_space,end_with_process,newest_ckpt,
+from .training.checkpoint import (CheckpointTimer,MEASURED,Preempted,REMADE,backup_path,check_disk_space,end_with_process,newest_ckpt,
     restart_reason,rng_state,run_attached,save_ckpt,sigterm_flag)
 from .training.distributed import DistributedContext,any_rank,init_distributed,main_process_lock
 from .training.graphs import pick_gradients
-from .training.loop import build_model,make_optimiser,make_schedule,standardise_inputs,steps_per_epoch,train_epoch
+from .training.loop import build_model,make_optimiser,make_schedule,set_shards,standardise_inputs,steps_per_epoch,train_epoch
 from .training.memory import HalvingGradients,micro_batch_of,set_micro_batch
 from .training.predict import head_threads,validation_rho
 from .training.prepare import RunData,prepare
@@ -97,6 +97,7 @@ def _train_epochs(trainer, on_epoch_end=None):
     if trainer.data.dist.is_main_process: epochs = progress(epochs, f'{cfg.model.name} {cfg.protocol}')
     with sigterm_flag() as stop_requested:
         for epoch in epochs: _finish_epoch(trainer, epoch, _train_one_epoch(trainer, epoch, stop_requested), on_epoch_end)
+        if any_rank(trainer.data.dist, stop_requested()): raise Preempted('the end of the training') # it came after the last step
 
 # %% ../nbs/base/09_train.ipynb #96d8de6a
 def _resume_state(run, data):
@@ -107,7 +108,9 @@ def _resume_state(run, data):
     if not reason: return state
     if data.dist.is_main_process:
         print(f'{run.name}: {reason} in its folder, training starts from the beginning')
-        for path in (run/'last.pt', backup_path(run/'last.pt'), run/'best_val.pt'): path.unlink(missing_ok=True)
+        # results first, and metrics.json first of these: beside other weights it would mark the run as finished
+        for name in ('metrics.json', *MEASURED, 'watched.csv', 'log.csv', 'best_val.pt', backup_path(run/'last.pt').name, 'last.pt'):
+            (run/name).unlink(missing_ok=True)
 
 # %% ../nbs/base/09_train.ipynb #d718da12
 def _write_provenance(trainer):
@@ -161,7 +164,8 @@ def fit(
         if state and state['epoch'] >= cfg.train.epochs and not damaged: return run
         tune_malloc()
         with head_threads(data):
-            model = build_model(data) if state else standardise_inputs(build_model(data), data)
+            model = set_shards(build_model(data), data)
+            if not state: standardise_inputs(model, data)
             check_disk_space(run, model)
             set_micro_batch(model, data, (state or {}).get('micro_batch'))
             trainer = _Trainer(model, data, run, state, max_checkpoint_overhead)

@@ -9,10 +9,13 @@ import pytest
 
 from fspn_nb.config import load_cfg,override,run_id
 from fspn_nb.core import diff
-from fspn_nb.experiments.grid import GRID_PARAMETERS,grid_parameters,run_grid
+from fspn_nb.evaluate import evaluate
+from fspn_nb.experiments.grid import GRID_PARAMETERS,_work,grid_parameters,run_grid
 from fspn_nb.experiments.parameters import CLUSTER_DEFAULTS
 from fspn_nb.experiments.variants import TABLE_CELLS,EXPERIMENTS,cells_of,config_of,find_runs,grid_base,plan_grid
 from fspn_nb.paper import paper_table
+from fspn_nb.train import fit
+from fspn_nb.training.prepare import prepare
 from fspn_nb.zoo import list_models
 
 QUICK = grid_base('smoke', train__epochs=1, model__stages=1)
@@ -110,6 +113,28 @@ def test_a_run_of_the_grid_is_a_run_like_any_other(tmp_path):
     assert (run/'last.pt').is_file() # keep_weights
     assert set(pd.read_csv(run/'predictions.csv').split) == {'test'}
     assert override(cfg, model__use_actor=True) == override(QUICK, seed=1)
+
+
+def test_a_run_of_a_notebook_gets_its_votes_and_keeps_its_weights(tmp_path):
+    cfg = config_of(QUICK, 'fspn', 0, scale_epochs=False)
+    data = prepare(cfg, 'cpu')
+    metrics = evaluate(run := fit(cfg, tmp_path, 'cpu', data), data) # as a run notebook leaves it
+    last = (run/'last.pt').read_bytes()
+    for status in ('trained', 'there'):
+        answer, _, rho, problem = _work(cfg, tmp_path, 'cpu', ('watch','votes'), False)
+        assert answer == status and rho == metrics['spearman'] and 'was trained without watched.csv' in problem
+        assert (run/'last.pt').read_bytes() == last and len(pd.read_csv(run/'votes.csv')) == metrics['n'] and not (run/'watched.csv').exists()
+    table = run_grid(QUICK, 'Fig. 8', (0,), tmp_path, 'cpu', 1, False)
+    assert table.status.eq('there').all() and table.problem.str.contains('delete its folder').all()
+
+
+@pytest.mark.parametrize('name', ['watched.csv', 'votes.csv'])
+def test_a_damaged_table_of_a_finished_run_is_made_anew(tmp_path, name):
+    run = tmp_path/run_grid(QUICK, 'Fig. 8', (0,), tmp_path, 'cpu', 1, False).run[0]
+    before = (run/name).read_bytes()
+    (run/name).write_bytes(before.replace(b'1', b'7', 1))
+    table = run_grid(QUICK, 'Fig. 8', (0,), tmp_path, 'cpu', 1, False)
+    assert (table.status[0], table.problem[0]) == ('trained', '') and (run/name).read_bytes() == before
 
 
 def test_a_session_trains_side_by_side_what_it_trains_one_by_one(tmp_path, monkeypatch):

@@ -505,6 +505,25 @@ def test_interval_of_the_score(runs, tmp_path):
     assert lost.expected is None and any('interval: not known' in note and 'predictions.csv' in note for note in lost.notes)
 
 
+def test_damaged_features_of_the_runs_own_videos_are_computed_anew(runs, monkeypatch, tmp_path, capsys):
+    from fspn_nb.inspect import novelty
+    run, _ = runs()
+    data, computed = replace(open_run(run, 'cpu'), backbone='trained'), [] # only a trained backbone's features are kept
+    monkeypatch.setattr(novelty, '_features', lambda data, model, ids: (computed.append(len(ids)), np.ones((len(ids), 4), np.float32))[1])
+    monkeypatch.setattr(novelty, 'data_cache', lambda: tmp_path)
+    (tmp_path/'features').mkdir()
+    first = novelty.reference_features(data, run, None)
+    kept, calls = next((tmp_path/'features').glob('*.novelty.safetensors')), len(computed)
+    again = novelty.reference_features(data, run, None)
+    assert len(computed) == calls > 0 and all(np.array_equal(again[name], first[name]) for name in first), 'kept'
+    whole = kept.read_bytes()
+    for damaged in (whole[:-1]+bytes([whole[-1]^1]), whole[:20]):
+        kept.write_bytes(damaged)
+        anew = novelty.reference_features(data, run, None)
+        assert 'damaged' in capsys.readouterr().out and all(np.array_equal(anew[name], first[name]) for name in first) and kept.read_bytes() == whole
+    assert len(computed) == 3*calls
+
+
 @pytest.mark.parametrize('stranger', [True, False])
 def test_outside_of_training(runs, monkeypatch, stranger):
     "Features far from all: a warning above the score and a sentence; features like the others: no warning; no features: a note"

@@ -13,7 +13,7 @@ from fspn_nb.models import double_conv
 from fspn_nb.models.backbone import one_thread
 from fspn_nb.models.encoder import Encoder
 from fspn_nb.train import fit
-from fspn_nb.training.loop import train_epoch
+from fspn_nb.training.loop import build_model,set_shards,train_epoch
 from fspn_nb.training.prepare import prepare
 
 
@@ -109,3 +109,6 @@ def test_a_run_in_shards(tmp_path):
             results.append((run/'predictions.csv').read_bytes())
         finally: torch.set_num_threads(threads)
     assert results[0] == results[1]
+    elsewhere = replace(data, device=torch.device('meta')) # as a GPU: its head would not be trained in shards
+    assert build_model(elsewhere) is not None, 'a trained run is opened on any device'
+    with pytest.raises(ValueError, match='on meta; use train.shards=1'): set_shards(build_model(data), elsewhere)

@@ -18,7 +18,7 @@ from fspn_nb.config import override,finediving,run_id,save_cfg
 from fspn_nb.evaluate import evaluate
 from fspn_nb.methods import METHODS
 from fspn_nb.train import fit,launch
-from fspn_nb.training.checkpoint import backup_path,load_ckpt,newest_ckpt,save_ckpt
+from fspn_nb.training.checkpoint import Preempted,backup_path,load_ckpt,newest_ckpt,save_ckpt
 from fspn_nb.training.loop import build_model
 from fspn_nb.training.predict import predict
 from fspn_nb.training.prepare import prepare
@@ -323,6 +323,46 @@ def test_a_folder_that_lacks_a_file_is_trained_anew(release, tmp_path, capsys, l
     assert same(weights(run), trained) and len(pd.read_csv(run/'log.csv')) == 2
     fit(cfg, tmp_path, 'cpu')
     assert 'training starts' not in capsys.readouterr().out, 'the folder is complete again'
+
+
+def stopped(cfg, out, data, after, how=KeyboardInterrupt):
+    "Train until `after` epochs, then stop; a checkpoint after every step"
+    def stop(model, data, epoch, run):
+        if epoch == after: raise how
+    with pytest.raises(how): fit(cfg, out, 'cpu', data, stop, max_checkpoint_overhead=1)
+    return out/cfg.dataset/run_id(cfg)
+
+
+@pytest.mark.parametrize('choice', ['last', 'best_val'])
+def test_an_unfinished_training_is_not_measured(release, tmp_path, choice):
+    cfg = finediving('smoke', **SMALL, train__val_fraction=.5, eval__checkpoint_selection=choice, model__name='i3d_mlp')
+    data = prepare(cfg, 'cpu')
+    run = stopped(cfg, tmp_path, data, 2)
+    with pytest.raises(ValueError, match='need a run that was trained to its end, got one after 1 of 2 epochs; give the command that trains it again'):
+        evaluate(run, data)
+    assert not list(run.glob('predictions*')) and not (run/'metrics.json').exists()
+    fit(cfg, tmp_path, 'cpu', data)
+    assert evaluate(run, data)['n'] == 4
+
+
+def test_a_training_anew_leaves_no_results_of_the_one_before(release, tmp_path):
+    from fspn_nb.experiments.grid import is_there,run_one
+    cfg = finediving('smoke', **SMALL, model__name='fspn_s', model__stages=1)
+    run,metrics,data = run_one(cfg, tmp_path, 'cpu', extras=('watch','votes')) # without its weights
+    before = (run/'predictions.csv').read_bytes()
+    assert is_there(run, False, ('watch','votes')) and not is_there(run, True)
+    stopped(cfg, tmp_path, data, 2)
+    assert not is_there(run, False) and sorted(path.name for path in run.glob('*.csv')) == ['log.csv']
+    assert run_one(cfg, tmp_path, 'cpu', data, ('watch','votes'), keep_weights=True)[1] == metrics
+    assert is_there(run, True, ('watch','votes')) and (run/'predictions.csv').read_bytes() == before and newest_ckpt(run, run.name)['epoch'] == 2
+
+
+def test_sigterm_after_the_last_step_stops_what_comes_next(release, tmp_path):
+    cfg = finediving('smoke', **SMALL, model__name='i3d_mlp')
+    late = lambda model, data, epoch, run: epoch == 2 and os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Preempted, match='end of the training'): fit(cfg, tmp_path, 'cpu', on_epoch_end=late)
+    run = fit(cfg, tmp_path, 'cpu')
+    assert newest_ckpt(run, run.name)['epoch'] == 2 and evaluate(run, device='cpu')['n'] == 4, 'nothing is lost'
 
 
 def test_lost_weights_of_the_best_epoch(release, tmp_path, capsys):

@@ -229,5 +229,5 @@ def finished_answer(
 )->tuple|None: # ('there' or 'failed', 0, NaN, problem); None: to be trained
     "How a training stands that needs no work: it is compared with the data at hand"
     run = Path(root)/training.run
-    if not is_there(run, training.keep_weights): return None
-    return _compare(training.cfg, run, known)
+    if not is_there(run, training.keep_weights, training.extras): return None
+    return _compare(training.cfg, run, known, training.extras)

@@ -48,7 +48,7 @@ def find_run(
     action:str='', # What is known of the clip; '': nothing
     difficulty:float|None=0., # 0 or None: not known
 )->Path: # The run's folder
-    "The finished FSPN run with weights that says most about the clip: smoke runs last, then by what it needs, by preset, by method, by age"
+    "The finished FSPN run with weights that says most about the clip: no smoke run, needs that the clip meets, own data, preset, method, age"
     runs = []
     for file in (file for folder in folders for file in Path(folder).glob('*/fspn*/config.json')):
         try: cfg = load_cfg(file)
@@ -57,8 +57,8 @@ def find_run(
             continue
         weights = file.with_name('last.pt' if cfg.eval.checkpoint_selection == 'last' else 'best_val.pt')
         if weights.is_file() and file.with_name('metrics.json').is_file():
-            rank = (cfg.preset != 'smoke', _suits(cfg, action, difficulty), cfg.preset == 'paper', cfg.model.name == 'fspn_viterbi',
-                    weights.stat().st_mtime)
+            rank = (cfg.preset != 'smoke', _suits(cfg, action, difficulty), bool(cfg.data_root), cfg.preset == 'paper',
+                    cfg.model.name == 'fspn_viterbi', weights.stat().st_mtime)
             runs.append((rank,file.parent))
     if not runs:
         raise FileNotFoundError('need a trained FSPN run with its weights, found none in the reports folder; make one '

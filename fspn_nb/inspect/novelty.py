@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import torch
-from safetensors.torch import load_file,save
+from safetensors.torch import load_file
 from scipy.spatial.distance import cdist
 from ..analysis.conformal import rank_test
+from ..batches.features import _read_file,_with_checksum
 from ..core import data_cache,rng_for,write_atomic
 from ..evaluate import load_model
 from ..file_hashes import file_hash
@@ -59,11 +60,13 @@ def reference_features(
     step,weights = MOST_VIDEOS,''
     if data.backbone is not None: step,weights = 8,file_hash(Path(run)/('best_val.pt' if picks_epoch else 'last.pt'))
     kept = data_cache()/'features'/f'{data.run_id}-{weights}.novelty.safetensors'
-    if weights and kept.is_file(): return {name: value.numpy() for name,value in load_file(kept).items()}
+    if weights and kept.is_file():
+        if found := _read_file(kept): return {name: value.numpy() for name,value in found.items()}
+        print(f'{kept.name}: damaged, so it is made anew')
     rows = {name: [_features(data, model, own[k:k+step]) for k in range(0, len(own), step)] for name,own in ids.items()}
     if any(part is None for own in rows.values() for part in own): return None
     features = {name: np.concatenate(own) for name,own in rows.items()}
-    if weights: write_atomic(kept, save({name: torch.from_numpy(value) for name,value in features.items()}))
+    if weights: write_atomic(kept, _with_checksum({name: torch.from_numpy(value) for name,value in features.items()}))
     return features
 
 def _features(data, model, ids):

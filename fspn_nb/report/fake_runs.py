@@ -12,7 +12,7 @@ import pandas as pd
 from ..config import RunCfg,run_id,save_cfg
 from ..core import write_atomic,write_json
 from ..escaping import csv_text
-from ..experiments.grid import EXEMPLAR_COUNTS
+from ..evaluate import EXEMPLAR_COUNTS
 from ..metrics import summarise,temporal_iou
 from ..protocols import protocol_variant
 

@@ -18,7 +18,7 @@ from ..analysis.seed_spread import seed_line,spread_alike
 from ..analysis.significance import holm
 from ..config import load_cfg,make_config,method_schedule,override
 from ..escaping import escape_md,one_line,unquote_formulas
-from ..experiments.grid import EXEMPLAR_COUNTS
+from ..evaluate import EXEMPLAR_COUNTS
 from ..experiments.variants import find_runs,grid_base
 from ..paper import paper_table
 from ..protocols import PROTOCOLS

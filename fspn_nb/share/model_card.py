@@ -62,7 +62,7 @@ def _data_words(cfg, provenance):
     own = '' if cfg.data_root else f'; synthetic release {made.n_train}/{made.n_test} of seed {made.seed}'
     return f'**synthetic (drawn)** videos in the format of {title} ({numbers}{own})'
 
-def _results(cfg, facts, metrics):
+def _results(cfg, facts, metrics, asks):
     "The results as a table, and what they rest on"
     noun,seeds = PROTOCOLS[cfg.dataset].noun,', '.join(map(str, facts['seeds']))
     interval = lambda lo,hi: f'{lo:.4f} to {hi:.4f}' if lo is not None and lo == lo else 'not defined'
@@ -74,15 +74,18 @@ def _results(cfg, facts, metrics):
             f"- **Seeds:** this is seed {facts['seed']}; {others}. The interval is about other test {noun}s; another seed is "
             'another network, whose score differs again.',
             f'- **Epoch:** {_RULES[cfg.eval.checkpoint_selection]}; {trained}.',
-            f'- **Exemplars:** {cfg.eval.num_exemplars} a {noun}, of the training {noun}s.']
+            '- **Exemplars:** '+(f'{cfg.eval.num_exemplars} a {noun}, of the training {noun}s.' if asks else 'none, the method looks at the clip alone.')]
 
 # %% ../../nbs/share/01_model_card.ipynb #dd4cba89
-_USE = ('Score a clip with its page: `fspn_score CLIP --model FOLDER`. `exemplars.safetensors` holds the clip features and labels of the '
-        'training videos that a score is compared with, and mean features of held-out ones; there are no frames in it.')
+_USE = 'Score a clip with its page: `fspn_score CLIP --model FOLDER`. `exemplars.safetensors` holds '
+_EXEMPLARS = 'the clip features and labels of the training videos that a score is compared with, '
+_LABELS = 'the labels of the training videos, '
+_FEATURES = 'and mean features of training and held-out videos; there are no frames in it.'
 _WEIGHTS_ALONE = 'This method reads more than clip vectors, so the folder holds the weights alone, and clips are scored with the run.'
 _INHERITED = ('The weights and the features of exemplars were made from licensed videos and inherit their terms; who handed them on stated '
               'the licence.')
-_OWN = 'Code, weights and the synthetic videos are under this licence.'
+_OWN = 'It is that of the weights and features, which come from drawn videos.'
+_CODE = 'The code of fspn_nb is under Apache-2.0.'
 _SYNTHETIC = '- Nothing about real sport: it was trained on drawings, and its numbers hold for drawings only.'
 _NOT_FOR = ('- Not for judging people: no competition, selection, grading, coaching decision, bet or insurance may rest on it. A score is '
             'a guess with an interval, and no judge has checked it.',
@@ -106,15 +109,17 @@ def model_card(
     metrics:dict, # The run's
     facts:dict, # From `run_facts`
     license:str, # From `card_license`
-    scores_clips:bool=True, # Are there exemplars in the folder?
+    scores_clips:bool=True, # Does the folder score a clip by itself?
+    asks_exemplars:bool=True, # Does the method compare with exemplars?
 )->str: # README.md of the folder
     "The model card of a run"
     real,title = provenance.get('data') == 'real',protocol_variant(cfg.dataset, cfg.protocol).title
+    use = _USE+(_EXEMPLARS if asks_exemplars else _LABELS)+_FEATURES
     header = [f'{name}: {json.dumps(value)}' for name,value in card_header(cfg, provenance, metrics, license).items()]
     lines = ['---', *header, '---', f'# {METHODS[cfg.model.name].title}: {PROTOCOLS[cfg.dataset].title}, {title}', '',
              f"Scores one action in a video (action quality assessment). Run {md_code(provenance['run_id'])} of fspn_nb, trained on "
-             f'{_data_words(cfg, provenance)}.', '', '## Results', '', *_results(cfg, facts, metrics), '', '## Use', '',
+             f'{_data_words(cfg, provenance)}.', '', '## Results', '', *_results(cfg, facts, metrics, asks_exemplars), '', '## Use', '',
              '    from fspn_nb.training.pretrained import from_pretrained', '    model = from_pretrained("FOLDER_OR_OWNER/NAME").model', '',
-             _USE if scores_clips else _WEIGHTS_ALONE, '', '## Data and code', '', *_origin(provenance), '', '## Licence', '',
-             f'{license}. {_INHERITED if real else _OWN}', '', '## Not for', '', *([] if real else [_SYNTHETIC]), *_NOT_FOR, '']
+             use if scores_clips else _WEIGHTS_ALONE, '', '## Data and code', '', *_origin(provenance), '', '## Licence', '',
+             f'{license}. {_INHERITED if real else _OWN} {_CODE}', '', '## Not for', '', *([] if real else [_SYNTHETIC]), *_NOT_FOR, '']
     return '\n'.join(lines)

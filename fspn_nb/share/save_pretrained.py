@@ -87,7 +87,7 @@ def _write_folder(run, folder, data, model, license):
     for name,values in tensors.items():
         if values: write_atomic(folder/name, save(values))
     scores_clips = not METHODS[cfg.model.name].extra_inputs
-    card = model_card(cfg, records['provenance.json'], records['metrics.json'], facts, license, scores_clips)
+    card = model_card(cfg, records['provenance.json'], records['metrics.json'], facts, license, scores_clips, model.uses_exemplar)
     write_atomic(folder/'README.md', card)
     fields = ('uid','action','score','difficulty')
     samples = [dict(position=int(i), **{name: getattr(data.release.samples[i], name) for name in fields}) for i in data.splits['train']]

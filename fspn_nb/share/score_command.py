@@ -28,7 +28,7 @@ def _parser():
     p = argparse.ArgumentParser('fspn_score', description='Score one clip with a trained run, and write its page.')
     p.add_argument('clip', help='a video (mp4, ...), a GIF, or a folder of JPEGs or PNGs')
     p.add_argument('--model', default='', help="a folder of save_pretrained, OWNER/NAME on a model hub, or a run's folder "
-                   '(default: the best run in --out)')
+                   "(default: the newest that fits, in --out and in the checkout's reports/runs)")
     p.add_argument('--action', default='', help='dive number or sport, where it is known: 407C')
     p.add_argument('--difficulty', type=float, default=0., help='degree of difficulty, where it is known')
     p.add_argument('--actor', default='auto', help='where the athlete is: auto, motion, ssd300, onnx, boxes, none')
