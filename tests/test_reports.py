@@ -2,6 +2,7 @@
 import csv
 import gzip
 import io
+import itertools
 import json
 import re
 import shutil
@@ -23,10 +24,12 @@ from fspn_nb.analysis import runs
 from fspn_nb.analysis.class_averages import add_averages,average_gaps
 from fspn_nb.analysis.compare import Scorer
 from fspn_nb.analysis.method_tables import average_cell,seed_intervals
+from fspn_nb.analysis.parse_quality import overlap_gain
 from fspn_nb.analysis.published import pack_runs,unpack_runs
 from fspn_nb.analysis.run_groups import RANKING,left_out,left_out_line,main_runs,rank_group,why_lower
 from fspn_nb.analysis.runs import average_seeds,collect,read_predictions,read_run
 from fspn_nb.analysis.seed_spread import published_scores,seed_spread
+from fspn_nb.analysis.significance import holm
 from fspn_nb.config import make_config,method_schedule,override
 from fspn_nb.core import write_json
 from fspn_nb.escaping import csv_text,escape_md,escape_tex,md_code,one_line,unquote_formulas
@@ -40,10 +43,12 @@ from fspn_nb.report.figures import plot_cs,plot_parse,plot_scatter,plot_table,sa
 from fspn_nb.report.figure_sections import draw_section,epochs_section,parsing_section,votes_section
 from fspn_nb.report.run_index import figure_note,open_index,provenance_line
 from fspn_nb.report.study_figures import plot_ablation
+from fspn_nb.report.study_sections import standing_section
+from fspn_nb.report.table_lines import floor_lines,rank_lines
 from fspn_nb.report.table_sections import ablation_section,methods_section
 from fspn_nb.report.tables import caption,ours_vs_paper,predictions_by_method,readable,save_table,to_md
 
-from fspn_nb.report.writers import section_md
+from fspn_nb.report.writers import _is,section_md
 
 
 def sheet(n=40):
@@ -416,6 +421,76 @@ def test_the_classes_of_a_row_have_one_number_of_epochs(tmp_path):
     index = open_index(tmp_path, n=20, tests=20, sizes=False)
     assert index.main.seed.tolist() == [0]*6
     assert index.hidden.reason.tolist() == ['another number of epochs than the runs that are shown'] and index.hidden.runs.tolist() == [3]
+
+
+def test_a_class_is_compared_on_one_set_of_inputs(tmp_path):
+    "Two trainings of a method saw other videos of one class: they stand beside the table, and do not stop the page"
+    for sport in SPORTS:
+        for name in ('fspn', 'usdl', 'i3d_mlp'):
+            odd = name == 'i3d_mlp' and sport == 'diving'
+            fake_run(tmp_path, make_config('aqa7', 'demo', protocol=sport, model__name=name), 6., n=20-odd, inputs=f'{sport}{"other"*odd}')
+    index = open_index(tmp_path, n=20, tests=20, sizes=False)
+    assert sorted(index.main.method[index.main.protocol == 'diving']) == ['fspn', 'usdl'] and len(index.main) == 17
+    assert index.hidden.reason.tolist() == ['other inputs than the runs that are shown']
+    lines = methods_section(index, 'aqa7').lines
+    assert 'Not compared with FSPN: I3D+MLP (AQA-7: 5 of 6 classes).' in lines and 'Not compared with FSPN: I3D+MLP (AQA-7: 5 of 6 classes).' in standing_section(index).lines
+
+
+def test_p_of_a_sentence_is_that_of_the_table(tmp_path):
+    for seed, (name, miss) in itertools.product((0, 1, 2), dict(fspn=8., i3d_mlp=11., usdl=9.).items()):
+        fake_run(tmp_path, make_config('finediving', 'demo', model__name=name, seed=seed), miss, n=60)
+        for sport in SPORTS: fake_run(tmp_path, make_config('aqa7', 'demo', protocol=sport, model__name=name, seed=seed), miss, n=20)
+    index = open_index(tmp_path, n=20, tests=50, sizes=False)
+    nine, ten = (methods_section(index, dataset) for dataset in ('finediving', 'aqa7'))
+    row = nine.table[(nine.table.method == 'i3d_mlp') & nine.table.seeds.notna()].iloc[0]
+    assert row.rho_p_holm > row.rho_p and f'({_is(row.rho_p_holm, "Holm p")}) and ' in nine.lines[0]
+    pairs = {sport: [index.main.run[(index.main.method == name) & (index.main.protocol == sport)].tolist() for name in ('fspn', 'i3d_mlp')] for sport in SPORTS}
+    gains = pd.DataFrame([index.scorer.gain(*pair) for pair in pairs.values()])
+    for line, p, raw in zip(ten.lines, holm(gains.rho_p.to_numpy(float)), gains.rho_p): assert f'({_is(p, "Holm p")}) and ' in line and p >= raw
+    assert 'adjusted (Holm) for the six classes' in ten.caption
+
+
+def test_a_score_that_is_undefined_is_above_nothing():
+    nan = float('nan')
+    table = pd.DataFrame(dict(protocol='w_dn', method=['usdl', 'musdl', 'tpt', 'core_tree'], rho_gain=[0., .02, nan, -.1], rho_p_holm=[1., .4, nan, nan]))
+    line, = rank_lines(table, dict(w_dn='w/ DN'))
+    assert line == ('w/ DN: above FSPN in rho: MUSDL [5] (+0.0200, Holm p = 0.400). FSPN is above 1 of 4 methods, above 0 of them beyond chance (Holm p < .05); '
+                    '1 without p, as one seed says nothing about another training. As high as FSPN: USDL [5]. No difference, as a rho is undefined: TAP [39].')
+    floor = pd.DataFrame(dict(protocol='w_dn', method=['no video: action-type mean', 'usdl', 'tpt'], label=['no video', 'USDL', 'TPT'], rho=[.4, .8, nan],
+                              rho_lo=[nan, .7, nan], seeds=['', '0', '0,1']))
+    assert floor_lines(floor, dict(w_dn='w/ DN'))[0].endswith('1 of 1 methods lie above it with their whole interval; not above: none. Without an interval, as a rho is undefined: TPT.')
+
+
+def test_the_best_parser_is_tested_as_the_best_of_many(tmp_path):
+    for seed, experiment in itertools.product((0, 1, 2), ('fspn', 'without_actor', 'blocks_1', 'i3d_iap')):
+        fake_run(tmp_path, config_of(grid_base('demo'), experiment, seed), 5., n=40)
+    index = open_index(tmp_path, n=20, tests=20, sizes=False)
+    section = parsing_section(index, tmp_path/'page')
+    tested = section.table[section.table.runs != '']
+    gains = {row.label: overlap_gain([tmp_path/run for run in row.runs.split()]) for row in tested.itertuples()}
+    best = tested.label[tested.tiou.idxmax()]
+    p = dict(zip(gains, holm(np.array([gain['p'] for gain in gains.values()]))))[best]
+    assert len(tested) == 4 and p > gains[best]['p'] or p == 1
+    assert f"{gains[best]['gain']:+.3f} ({_is(p, 'Holm p')} among 4 variants" in section.lines[0]
+
+
+def test_the_average_of_r_has_the_interval_of_whole_ranges(tmp_path):
+    "R is relative to the range of a class's scores: a resample keeps that range"
+    for sport in SPORTS: fake_run(tmp_path, make_config('aqa7', 'demo', protocol=sport), 6., n=12)
+    runs = collect(tmp_path)
+    average = add_averages(runs, tmp_path, 600).iloc[-1]
+    whole = average_cell(tmp_path, runs, 600)
+    assert average.protocol == 'average' and whole['r_l2_x100'] == pytest.approx(100*average.relative_l2)
+    for end in ('lo', 'hi'): assert 100*average[f'relative_l2_{end}'] == pytest.approx(whole[f'r_l2_x100_{end}'], rel=.15)
+
+
+def test_a_printed_row_stands_once(tmp_path):
+    "A method that lacks classes here: the paper's row is whole, ours has gaps"
+    for sport in ('diving', 'gym_vault'): fake_run(tmp_path, make_config('aqa7', 'demo', protocol=sport), 6., n=20)
+    shown = methods_section(open_index(tmp_path, n=20, tests=20, sizes=False), 'aqa7').shown
+    rho = shown[shown.metric == 'rho'].set_index('method')
+    assert (rho.index == 'FSPN (Ours)').sum() == (rho.index == 'FSPN, here').sum() == 1
+    assert (rho.loc['FSPN (Ours)'] != '').all() and (rho.loc['FSPN, here'] != '').sum() == 3 # with the column `metric`
 
 
 def test_the_epochs_of_one_block_empty_no_cell_of_another(tmp_path):

@@ -14,21 +14,21 @@ from scipy import stats
 from .compare import SCORES,score_functions,stack_predictions
 from .runs import _SCORES,mean_rho,read_predictions
 from .significance import _gap_ci,_gap_p,_gap_parts,holm
-from ..metrics import relative_l2,spearman
+from ..metrics import spearman
 from ..protocols import SPORTS
 
 # %% ../../nbs/analysis/11_class_averages.ipynb #5ca9ca80
 def average_ci(
     predictions, # One frame per class, columns pred and true
     mean, # Function of a list of values, one per class
-    metric, # Function of (pred, true)
+    metrics, # Functions of (pred, true), one per class: a class's R is relative to the range of all its judge scores
     n:int=1000, # Resamples
     seed:int=0, # Of the resampling
 )->tuple[float,float]: # (low, high), 95 %
     "Percentile interval of an average over classes"
     if min(map(len, predictions)) < 2: return float('nan'),float('nan')
     def _value(*ids):
-        try: return mean([metric(df.pred.to_numpy()[i], df.true.to_numpy()[i]) for df,i in zip(predictions, ids)])
+        try: return mean([metric(df.pred.to_numpy()[i], df.true.to_numpy()[i]) for metric,df,i in zip(metrics, predictions, ids)])
         except ValueError: return float('nan') # a resample without a score range
     rows,rng = [np.arange(len(df)) for df in predictions],np.random.default_rng(seed)
     with warnings.catch_warnings(),np.errstate(all='ignore'):
@@ -44,8 +44,9 @@ def _average(g, root, n):
     g = g.set_index('protocol').loc[list(SPORTS)]
     predictions = [read_predictions(Path(root)/run) for run in g.run]
     row = g.iloc[0].to_dict()|dict(protocol='average', run=', '.join(g.run), n=int(g.n.sum()))
-    for name,mean,metric in (('spearman', mean_rho, spearman), ('relative_l2', np.mean, relative_l2)):
-        lo,hi = average_ci(predictions, mean, metric, n, int(g.seed.iloc[0]))
+    functions = [score_functions(df.true.to_numpy()) for df in predictions]
+    for k,(name,mean) in enumerate((('spearman', mean_rho), ('relative_l2', np.mean))):
+        lo,hi = average_ci(predictions, mean, [own[k][1] for own in functions], n, int(g.seed.iloc[0]))
         row |= {name: float(mean(g[name].to_numpy(float))), f'{name}_lo': lo, f'{name}_hi': hi}
     perfect = g.reason.where(g.spearman.abs() < 1, 'perfect order, whose Fisher z is infinite').where(g.reason == '', g.reason)
     undefined = [f'{SPORTS[name].title}: {reason}' for name,reason in perfect.items() if reason]

@@ -148,11 +148,12 @@ def _of_one_length(group):
     return group.merge(ordered.drop_duplicates('row')[['row','trained']], on=['row','trained']).drop(columns='trainings')
 
 def _one_of_each(group):
-    "One run per method, protocol and seed: of one number of epochs, on the inputs with most seeds"
-    keys,group = ['method','protocol','inputs','test_set'],_of_one_length(group)
-    group = group.assign(of_inputs=group.groupby(keys).seed.transform('nunique'))
+    "One run per method, protocol and seed: of one number of epochs, and all of a protocol on the inputs with most trainings"
+    keys,group = ['protocol','inputs','test_set'],_of_one_length(group)
+    training = group.method+' '+group.seed.astype(str)
+    group = group.assign(of_inputs=training.groupby([group[name] for name in keys]).transform('nunique'))
     group = group.sort_values(['of_inputs','inputs','test_set','run'], ascending=[False,True,True,True])
-    first = group.drop_duplicates(['method','protocol'])[keys]
+    first = group.drop_duplicates('protocol')[keys]
     return group.merge(first, on=keys).drop_duplicates(['method','protocol','seed']).drop(columns='of_inputs')
 
 # %% ../../nbs/analysis/08_run_groups.ipynb #87d636e6

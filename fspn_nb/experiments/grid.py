@@ -76,6 +76,7 @@ def _unwatched(run, extras):
     return ('was trained without watched.csv, as run notebooks train, so it is left out where epochs are compared; '
             'to have it there, delete its folder and give the same command again')
 
+# %% ../../nbs/experiments/04_grid.ipynb #8c2e41d7
 def run_one(
     cfg:RunCfg, # A run of the grid
     out='', # Folder for all runs; '': `reports/runs`
@@ -209,14 +210,15 @@ def run_grid(
 def write_baselines(
     *bases:RunCfg, # Name the release; of AQA-7 one for each class
     out='', # The reports folder; '': `reports/runs`
-)->Path: # baselines_<test videos of one>.csv, as `score_baselines`
+)->Path: # baselines_<test videos of one>.csv, as `score_baselines`, with data and n_train
     "Write the no-video baselines of the release that `bases` train on"
     rows = []
     for base in bases:
-        samples,dataset = samples_frame(load_samples(base).samples),PROTOCOLS[base.dataset]
+        release,dataset = load_samples(base),PROTOCOLS[base.dataset]
+        samples = samples_frame(release.samples)
         train,test = (samples[samples.split == split] for split in ('train','test'))
         protocols = {name: block or dataset.variants[base.protocol].action for name,block in dataset.no_video_baselines.items()}
-        rows.append(score_baselines(train, test, protocols=protocols))
+        rows.append(score_baselines(train, test, protocols=protocols).assign(data=release.source, n_train=len(train)))
     return write_checked(reports_dir(str(out))/base.dataset/f'baselines_{len(test)}.csv', csv_text(pd.concat(rows), float_format='%.10g'))
 
 # %% ../../nbs/experiments/04_grid.ipynb #f71528ce

@@ -16,7 +16,7 @@ from ..analysis.compare import SCORES
 from ..analysis.method_tables import vote_points
 from ..analysis.parse_quality import MEAN_TRANSITIONS,overlap_gain,parse_table,seed_means
 from ..analysis.runs import read_predictions
-from ..analysis.significance import seed_mean_ci,table_interval
+from ..analysis.significance import holm,seed_mean_ci,table_interval
 from ..analysis.watched_epochs import epoch_selection,with_quoted
 from ..escaping import escape_md
 from ..metrics import cs_area
@@ -24,7 +24,7 @@ from .figures import plot_cs,plot_scatter,save_figure
 from .run_index import RunIndex,cells_with,figure_note,provenance_line
 from .study_figures import plot_tiou,plot_votes
 from .table_sections import _GRID
-from .tables import _cell,method_titles
+from .tables import _cell,method_label,method_titles
 from .writers import ReportSection,_is,_text
 from ..stored_files import read_table
 
@@ -154,10 +154,11 @@ def _readable_epochs(table):
 # %% ../../nbs/report/10_figure_sections.ipynb #0077f6b5
 def _epoch_lines(table):
     "What picking the epoch on the test set is worth, method by method"
-    names = method_titles()
     for method,g in table.groupby('method'):
-        yield (f"{names.get(method, method)}: picking the epoch on the test set is worth {g.worth_rho.mean():+.4f} of rho and "
-               f"{-g.worth_r.mean():+.3f} of R x100 over the last epoch, on average over {len(g)} seed{'s'*(len(g) > 1)}.")
+        n = int(g.worth_rho.notna().sum())
+        yield (f"{method_label(method)}: picking the epoch on the test set is worth {g.worth_rho.mean():+.4f} of rho and "
+               f"{-g.worth_r.mean():+.3f} of R x100 over the last epoch, on average over {n} seed{'s'*(n > 1)}"
+               f"{f' of {len(g)}; the others have an undefined rho'*(n < len(g))}.")
 
 # %% ../../nbs/report/10_figure_sections.ipynb #a2a977ee
 def _quoted_line(table):
@@ -216,7 +217,7 @@ def _parse_means(index, cells, each):
 def _readable_parse(means):
     "`means` as text"
     columns = dict(row=means.label, tiou=[_cell(row, 'tiou', 3) for _,row in means.iterrows()])
-    for name,title,digits in (('tiou_sd','tiou sd',3), ('hit_50','IoU > .5 %',1), ('hit_75','IoU > .75 %',1),
+    for name,title,digits in (('tiou_sd','tiou sd',3), ('hit_50','IoU >= .5 %',1), ('hit_75','IoU >= .75 %',1),
                               ('mae_first','first cut off by',1), ('mae_last','last cut off by',1)):
         columns[title] = [_text(value, f'.{digits}f') for value in means[name]]
     return pd.DataFrame(columns|dict(seeds=means.seeds))
@@ -235,11 +236,12 @@ def parsing_section(
     each = parse_table(cells[['label','seed','run']], index.root, n=0)
     means,used = _parse_means(index, cells, each),index.select(cells.run)
     command = _GRID.format(','.join(cells.table.unique()))
-    best,baseline = (means[own].sort_values('tiou', na_position='first').iloc[-1] for own in (means.runs != '', means.runs == ''))
-    gain = overlap_gain([index.root/run for run in best.runs.split()])
+    own,blind = (means[rows].sort_values('tiou', na_position='first') for rows in (means.runs != '', means.runs == ''))
+    best,baseline,gains = own.iloc[-1],blind.iloc[-1],[overlap_gain([index.root/run for run in runs.split()]) for runs in own.runs]
+    p = holm(np.array([gain['p'] for gain in gains], float))[-1] # among all: nobody named the best one beforehand
     line = (f'The best variant, {best.label}, reaches a temporal IoU of {best.tiou:.3f}, the best rule that sees no frame '
             f'{baseline.tiou:.3f}. Against cutting every dive at frames {MEAN_TRANSITIONS[0]} and {MEAN_TRANSITIONS[1]} that is '
-            f'{gain["gain"]:+.3f} ({_is(gain["p"])}, for other trainings and other dives).')
+            f'{gains[-1]["gain"]:+.3f} ({_is(p, "Holm p")} among {len(gains)} variants, for other trainings and other dives).')
     fig = plot_tiou(each, *figure_note(used))
     save_figure(fig, Path(out)/'figures'/'tiou', pdf=True)
     plt.close(fig)

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['HOW', 'COSTS', 'RunIndex', 'open_index', 'cells_with', 'paired_note', 'seed_words', 'provenance_line', 'figure_note',
-           'matching_baselines', 'printed_methods', 'beside_fspn', 'beside_released']
+           'printed_methods', 'beside_fspn', 'beside_released']
 
 # %% ../../nbs/report/05_run_index.ipynb #3fda4591
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np,pandas as pd
 from pandas.api.types import is_numeric_dtype
-from ..analysis.compare import SCORES,Scorer,read_baselines
+from ..analysis.compare import SCORES,Scorer
 from ..analysis.run_groups import held_back_line,left_out,main_runs,released_sets,samples_words
 from ..analysis.runs import SAME_RUN,collect,read_predictions
 from ..analysis.seed_spread import seed_line,spread_alike
@@ -190,17 +190,6 @@ def figure_note(
     title = PROTOCOLS[first.dataset].variants[first.protocol].title
     return first.data,(f"{title}, {first['mode']} backbone ({first.weights}), preset {first.preset},\n"
                        f"seed{'s'*(',' in seeds)} {seeds}, {first.checkpoint_selection} epoch, {samples_words(runs)}")
-
-# %% ../../nbs/report/05_run_index.ipynb #f9edd145
-def matching_baselines(
-    root:str|Path, # A folder of runs
-    dataset:str, # 'finediving' | 'mtl_aqa' | 'aqa7'
-    n:dict, # Test videos of each protocol: {protocol: n}
-)->pd.DataFrame|None: # As `score_baselines`; None where none were computed for the same number of test videos
-    "No-video baselines for the test videos of the runs"
-    if (baselines := read_baselines(root, dataset)) is None: return None
-    baselines = baselines[baselines.n == baselines.protocol.map(n)]
-    return baselines if len(baselines) else None
 
 # %% ../../nbs/report/05_run_index.ipynb #a2e306e9
 def printed_methods(

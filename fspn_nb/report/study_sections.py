@@ -17,6 +17,7 @@ from ..protocols import PROTOCOLS
 from .figures import save_figure
 from .run_index import RunIndex,beside_fspn
 from .study_figures import plot_faults
+from .table_lines import _not_compared
 from .tables import block_titles,method_titles
 from .writers import ReportSection,_p,_text
 from ..stored_files import read_table
@@ -75,7 +76,8 @@ def standing_section(
         shares = ', '.join(f'{words} {counts.get(words, 0)}' for key,words in _STANDING.items() if key != 'untested' or words in counts)
         worse = _named(table[verdict == _STANDING['worse']], titles)
         lines.append(f'{short}, {n} comparisons: {shares}. FSPN is worse beyond chance than: {worse}.')
-    return ReportSection('standing', 'Where FSPN does not win', _WINS_NOT, table, pd.DataFrame(columns), lines*bool(n), [],
+    lines = lines*bool(n)+_not_compared(index.main, everything)
+    return ReportSection('standing', 'Where FSPN does not win', _WINS_NOT, table, pd.DataFrame(columns), lines, [],
                          'papermill nbs/report.ipynb out.ipynb')
 
 # %% ../../nbs/report/11_study_sections.ipynb #015393d3

@@ -7,9 +7,10 @@ __all__ = ['order_lines', 'rank_lines', 'floor_lines', 'absent_lines']
 
 # %% ../../nbs/report/08_table_lines.ipynb #564d4f69
 import pandas as pd
-from ..analysis.compare import order_of
+from ..analysis.compare import SCORES,order_of
+from ..analysis.significance import holm
 from ..methods import METHODS,lacking_labels
-from ..protocols import PROTOCOLS
+from ..protocols import PROTOCOLS,SPORTS,protocol_variant
 from ..stored_files import parse_json,read_checked
 from .tables import difficulty_note,method_label,method_titles
 from .writers import _is
@@ -42,15 +43,24 @@ def _order_caution(table):
     return [f'One seed only: {rows}. Nothing follows from their order where they lie closer than the caption says.'] if rows else []
 
 # %% ../../nbs/report/08_table_lines.ipynb #f5aa18c8
-def _lead_lines(index, runs, titles):
-    "The difference of FSPN and the baseline in each protocol of `titles`, tested on the same videos"
-    for protocol,title in titles.items():
+def _signed(value, form):
+    "A difference as text; one that is undefined has a score without a value, as all predictions of a training are equal"
+    return 'undefined' if pd.isna(value) else format(value, f'+{form}')
+
+def _lead_lines(index, runs, titles, beside=None):
+    "FSPN minus the baseline in each protocol of `titles`; p as in `beside`, or adjusted for the protocols"
+    rows = []
+    for protocol in titles:
         own = runs[runs.protocol == protocol].sort_values('seed')
         fspn,mlp = (own.run[own.method == name].tolist() for name in ('fspn','i3d_mlp'))
-        if not fspn or not mlp: continue
-        gain = index.scorer.gain(fspn, mlp)
-        yield (f"{title}: FSPN minus I3D+MLP is {gain['rho_gain']:+.4f} in rho ({_is(gain['rho_p'])}) and "
-               f"{gain['r_l2_x100_gain']:+.3f} in R x100 ({_is(gain['r_l2_x100_p'])})."+_ONE_SEED*(min(len(fspn), len(mlp)) == 1))
+        if fspn and mlp: rows.append(dict(protocol=protocol, seeds=min(len(fspn), len(mlp)), **index.scorer.gain(fspn, mlp)))
+    if not rows: return
+    table,adjusted = pd.DataFrame(rows),[f'{score}_p_holm' for score in SCORES]
+    if beside is None: table[adjusted] = table[[f'{score}_p' for score in SCORES]].astype(float).apply(holm)
+    else: table = table.merge(beside[beside.method == 'i3d_mlp'][['protocol',*adjusted]], 'left', 'protocol')
+    for row in table.itertuples():
+        yield (f"{titles[row.protocol]}: FSPN minus I3D+MLP is {_signed(row.rho_gain, '.4f')} in rho ({_is(row.rho_p_holm, 'Holm p')}) and "
+               f"{_signed(row.r_l2_x100_gain, '.3f')} in R x100 ({_is(row.r_l2_x100_p_holm, 'Holm p')})."+_ONE_SEED*(row.seeds == 1))
 
 # %% ../../nbs/report/08_table_lines.ipynb #29621609
 def rank_lines(
@@ -61,12 +71,14 @@ def rank_lines(
     lines,names = [],method_titles()
     for protocol,g in table.groupby('protocol', sort=False):
         low,sure = g.rho_gain < 0,g.rho_p_holm < .05
-        above = g[~low].sort_values('rho_gain', ascending=False)
+        above,equal,unknown = g[g.rho_gain > 0].sort_values('rho_gain', ascending=False),g[g.rho_gain == 0],g[g.rho_gain.isna()]
         ahead = [f'{names.get(row.method, row.method)} ({row.rho_gain:+.4f}, {_is(row.rho_p_holm, "Holm p")})'
                  for row in above.itertuples()]
         lines.append(f"{titles[protocol]}: above FSPN in rho: {', '.join(ahead) or 'none'}. "
                      f"FSPN is above {int(low.sum())} of {len(g)} methods, "
-                     f"above {int((low & sure).sum())} of them beyond chance (Holm p < .05){_without_p(g.rho_p_holm.isna().sum())}.")
+                     f"above {int((low & sure).sum())} of them beyond chance (Holm p < .05){_without_p((low & g.rho_p_holm.isna()).sum())}."
+                     +''.join(f" {words}: {', '.join(names.get(name, name) for name in rows.method)}." for words,rows in
+                              (('As high as FSPN', equal), ('No difference, as a rho is undefined', unknown)) if len(rows)))
     return lines
 
 # %% ../../nbs/report/08_table_lines.ipynb #06b64383
@@ -82,9 +94,11 @@ def floor_lines(
         if not len(blind) or not len(ours): continue
         best = blind.loc[blind.rho.idxmax()]
         low = ', '.join(ours.label[ours.rho_lo <= best.rho]) or 'none'
+        unknown = ', '.join(g.label[~g.method.str.startswith('no video: ') & g.rho_lo.isna() & g.seeds.notna()]) if 'seeds' in g else ''
         name,above = best.method.removeprefix('no video: '),int((ours.rho_lo > best.rho).sum())
         lines.append(f"{titles[protocol]}: the best predictor that sees no frame ({name}) has rho {best.rho:.4f}. "
-                     f"{above} of {len(ours)} methods lie above it with their whole interval; not above: {low}.")
+                     f"{above} of {len(ours)} methods lie above it with their whole interval; not above: {low}."
+                     +f' Without an interval, as a rho is undefined: {unknown}.'*bool(unknown))
     return lines
 
 # %% ../../nbs/report/08_table_lines.ipynb #347f9c38
@@ -103,10 +117,23 @@ def _released_lines(index, sets, tested, titles):
         source = parse_json(read_checked(index.root/own.run.iloc[0]/'provenance.json')).get('source', 'no source given')
         mine = tested[(tested.protocol == protocol) & (tested.method == method)]
         words = [f'{method_label(row.other)} not compared ({row.problem})' if row.problem else
-                 f'minus {method_label(row.other)} {row.rho_gain:+.4f} on {row.n} test videos ({_is(row.rho_p_videos)})'
+                 f"minus {method_label(row.other)} {_signed(row.rho_gain, '.4f')} on {row.n} test videos ({_is(row.rho_p_videos)})"
                  for row in mine.itertuples()]
         yield (f"{titles[protocol]}: {method_label(method)}, {int(own.n.max())} test videos ({source}). "
                f"In rho: {', '.join(words) or 'nothing beside it'}. p: these trainings, other test videos.")
+
+def _not_compared(runs, compared):
+    "What a comparison with FSPN leaves out: methods of `runs` (of `main_runs`) without a row in `compared`, as at most one line"
+    words = []
+    for (dataset,method),own in runs[runs.method != 'fspn'].groupby(['dataset','method'], sort=False):
+        there = compared.protocol[(compared.dataset == dataset) & (compared.method == method)]
+        if dataset == 'aqa7':
+            classes = own.groupby('seed').protocol.nunique().max()
+            why = f'{classes} of {len(SPORTS)} classes' if classes < len(SPORTS) else 'FSPN lacks a class'
+            missing = [] if len(there) else [why]
+        else: missing = [f'no FSPN {protocol_variant(dataset, name).title}' for name in own.protocol.unique() if name not in set(there)]
+        words += [f'{method_label(method)} ({PROTOCOLS[dataset].title}: {why})' for why in missing]
+    return [f"Not compared with FSPN: {', '.join(words)}."] if words else []
 
 def _difficulty_lines(runs):
     "The note of `difficulty_note` for each block that has one"

@@ -227,12 +227,13 @@ def wide(
     rows,titles = [],block_titles('aqa7')
     text = lambda value,digits: '-' if pd.isna(value) else f'{value:.{digits}f}'
     for name,short,digits in (('rho','rho',4), ('r_l2_x100','R x100',2)):
-        for (label,_),g in table.fillna({'config': ''}).groupby(['label','config'], sort=False):
-            g = g.drop_duplicates('protocol').set_index('protocol')
-            paper = {title: text(g[f'{name}_paper'].get(key), digits) for key,title in titles.items()}
-            ours = {title: _cell(g.loc[key], name, digits) if key in g.index else '-' for key,title in titles.items()}
-            rows.append(dict(metric=short, method=label)|paper)
+        for label,g in table.fillna({'config': ''}).groupby('label', sort=False):
+            printed = g.groupby('protocol')[f'{name}_paper'].first() # of all rows: ours may lack a class that the paper has
+            rows.append(dict(metric=short, method=label)|{title: text(printed.get(key), digits) for key,title in titles.items()})
             here = '' if f', {RELEASED}' in label else ', here'
-            rows.append(dict(metric=short, method=label.removesuffix(' (Ours)')+here)|ours)
+            for _,own in g.groupby('config', sort=False):
+                own = own.drop_duplicates('protocol').set_index('protocol')
+                ours = {title: _cell(own.loc[key], name, digits) if key in own.index else '-' for key,title in titles.items()}
+                rows.append(dict(metric=short, method=label.removesuffix(' (Ours)')+here)|ours)
     out = pd.DataFrame(rows)
     return out[(out[list(titles.values())] != '-').any(axis=1)].drop_duplicates().reset_index(drop=True)
