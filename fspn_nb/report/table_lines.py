@@ -76,7 +76,7 @@ def rank_lines(
                  for row in above.itertuples()]
         lines.append(f"{titles[protocol]}: above FSPN in rho: {', '.join(ahead) or 'none'}. "
                      f"FSPN is above {int(low.sum())} of {len(g)} methods, "
-                     f"above {int((low & sure).sum())} of them beyond chance (Holm p < .05){_without_p((low & g.rho_p_holm.isna()).sum())}."
+                     f"above {int((low & sure).sum())} of them beyond chance (Holm p < .05){_without_p((g.rho_gain.notna() & g.rho_p_holm.isna()).sum())}."
                      +''.join(f" {words}: {', '.join(names.get(name, name) for name in rows.method)}." for words,rows in
                               (('As high as FSPN', equal), ('No difference, as a rho is undefined', unknown)) if len(rows)))
     return lines
