@@ -33,7 +33,7 @@ def load_model(
     run:str|Path, # A run's folder, or one of `save_pretrained`
     data:RunData, # What `prepare` gave for its configuration, or `open_pretrained`
 )->nn.Module: # In evaluation mode
-    "The trained method of `run`, at the epoch that `eval.checkpoint_selection` names (D-11); a `ValueError` for other data or an unfinished training"
+    "The trained method of `run`, at the epoch of `eval.checkpoint_selection` (D-11); a `ValueError` for other data or an unfinished training"
     if is_pretrained(run):
         check_inputs(run, data.inputs)
         return load_pretrained_weights(build_model(data), run).eval()

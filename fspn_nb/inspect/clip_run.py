@@ -48,7 +48,7 @@ def find_run(
     action:str='', # What is known of the clip; '': nothing
     difficulty:float|None=0., # 0 or None: not known
 )->Path: # The run's folder
-    "The finished FSPN run with weights that says most about the clip: no smoke run, needs that the clip meets, own data, preset, method, age"
+    "The finished FSPN run that says most of a clip: no smoke run, needs that the clip meets, own data, preset, method, age"
     runs = []
     for file in (file for folder in folders for file in Path(folder).glob('*/fspn*/config.json')):
         try: cfg = load_cfg(file)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from scipy.spatial.distance import cdist
 from ..analysis.conformal import rank_test
-from ..batches.features import _read_file,_with_checksum
+from ..batches.features import read_tensors,tensor_bytes
 from ..core import data_cache,rng_for,write_atomic
 from ..evaluate import load_model
 from ..file_hashes import file_hash
@@ -61,12 +61,12 @@ def reference_features(
     if data.backbone is not None: step,weights = 8,file_hash(Path(run)/('best_val.pt' if picks_epoch else 'last.pt'))
     kept = data_cache()/'features'/f'{data.run_id}-{weights}.novelty.safetensors'
     if weights and kept.is_file():
-        if found := _read_file(kept): return {name: value.numpy() for name,value in found.items()}
+        if found := read_tensors(kept): return {name: value.numpy() for name,value in found.items()}
         print(f'{kept.name}: damaged, so it is made anew')
     rows = {name: [_features(data, model, own[k:k+step]) for k in range(0, len(own), step)] for name,own in ids.items()}
     if any(part is None for own in rows.values() for part in own): return None
     features = {name: np.concatenate(own) for name,own in rows.items()}
-    if weights: write_atomic(kept, _with_checksum({name: torch.from_numpy(value) for name,value in features.items()}))
+    if weights: write_atomic(kept, tensor_bytes({name: torch.from_numpy(value) for name,value in features.items()}))
     return features
 
 def _features(data, model, ids):

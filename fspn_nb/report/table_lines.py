@@ -72,11 +72,12 @@ def rank_lines(
     for protocol,g in table.groupby('protocol', sort=False):
         low,sure = g.rho_gain < 0,g.rho_p_holm < .05
         above,equal,unknown = g[g.rho_gain > 0].sort_values('rho_gain', ascending=False),g[g.rho_gain == 0],g[g.rho_gain.isna()]
+        untested = int((g.rho_gain.notna() & g.rho_p_holm.isna()).sum())
         ahead = [f'{names.get(row.method, row.method)} ({row.rho_gain:+.4f}, {_is(row.rho_p_holm, "Holm p")})'
                  for row in above.itertuples()]
         lines.append(f"{titles[protocol]}: above FSPN in rho: {', '.join(ahead) or 'none'}. "
                      f"FSPN is above {int(low.sum())} of {len(g)} methods, "
-                     f"above {int((low & sure).sum())} of them beyond chance (Holm p < .05){_without_p((g.rho_gain.notna() & g.rho_p_holm.isna()).sum())}."
+                     f"above {int((low & sure).sum())} of them beyond chance (Holm p < .05){_without_p(untested)}."
                      +''.join(f" {words}: {', '.join(names.get(name, name) for name in rows.method)}." for words,rows in
                               (('As high as FSPN', equal), ('No difference, as a rho is undefined', unknown)) if len(rows)))
     return lines

@@ -68,13 +68,14 @@ def _results(cfg, facts, metrics, asks):
     interval = lambda lo,hi: f'{lo:.4f} to {hi:.4f}' if lo is not None and lo == lo else 'not defined'
     rows = [f'| {title} | {value:.4f} | {interval(lo, hi)} |' for _,title,value,lo,hi in _scored(metrics)]
     others = f'trained with seeds {seeds}' if len(facts['seeds']) > 1 else 'no other seed was trained'
+    compared = f'{cfg.eval.num_exemplars} a {noun}, of the training {noun}s' if asks else 'none, the method looks at the clip alone'
     trained = f'{cfg.train.epochs} epochs, preset {cfg.preset}, backbone {cfg.train.backbone}'
     return [f"On {metrics['n']} test {noun}s, from `predictions.csv`:", '', '| metric | value | 95 % interval |', '|---|---|---|',
             *rows, '', *([f"Undefined: {escape_md(metrics['reason'])}.", ''] if metrics.get('reason') else []),
             f"- **Seeds:** this is seed {facts['seed']}; {others}. The interval is about other test {noun}s; another seed is "
             'another network, whose score differs again.',
             f'- **Epoch:** {_RULES[cfg.eval.checkpoint_selection]}; {trained}.',
-            '- **Exemplars:** '+(f'{cfg.eval.num_exemplars} a {noun}, of the training {noun}s.' if asks else 'none, the method looks at the clip alone.')]
+            f'- **Exemplars:** {compared}.']
 
 # %% ../../nbs/share/01_model_card.ipynb #dd4cba89
 _USE = 'Score a clip with its page: `fspn_score CLIP --model FOLDER`. `exemplars.safetensors` holds '
