@@ -1,10 +1,12 @@
 "Folders of videos become release folders; killed runs, broken films and wrong folders end in a word, never in half a dive"
 import builtins
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
 
@@ -17,8 +19,10 @@ from fspn_nb.data.extract_frames import prepare_cli,prepare_videos
 from fspn_nb.data.finediving import read_finediving,write_finediving
 from fspn_nb.data.mtl_aqa import read_mtl_aqa,write_mtl_aqa
 from fspn_nb.data.records import check_samples,frame_problem
+from fspn_nb.data.release_files import jpeg_bytes
 from fspn_nb.data.video_io import encode_video,numbering_rate,video_frames
 from fspn_nb.data.video_pieces import pieces_of,read_film,where_to_get
+from fspn_nb.processes import hold_lock,lock_owner
 from fspn_nb.protocols import PROTOCOLS
 from fspn_nb.synthetic.dive_motion import make_dive
 
@@ -186,6 +190,53 @@ def test_leftovers_of_a_killed_run_are_not_taken_for_dives(diving):
     assert prepare_videos('finediving', videos, out).status.tolist() == ['done']*4
     assert not hidden(out)
 
+
+# ---- two at once
+
+def test_a_second_preparation_of_one_release_is_refused(diving, capsys):
+    "It would remove the hidden folders of the first; it is told who works there, writes nothing, and goes on once the first has ended"
+    videos, out = diving
+    with hold_lock(out/'.fspn_prepare.lock', 'frames'), ThreadPoolExecutor(1) as other:
+        part = out/'FINADiving_MTL_256s'/'01'/f'.1.{os.getpid()+1}.part'
+        part.mkdir(parents=True)
+        with pytest.raises(SystemExit, match=f'frames in .* got process {os.getpid()} on .*ago.*wait until that process has ended'):
+            other.submit(prepare_cli, ['finediving', str(videos), str(out)]).result()
+        assert part.is_dir() and not any(s.files for s in read_finediving(out))
+    assert lock_owner(out/'.fspn_prepare.lock') is None
+    assert prepare_videos('finediving', videos, out).status.tolist() == ['done']*4 and not hidden(out)
+
+
+def test_two_processes_make_what_one_makes(tmp_path):
+    "Both started together: one is refused or finds all done, whichever was first, and no dive is incomplete"
+    keys = [('01', i) for i in range(3)]
+    write_finediving(tmp_path/'out', [(k, 1+i*N, DIVE) for i, k in enumerate(keys)], keys[:-1], keys[-1:])
+    encode_video(film(3*N, 180, 320), tmp_path/'videos'/'01.mp4')
+    code = f"import sys; from fspn_nb.data.extract_frames import prepare_cli; sys.exit(prepare_cli(['finediving', {str(tmp_path/'videos')!r}, {str(tmp_path/'out')!r}]))"
+    both = [subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    texts = [run.communicate(timeout=120)[0] for run in both]
+    assert min(run.returncode for run in both) == 0, texts
+    assert all(run.returncode == 0 or 'need it for this process alone, got' in text for run, text in zip(both, texts)), texts
+    assert all(frame_problem(s) is None for s in read_finediving(tmp_path/'out')) and not hidden(tmp_path/'out')
+
+
+@pytest.mark.parametrize('all_of_them', [False, True])
+def test_frames_that_vanish_while_a_dive_is_written(diving, monkeypatch, all_of_them):
+    "Another program tidies up: that dive has failed, no incomplete folder gets its name, the others are done"
+    videos, out = diving
+    part,real,count = out/'FINADiving_MTL_256s'/'01'/f'.2.{os.getpid()}.part',jpeg_bytes,[0]
+    def tidied(*args):
+        count[0] += part.is_dir()
+        if count[0] == 9: shutil.rmtree(part) if all_of_them else sorted(part.iterdir())[2].write_bytes(b'')
+        return real(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr('fspn_nb.data.release_files.jpeg_bytes', tidied)
+        table = prepare_videos('finediving', videos, out, workers=1)
+    assert table.status.tolist() == ['done', 'failed', 'done', 'done'] and 'vanished from' in table.why[1] and table.frames[1] == 0
+    assert [frame_problem(s) for s in read_finediving(out)] == [None, 'no frames', None, None] and not hidden(out)
+    assert prepare_videos('finediving', videos, out).status.tolist() == ['skipped', 'done', 'skipped', 'skipped']
+
+
+# ---- going on after a kill, continued
 
 def test_a_log_line_that_does_not_fit_leaves_no_dive_that_is_called_done(diving, monkeypatch):
     "The disk is full when the line is written, after all frames: not done, nothing left behind; with room the same command ends it"

@@ -8,67 +8,39 @@ __all__ = ['prepare_videos', 'prepare_cli']
 # %% ../../nbs/data/15_extract_frames.ipynb #3e42b7e1
 import argparse,errno,os,shutil,sys,threading
 from concurrent.futures import ThreadPoolExecutor,as_completed
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-import numpy as np,pandas as pd
+import pandas as pd
 from PIL import Image
-from ..core import check_space,escape,progress,write_atomic
-from .release_files import append_jsonl,check_same_picture,frames_by_number,jpeg_bytes,read_jsonl
+from ..core import check_space,escape,progress
+from .release_files import FrameWriter,append_jsonl,frames_there,read_jsonl
 from .video_io import ANNOTATION_RATE,describe_faults,find_videos,numbering_rate,video_frames,video_key
 from .video_pieces import Piece,import_av,pieces_of,read_film,where_to_get
-from ..processes import explain_memory,short_errors
+from ..processes import explain_memory,hold_lock,short_errors
 from ..protocols import PROTOCOLS
 
 # %% ../../nbs/data/15_extract_frames.ipynb #4cf99117
 _LOG,_BEGUN = 'fspn_prepare.jsonl','begun' # one line for each piece, and what it says of one that is not finished
-def _frames_there(folder):
-    "{number: name} of the frames in `folder`"
-    return {number:names[-1] for number,names in frames_by_number(folder, '(?:img_)?').items()}
+_LOCK = '.fspn_prepare.lock' # beside the log: one process at a time writes into a release, and removes what killed ones left
 def _row(piece, status, frames, why=''): return dict(name=piece.name, status=status, frames=frames, why=why)
-
-@dataclass
-class _FrameWriter:
-    "Writes the frames of one piece while its film is decoded"
-    piece:Piece
-    folder:Path # The piece's own if it grows, else a hidden one
-    there:dict # {number: name} of the frames in `folder`
-    to_compare:set # Numbers of old frames that are still to be compared
-    row:dict|None=None # What happened, once all frames are there
-
-    def needs(self,
-        i:int, # Number of a frame
-    )->bool:
-        "Whether frame `i` is to be written or compared"
-        return self.row is None and i in self.piece.numbers and (i not in self.there or i in self.to_compare)
-
-    def write(self,
-        i:int, # Number of the frame
-        frame:np.ndarray, # (H,W,3) uint8
-        quality:int, # JPEG quality
-    ):
-        "Write frame `i`, or compare it with the one that is there"
-        if i in self.to_compare:
-            check_same_picture(self.folder/self.there[i], frame)
-            self.to_compare.discard(i)
-        else:
-            name = self.piece.pattern.format(i)
-            write_atomic(self.folder/name, jpeg_bytes(frame, quality))
-            self.there[i] = name
 
 def _open_writer(piece):
     "The writer of a piece before its film begins"
     if piece.grows:
-        there = _frames_there(piece.folder)
-        return _FrameWriter(piece, piece.folder, there, {end(there) for end in (min,max) if there})
+        there = frames_there(piece.folder)
+        return FrameWriter(piece, piece.folder, there, {end(there) for end in (min,max) if there})
     folder = piece.folder.with_name(f'.{piece.folder.name}.{os.getpid()}.part')
     shutil.rmtree(folder, ignore_errors=True)
-    return _FrameWriter(piece, folder, {}, set())
+    return FrameWriter(piece, folder, {}, set())
 
 # %% ../../nbs/data/15_extract_frames.ipynb #863a9402
 def _finish(writer, faults, out, film, rate):
     "Log what happened to the piece of `writer`, all whose frames are there, and give its folder its name"
-    piece,numbers = writer.piece,range(writer.piece.numbers[0], writer.piece.last+1)
+    piece,numbers,there = writer.piece,range(writer.piece.numbers[0], writer.piece.last+1),frames_there(writer.folder)
+    if lost := [i for i in numbers if i not in there]: # looked for on disk: `writer.there` only says what was written
+        writer.row = _row(piece, 'failed', (len(numbers)-len(lost))*piece.grows, f'{len(lost)} of its frames, the first {lost[0]}, vanished from '
+                          f'{writer.folder} while others were written; end the program that removes them, and start the same command again')
+        return
     real = any(fault.kind != 'repeated' and describe_faults([fault], numbers) for fault in faults)
     row = _row(piece, 'holes' if real else 'done', len(writer.there), describe_faults(faults, numbers))
     append_jsonl(out/_LOG, {**row, 'film':film, 'rate':float(rate)})
@@ -78,7 +50,7 @@ def _finish(writer, faults, out, film, rate):
 def _close_writer(writer, n, error, finish):
     "The row of a piece whose film had `n` frames and then `error`; hidden leftovers, of killed runs too, are removed"
     piece,n_there = writer.piece,len(writer.there)
-    if piece.grows and not error and all(i in writer.there for i in range(piece.numbers[0], piece.last+1)): finish(writer)
+    if piece.grows and not error and not writer.row and all(i in writer.there for i in range(piece.numbers[0], piece.last+1)): finish(writer)
     for path in piece.folder.parent.glob(f'.{piece.folder.name}.*.part'): shutil.rmtree(path, ignore_errors=True)
     for path in piece.folder.glob('.*.part'): path.unlink(missing_ok=True)
     if writer.row: return writer.row
@@ -110,7 +82,7 @@ def _cut_video(path, pieces, out, stop, rate=None, height=256, quality=90):
 # %% ../../nbs/data/15_extract_frames.ipynb #9c052afe
 def _row_without_video(piece, height, rate, line):
     "The row of a piece that needs no film: its frames are there, or something is in their place; None if it is to be cut"
-    there = _frames_there(piece.folder)
+    there = frames_there(piece.folder)
     n = sum(i in there for i in piece.numbers)
     if n == len(piece.numbers) and line.get('status') != _BEGUN:
         with Image.open(piece.folder/there[piece.numbers[0]], formats=('JPEG','PNG','WEBP')) as image: h = image.size[1]
@@ -126,8 +98,8 @@ def _row_without_video(piece, height, rate, line):
 # %% ../../nbs/data/15_extract_frames.ipynb #92ba74c6
 def _check_room(piece, left):
     "Raise an `OSError` where half of the frames of the pieces `left` do not fit, each as large as the last one of `piece`"
-    size = (piece.folder/_frames_there(piece.folder)[piece.last]).stat().st_size
-    check_space(piece.folder, .5*size*sum(len(other.numbers)-len(_frames_there(other.folder)) for other in left))
+    size = (piece.folder/frames_there(piece.folder)[piece.last]).stat().st_size
+    check_space(piece.folder, .5*size*sum(len(other.numbers)-len(frames_there(other.folder)) for other in left))
 
 def _cut_all(jobs, out, rate, height, quality, workers):
     "({piece's name: row}, what the films say of themselves) for {film: pieces}"
@@ -190,12 +162,13 @@ def prepare_videos(
     pieces = pieces_of(dataset, out, annotations)
     films = find_videos(videos, {piece.video.rpartition('/')[0] for piece in pieces})
     out = Path(out).expanduser()
-    jobs,rows = _plan(pieces, films, height, rate, {line.get('name'):line for line in read_jsonl(out/_LOG)})
-    no_film = not any(video_key(piece.video) in films for piece in pieces)
-    if no_film and any(row['status'] == 'missing' for row in rows.values()):
-        raise FileNotFoundError(f"need videos of {PROTOCOLS[dataset].title} in {videos}, found none that is annotated "
-                                f"(such as {pieces[0].video}.mp4); check names and folder")
-    new,about = _cut_all(jobs, out, rate, height, quality, workers)
+    with hold_lock(out/_LOCK, f'frames in {out}', 'wait until that process has ended; the same command then goes on with what is missing'):
+        jobs,rows = _plan(pieces, films, height, rate, {line.get('name'):line for line in read_jsonl(out/_LOG)})
+        no_film = not any(video_key(piece.video) in films for piece in pieces)
+        if no_film and any(row['status'] == 'missing' for row in rows.values()):
+            raise FileNotFoundError(f"need videos of {PROTOCOLS[dataset].title} in {videos}, found none that is annotated "
+                                    f"(such as {pieces[0].video}.mp4); check names and folder")
+        new,about = _cut_all(jobs, out, rate, height, quality, workers)
     table = pd.DataFrame([(rows|new)[piece.name] for piece in pieces], columns=['name','status','frames','why'])
     table = table.assign(why=table.why.map(escape)) # a name of a film may hold bytes that are no UTF-8
     table.attrs['films'] = [escape(line) for line in about]

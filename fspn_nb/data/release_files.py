@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['find_folder', 'find_release', 'frames_by_number', 'check_frame_numbers', 'check_frame_array', 'jpeg_bytes',
-           'write_frame_folder', 'add_frames', 'check_same_picture', 'append_jsonl', 'read_jsonl', 'pickle_numpy1']
+           'write_frame_folder', 'add_frames', 'check_same_picture', 'frames_there', 'FrameWriter', 'append_jsonl',
+           'read_jsonl', 'pickle_numpy1']
 
 # %% ../../nbs/data/06_release_files.ipynb #3967bde1
 import errno,io,json,os,pickle,re,shutil,struct,threading
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from PIL import Image
@@ -143,6 +145,49 @@ def check_same_picture(
     old = read_picture(path).numpy().astype(int)
     if old.shape != frame.shape or np.abs(old-frame).mean() > 10:
         raise ValueError(f'{path.name} is there already, from another film or at another height; remove its folder to begin anew')
+
+# %% ../../nbs/data/06_release_files.ipynb #2bfd9f0f
+def _holds_bytes(path):
+    "Whether `path` is a file that is not empty"
+    try: return path.stat().st_size > 0
+    except OSError: return False # gone meanwhile, or a link that leads nowhere
+
+def frames_there(
+    folder, # Folder of frames; it need not exist
+)->dict[int,str]: # {number: name}
+    "The numbered pictures in `folder`, `img_` before the number or not, without empty files"
+    full = lambda names: [name for name in names if _holds_bytes(Path(folder)/name)]
+    return {number:names[-1] for number,every in frames_by_number(folder, '(?:img_)?').items() if (names := full(every))}
+
+# %% ../../nbs/data/06_release_files.ipynb #3c0576c8
+@dataclass
+class FrameWriter:
+    "Writes frames into a folder while their film is decoded"
+    piece:object # Has `numbers`, those wanted, and `pattern`, the name of frame i
+    folder:Path # Where they go; made with the first
+    there:dict # {number: name} of the frames in `folder`
+    to_compare:set # Numbers of old frames that are still to be compared
+    row:dict|None=None # What happened, once all frames are there
+
+    def needs(self,
+        i:int, # Number of a frame
+    )->bool:
+        "Whether frame `i` is to be written or compared"
+        return self.row is None and i in self.piece.numbers and (i not in self.there or i in self.to_compare)
+
+    def write(self,
+        i:int, # Number of the frame
+        frame:np.ndarray, # (H,W,3) uint8
+        quality:int, # JPEG quality
+    ):
+        "Write frame `i`, or compare it with the one that is there"
+        if i in self.to_compare:
+            check_same_picture(self.folder/self.there[i], frame)
+            self.to_compare.discard(i)
+        else:
+            name = self.piece.pattern.format(i)
+            write_atomic(self.folder/name, jpeg_bytes(frame, quality))
+            self.there[i] = name
 
 # %% ../../nbs/data/06_release_files.ipynb #a11e0002
 _appending = threading.Lock()
