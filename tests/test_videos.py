@@ -320,6 +320,101 @@ def test_folder_of_somebody_else_is_left_alone(diving):
     assert row.status == 'failed' and 'move or remove' in row.why and (mine/'00001.jpg').read_bytes() == b'mine'
 
 
+DAMAGE = {'zeros': lambda data: bytes(500), 'cut off': lambda data: data[:100], 'text': lambda data: b'<html>'*50}
+
+@pytest.mark.parametrize('damage', DAMAGE)
+@pytest.mark.parametrize('last', [False, True])
+def test_a_damaged_frame_fails_its_own_dive_only(diving, damage, last):
+    "After a power cut: the file is named, stays where it is, and what the message says works; the film that arrives meanwhile is cut"
+    videos, out = diving
+    (videos/'Tokyo_final_r1.mkv').rename(out/'later.mkv')
+    prepare_videos('finediving', videos, out)
+    (out/'later.mkv').rename(videos/'Tokyo_final_r1.mkv')
+    frame = sorted((out/'FINADiving_MTL_256s'/'01'/'1').iterdir())[-last]
+    whole = frame.read_bytes()
+    frame.write_bytes(damaged := DAMAGE[damage](whole))
+    table = prepare_videos('finediving', videos, out)
+    assert table.status.tolist() == ['failed', 'skipped', 'skipped', 'done'] and frame.read_bytes() == damaged
+    assert table.why[0].startswith(f'its frame {frame.name} cannot be read') and 'remove it: with the film' in table.why[0]
+    frame.unlink()
+    assert prepare_videos('finediving', videos, out).status.tolist() == ['done']+['skipped']*3
+    assert frame.read_bytes() == whole and not hidden(out)
+
+
+def test_an_empty_frame_is_not_there(diving):
+    "Wherever it is in a dive, it is cut again; without the film the dive is missing, with the number of frames that it has"
+    videos, out = diving
+    prepare_videos('finediving', videos, out)
+    folder = out/'FINADiving_MTL_256s'/'01'/'1'
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for i in (3, 40, N+2): (folder/f'{i:05d}.jpg').write_bytes(b'')
+    (folder/'00050.jpg').unlink()
+    (videos/'01.mp4').rename(videos/'elsewhere.mp4')
+    assert prepare_videos('finediving', videos, out).values[0].tolist() == ['01/1', 'missing', N-4, 'no video 01']
+    (videos/'elsewhere.mp4').rename(videos/'01.mp4')
+    assert prepare_videos('finediving', videos, out).values.tolist()[:2] == [['01/1', 'done', N, ''], ['01/2', 'skipped', N, '']]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_gaps_are_not_filled_from_another_film(diving):
+    videos, out = diving
+    prepare_videos('finediving', videos, out)
+    folder = out/'FINADiving_MTL_256s'/'01'/'1'
+    (folder/'00050.jpg').unlink()
+    shutil.rmtree(folder.with_name('6'))
+    encode_video((255-frame for frame in film(3*N+20)), videos/'01.mp4')
+    table = prepare_videos('finediving', videos, out)
+    assert table.status.tolist() == ['failed', 'skipped', 'done', 'skipped'] and 'from another film' in table.why[0] and len(os.listdir(folder)) == N-1
+
+
+def test_gaps_of_somebody_elses_dive_are_not_filled(diving):
+    "No line in the log: the frames came from elsewhere, perhaps from a better film; the message names what to do, and it works"
+    videos, out = diving
+    prepare_videos('finediving', videos, out)
+    (out/'fspn_prepare.jsonl').unlink()
+    first = sorted((out/'FINADiving_MTL_256s'/'01'/'1').iterdir())[0]
+    first.write_bytes(b'no picture')
+    row = prepare_videos('finediving', videos, out).iloc[0]
+    assert row.status == 'failed' and 'get it again, or remove its folder' in row.why
+    first.unlink()
+    row = prepare_videos('finediving', videos, out).iloc[0]
+    assert row.status == 'failed' and f'{N-1} of {N} frames' in row.why and 'move or remove it' in row.why
+    shutil.rmtree(first.parent)
+    assert prepare_videos('finediving', videos, out).status[0] == 'done'
+
+
+def test_a_broadcast_that_ends_with_its_last_dive_is_there(tmp_path, monkeypatch):
+    "The optional frames after the last dive never come: no second decoding, and the film may be deleted"
+    write_mtl_aqa(tmp_path/'out', [((5, 1), 110, DIVE), ((6, 2), 110, DIVE)], [(5, 1)], [(6, 2)])
+    for i, n in ((5, 112), (6, 110)): encode_video(film(n), tmp_path/'videos'/f'{i}.mp4')
+    args = 'mtl_aqa', tmp_path/'videos', tmp_path/'out'
+    assert prepare_videos(*args).values[:, 1:3].tolist() == [['done', 112], ['done', 110]]
+    with monkeypatch.context() as patch:
+        patch.setattr('fspn_nb.data.extract_frames.read_film', lambda path: pytest.fail('decoded again'))
+        assert prepare_videos(*args).values[:, 1:3].tolist() == [['skipped', 112], ['skipped', 110]]
+        (tmp_path/'videos'/'5.mp4').unlink()
+        assert prepare_videos(*args).values[:, 1:3].tolist() == [['skipped', 112], ['skipped', 110]]
+    (tmp_path/'out'/'new'/'new_total_frames_256s'/'05'/'00000060.jpg').unlink()
+    assert prepare_videos(*args).values[0].tolist() == ['05', 'missing', 111, 'no video 05']
+
+
+def test_films_of_two_rates_in_two_folders(tmp_path):
+    "Each run minds the films of its own folder; frames of the other one's stay, and their row says at which rate they are numbered"
+    from types import SimpleNamespace
+    keys = [('diving', 1), ('diving', 2)]
+    write_aqa7(tmp_path/'out', [(k, SimpleNamespace(score=50., frames=None)) for k in keys], keys[:1], keys[1:])
+    encode_video(film(103), tmp_path/'at25'/'diving-out'/'001.mp4')
+    encode_video(film(103), tmp_path/'at30'/'diving-out'/'002.mp4', fps=30)
+    run = lambda folder, rate=None: prepare_videos('aqa7', tmp_path/folder, tmp_path/'out', rate=rate)
+    assert run('at25').status.tolist() == ['done', 'missing']
+    there = 'frames numbered at 25 per second are there'
+    assert run('at30', 30).values.tolist() == [['diving/001', 'skipped', 103, there], ['diving/002', 'done', 103, '']]
+    assert run('at25').status.tolist() == ['skipped']*2
+    assert run('at25', 30).values.tolist() == [['diving/001', 'failed', 103, f'{there}; move or remove its folder'], ['diving/002', 'skipped', 103, '']]
+    (tmp_path/'out'/'diving-out'/'001'/'img_00007.jpg').unlink() # the other rate must not fill its gaps either
+    assert run('at25', 30).values[0, 1:3].tolist() == ['failed', 102]
+
+
 # ---- folders, names, commands
 
 def test_missing_films_are_no_failure(diving, capsys):
@@ -376,6 +471,14 @@ def test_another_height_is_said(diving):
     videos, out = diving
     prepare_videos('finediving', videos, out, height=36)
     assert set(prepare_videos('finediving', videos, out).why) == {'frames of height 36 are there'}
+
+
+def test_films_that_are_small_by_themselves_are_no_news(diving):
+    "72 pixels high, cut at 256: nothing to say at 256 or 128, but at 36"
+    videos, out = diving
+    prepare_videos('finediving', videos, out)
+    for height, why in ((256, ''), (128, ''), (36, 'frames of height 72 are there')):
+        assert set(prepare_videos('finediving', videos, out, height=height).why) == {why}
 
 
 # ---- time: every picture bears its number as a bar code of eight stripes

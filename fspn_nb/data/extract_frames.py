@@ -8,11 +8,12 @@ __all__ = ['prepare_videos', 'prepare_cli']
 # %% ../../nbs/data/15_extract_frames.ipynb #3e42b7e1
 import argparse,errno,os,shutil,sys,threading
 from concurrent.futures import ThreadPoolExecutor,as_completed
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 import pandas as pd
-from PIL import Image
 from ..core import check_space,escape,progress
+from .check_files import check_image
 from .release_files import FrameWriter,append_jsonl,frames_there,read_jsonl
 from .video_io import ANNOTATION_RATE,describe_faults,find_videos,numbering_rate,video_frames,video_key
 from .video_pieces import Piece,import_av,pieces_of,read_film,where_to_get
@@ -34,23 +35,24 @@ def _open_writer(piece):
     return FrameWriter(piece, folder, {}, set())
 
 # %% ../../nbs/data/15_extract_frames.ipynb #863a9402
-def _finish(writer, faults, out, film, rate):
+def _finish(writer, faults, out, film, rate, height):
     "Log what happened to the piece of `writer`, all whose frames are there, and give its folder its name"
     piece,numbers,there = writer.piece,range(writer.piece.numbers[0], writer.piece.last+1),frames_there(writer.folder)
     if lost := [i for i in numbers if i not in there]: # looked for on disk: `writer.there` only says what was written
-        writer.row = _row(piece, 'failed', (len(numbers)-len(lost))*piece.grows, f'{len(lost)} of its frames, the first {lost[0]}, vanished from '
-                          f'{writer.folder} while others were written; end the program that removes them, and start the same command again')
+        why = (f'{len(lost)} of its frames, the first {lost[0]}, vanished from {writer.folder} while others were written; '
+               'end the program that removes them, and start the same command again')
+        writer.row = _row(piece, 'failed', (len(numbers)-len(lost))*piece.grows, why)
         return
     real = any(fault.kind != 'repeated' and describe_faults([fault], numbers) for fault in faults)
     row = _row(piece, 'holes' if real else 'done', len(writer.there), describe_faults(faults, numbers))
-    append_jsonl(out/_LOG, {**row, 'film':film, 'rate':float(rate)})
+    append_jsonl(out/_LOG, {**row, 'film':film, 'rate':float(rate), 'height':height})
     if not piece.grows: writer.folder.rename(piece.folder)
     writer.row = row # not before: the line or the new name may not fit on the disk
 
 def _close_writer(writer, n, error, finish):
     "The row of a piece whose film had `n` frames and then `error`; hidden leftovers, of killed runs too, are removed"
     piece,n_there = writer.piece,len(writer.there)
-    if piece.grows and not error and not writer.row and all(i in writer.there for i in range(piece.numbers[0], piece.last+1)): finish(writer)
+    if piece.grows and not (error or writer.row) and all(i in writer.there for i in range(piece.numbers[0], piece.last+1)): finish(writer)
     for path in piece.folder.parent.glob(f'.{piece.folder.name}.*.part'): shutil.rmtree(path, ignore_errors=True)
     for path in piece.folder.glob('.*.part'): path.unlink(missing_ok=True)
     if writer.row: return writer.row
@@ -58,10 +60,15 @@ def _close_writer(writer, n, error, finish):
     return _row(piece, 'failed', n_there*piece.grows, error or short)
 
 # %% ../../nbs/data/15_extract_frames.ipynb #47f4641c
+def _write(writer, n, frame, quality):
+    "Write frame `n`, or compare it; where another film's is there, that piece has failed and the others of the film go on"
+    try: writer.write(n, frame, quality)
+    except ValueError as e: writer.row = _row(writer.piece, 'failed', len(writer.there), str(e))
+
 def _cut_video(path, pieces, out, stop, rate=None, height=256, quality=90):
     "Cut `pieces` out of the film at `path`: (one row for each, whatever happens; what the film says of itself)"
     n,error,film,faults,writers = 0,'',None,[],[_open_writer(piece) for piece in pieces]
-    finish = lambda writer: _finish(writer, faults, out, path.name, rate)
+    finish = lambda writer: _finish(writer, faults, out, path.name, rate, height)
     try:
         for piece in pieces: # where the frames of a growing folder are all there, its line may still be missing
             if piece.grows: append_jsonl(out/_LOG, dict(name=piece.name, status=_BEGUN))
@@ -70,30 +77,46 @@ def _cut_video(path, pieces, out, stop, rate=None, height=256, quality=90):
         needed = lambda i: any(writer.needs(i) for writer in writers)
         for n,frame in video_frames(path, height, needed, rate, faults, film):
             for writer in writers:
-                if frame is not None and writer.needs(n): writer.write(n, frame, quality)
+                if frame is not None and writer.needs(n): _write(writer, n, frame, quality)
                 if writer.row is None and not writer.piece.grows and len(writer.there) == len(writer.piece.numbers): finish(writer)
             if stop.is_set(): raise ValueError('stopped before its last frame; the same command goes on from there')
-            if n == max(piece.numbers[-1] for piece in pieces): break
+            if n == max(piece.numbers[-1] for piece in pieces) or all(writer.row for writer in writers): break
     except (ValueError,OSError) as e:
         error = str(e)
         if getattr(e, 'errno', None) in (errno.ENOSPC,errno.EDQUOT): stop.set() # a full disk: no other film would fare better
     return [_close_writer(writer, n, error, finish) for writer in writers],'' if film is None else str(film)
 
 # %% ../../nbs/data/15_extract_frames.ipynb #9c052afe
-def _row_without_video(piece, height, rate, line):
-    "The row of a piece that needs no film: its frames are there, or something is in their place; None if it is to be cut"
-    there = frames_there(piece.folder)
-    n = sum(i in there for i in piece.numbers)
-    if n == len(piece.numbers) and line.get('status') != _BEGUN:
-        with Image.open(piece.folder/there[piece.numbers[0]], formats=('JPEG','PNG','WEBP')) as image: h = image.size[1]
-        if None not in (rate,line.get('rate')) and rate != 'film' and abs(Fraction(rate)-Fraction(line['rate'])) > .01:
-            return _row(piece, 'failed', n, f"frames numbered at {line['rate']:g} per second are there; move or remove its folder")
-        why = '; '.join(filter(None, ['' if h == height else f'frames of height {h} are there', line.get('why', '')]))
-        return _row(piece, 'holes' if line.get('status') == 'holes' else 'skipped', n, why)
-    ours = piece.grows and all(piece.pattern.format(i) == name for i,name in there.items())
-    if ours or not piece.folder.exists(): return None
-    why = f'its folder is there with {n} of {len(piece.numbers)} frames, or with frames of other names; move or remove it'
-    return _row(piece, 'failed', n, why)
+def _look(piece, there, height, line):
+    "(what cannot be read at the ends of the frames `there` of `piece`, what is odd about their height), '' where all is well"
+    for number in (min(there), max(there)):
+        kind,detail,size = check_image(piece.folder/there[number])
+        if size is None: return f'its frame {there[number]} cannot be read ({kind}: {detail})',''
+    by_design = size[1] < min(height, line.get('height', 0)) # it was cut at a greater height, so its film has no more
+    return '','' if size[1] == height or by_design else f'frames of height {size[1]} are there'
+
+def _row_without_video(piece, height, rate, line, films):
+    "The row of a piece that is not to be cut: it is there, or something is in its place, or `films` are not one film; else None"
+    there,status = frames_there(piece.folder),line.get('status')
+    needed = range(piece.numbers[0], piece.last+1) if status in ('done','holes') else piece.numbers # a film may end with the last dive
+    n,complete = sum(i in there for i in piece.numbers),status != _BEGUN and all(i in there for i in needed)
+    own_name = lambda i: there[i] == piece.pattern.format(i) and (piece.grows or i in piece.numbers)
+    ours = (piece.grows or status) and all(map(own_name, there)) # written here: gaps in it are filled
+    if not ours and not complete and piece.folder.exists():
+        why = f'its folder is there with {n} of {len(piece.numbers)} frames, or with frames of other names; move or remove it'
+        return _row(piece, 'failed', n, why)
+    other = None not in (rate,line.get('rate')) and rate != 'film' and abs(Fraction(rate)-Fraction(line['rate'])) > .01
+    numbered = f"frames numbered at {line['rate']:g} per second are there" if other and n else ''
+    if numbered and films: return _row(piece, 'failed', n, f'{numbered}; move or remove its folder')
+    damaged,odd = _look(piece, there, height, line) if n else ('','')
+    if damaged:
+        return _row(piece, 'failed', n, f"{damaged}; get it again, or remove {'it' if ours else 'its folder'}: with the film the same command cuts it anew")
+    if complete:
+        why = '; '.join(filter(None, [odd, numbered, line.get('why', '')]))
+        return _row(piece, 'holes' if status == 'holes' else 'skipped', n, why)
+    if len(films) == 1: return None
+    if films: return _row(piece, 'failed', n, f"two videos of one name, {' and '.join(path.name for path in films[:2])}; keep one")
+    return _row(piece, 'missing', n, f'no video {piece.video}')
 
 # %% ../../nbs/data/15_extract_frames.ipynb #92ba74c6
 def _check_room(piece, left):
@@ -119,17 +142,15 @@ def _cut_all(jobs, out, rate, height, quality, workers):
             pool.shutdown(cancel_futures=True)
     return rows,sorted(filter(None, films))
 
-def _plan(pieces, films, height, rate, log):
+def _plan(pieces, films, height, rate, lines):
     "(jobs {film: pieces}, rows {name: row} of pieces for which there is nothing to do or no film)"
-    jobs,rows = {},{}
+    jobs,rows,log = {},{},{}
+    for line in lines: log[line.get('name')] = log.get(line.get('name'), {}) | line # begun again, it keeps its rate
     for piece in pieces:
-        paths,row = films.get(video_key(piece.video), []),_row_without_video(piece, height, rate, log.get(piece.name, {}))
-        if row is None and len(paths) == 1:
-            jobs.setdefault(paths[0], []).append(piece)
-            continue
-        if row is None and paths:
-            row = _row(piece, 'failed', 0, f"two videos of one name, {' and '.join(path.name for path in paths[:2])}; keep one")
-        rows[piece.name] = row or _row(piece, 'missing', 0, f'no video {piece.video}')
+        paths = films.get(video_key(piece.video), [])
+        row = _row_without_video(piece, height, rate, log.get(piece.name, {}), paths)
+        if row: rows[piece.name] = row
+        else: jobs.setdefault(paths[0], []).append(replace(piece, grows=piece.grows or piece.folder.exists()))
     return jobs,rows
 
 def _check_arguments(dataset, height, quality, workers, rate):
@@ -163,7 +184,7 @@ def prepare_videos(
     films = find_videos(videos, {piece.video.rpartition('/')[0] for piece in pieces})
     out = Path(out).expanduser()
     with hold_lock(out/_LOCK, f'frames in {out}', 'wait until that process has ended; the same command then goes on with what is missing'):
-        jobs,rows = _plan(pieces, films, height, rate, {line.get('name'):line for line in read_jsonl(out/_LOG)})
+        jobs,rows = _plan(pieces, films, height, rate, read_jsonl(out/_LOG))
         no_film = not any(video_key(piece.video) in films for piece in pieces)
         if no_film and any(row['status'] == 'missing' for row in rows.values()):
             raise FileNotFoundError(f"need videos of {PROTOCOLS[dataset].title} in {videos}, found none that is annotated "
