@@ -117,7 +117,7 @@ class RunCfg:
     dataset:str='finediving' # Which release
     preset:str='paper' # The preset that this run started from
     data_root:str='' # The release's folder; '': synthetic
-    allow_missing:bool=False # Go on without the samples whose frames are missing
+    allow_missing:bool=False # Go on without the samples whose frames are missing or whose entry in the annotations is wrong
     protocol:str='w_dn' # A block of the dataset's table: 'wo_dn' | 'w_dn' | 'w_dd', on AQA-7 a class
     score_ranges:str='literature' # AQA-7's score ranges: 'literature' (fixed, partly from test samples) | 'train' (D-17)
     seed:int=0 # Weights, order, exemplars, flips, validation split

@@ -13,16 +13,20 @@ from PIL import Image
 from test_clips import encoded, exif, no_pictures, pictures
 from test_formats import EDITS, edit
 
+from fspn_nb.batches.dataset import load_samples
+from fspn_nb.config import make_config,override
 from fspn_nb.data.aqa7 import write_aqa7
 from fspn_nb.data.check import FINDING_COLUMNS,FINDING_KINDS,check_cli,check_release,summarize_findings
 from fspn_nb.data.check_files import _plain_size,_whole_jpeg,check_image
 from fspn_nb.data.clips import load_frames
 from fspn_nb.data.finediving import FINEDIVING_FRAMES,read_finediving,write_finediving
+from fspn_nb.data.matlab import mat_bytes
 from fspn_nb.data.mtl_aqa import read_mtl_aqa,write_mtl_aqa,write_video_frames
 from fspn_nb.data.records import Sample
 from fspn_nb.data.stats import shared_dives
 from fspn_nb.protocols import SPORTS
 from fspn_nb.synthetic.dive_motion import make_dive
+from fspn_nb.training.prepare import deviations
 
 AQA, FINE, COARSE = 'fine-grained_annotation_aqa', 'FineDiving_fine-grained_annotation', 'FineDiving_coarse_annotation'
 
@@ -337,6 +341,61 @@ def test_aqa7(tmp_path):
     folder = tmp_path/'diving-out'/'001'
     (folder/'img_00050.jpg').unlink(); (tmp_path/'gym_vault-out'/'002'/'img_00103.jpg').write_bytes(b'')
     assert sorted(harm(check_release('aqa7', tmp_path))) == [('diving/001', 'frames missing'), ('gym_vault/002', 'empty file')]
+
+
+# ---- what is named is what a run leaves out
+
+def config(dataset, root, **kw): return override(make_config(dataset, 'smoke'), data_root=str(root), **kw)
+
+
+def test_a_wrong_entry_costs_one_sample(tmp_path, capsys):
+    "One dive less where the caller allows it: printed, named as missing; refused otherwise, and the error says how to go on"
+    root = release(tmp_path/'fd', 8)
+    shorten(root, 2)
+    [path.unlink() for path in frames(root, 3)]
+    with pytest.raises(ValueError, match=r"\('26', 2\): frames_labels is .*; or go on without such samples: -p allow_missing True"): load_samples(config('finediving', root))
+    capsys.readouterr()
+    got = load_samples(config('finediving', root, allow_missing=True))
+    assert [s.uid for s in got.samples] == [f'26/{i}' for i in (1, 4, 5, 6, 7, 8)] and got.missing == ('26/2', '26/3')
+    out = capsys.readouterr().out
+    assert "26/2 is left out, its entry is wrong: ('26', 2): frames_labels is" in out and '1 with no frames: 26/3' in out
+    said = deviations(got, 'boxes', SimpleNamespace(no_candidate=()), 'rgb_scratch')
+    assert said[0] == 'data: 2 samples left out, their frames are missing or their annotations wrong'
+
+
+def test_many_wrong_entries_are_counted(tmp_path, capsys):
+    root = release(tmp_path/'fd', 8)
+    for i in range(1, 6): shorten(root, i)
+    with pytest.raises(ValueError, match=r"^\('26', 1\).* \(and 4 more wrong entries\)"): load_samples(config('finediving', root))
+    capsys.readouterr()
+    assert len(load_samples(config('finediving', root, allow_missing=True)).missing) == 5
+    out = capsys.readouterr().out
+    assert out.count('is left out, its entry is wrong') == 3 and '2 more samples are left out' in out and '26/4' not in out
+    for i in range(6, 9): shorten(root, i)
+    with pytest.raises(ValueError, match='at least one dive without a fault'): load_samples(config('finediving', root, allow_missing=True))
+
+
+def test_a_wrong_entry_of_mtl_aqa(mtl):
+    folder = next((mtl/'new'/'new_total_frames_256s').iterdir())
+    (folder/'000540.jpg').write_bytes((folder/'00000540.jpg').read_bytes())
+    with pytest.raises(ValueError, match='need one file per frame number.*-p allow_missing True'): load_samples(config('mtl_aqa', mtl))
+    got = load_samples(config('mtl_aqa', mtl, allow_missing=True))
+    assert [s.uid for s in got.samples] == ['01/1', '01/2', '01/4'] and got.missing == ('01/3',)
+
+
+def test_wrong_entries_of_other_classes_do_not_stop_a_run(tmp_path):
+    "A frame 0 in a vault, a score of ski that nobody can have: vault and ski need `allow_missing`, diving does not notice"
+    acts = [((sport, i), SimpleNamespace(score=row.lo+i, frames=film(7*row.id+i, 103))) for sport, row in SPORTS.items() for i in (1, 2, 3)]
+    write_aqa7(tmp_path, acts, [k for k, _ in acts if k[1] < 3], [k for k, _ in acts if k[1] == 3])
+    (tmp_path/'gym_vault-out'/'002'/'img_00000.jpg').write_bytes(b'')
+    rows = [(SPORTS[sport].id, i, a.score) for (sport, i), a in acts if i < 3]+[(SPORTS['ski_big_air'].id, 9, 99999.), (7, 1, 50.)]
+    (tmp_path/'Split_4'/'split_4_train_list.mat').write_bytes(mat_bytes('consolidated_train_list', rows))
+    diving = load_samples(config('aqa7', tmp_path, protocol='diving'))
+    assert len(diving.samples) == 3 and diving.missing == ()
+    for sport, words, uid, n in (('gym_vault', 'numbered from 1', 'gym_vault/002', 2), ('ski_big_air', 'need scores', 'ski_big_air/009', 3)):
+        with pytest.raises(ValueError, match=words): load_samples(config('aqa7', tmp_path, protocol=sport))
+        got = load_samples(config('aqa7', tmp_path, protocol=sport, allow_missing=True))
+        assert len(got.samples) == n and got.missing == (uid,)
 
 
 # ---- the command

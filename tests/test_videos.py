@@ -431,6 +431,26 @@ def test_two_films_of_one_name(diving):
     assert table.status.tolist() == ['failed']*3+['done'] and 'two videos of one name, 01.mp4 and 1.mkv' in table.why[0]
 
 
+def test_a_wrong_entry_is_a_failed_row(diving, capsys):
+    "All other dives are cut; the wrong one has no piece, and its row says what is wrong"
+    from conftest import edit_pickle
+    videos, out = diving
+    edit_pickle(out/'Annotations'/'FineDiving_coarse_annotation.pkl', lambda v: v['01', 2].update(dive_score=1.5))
+    with pytest.raises(ValueError, match='dive_score is'): pieces_of('finediving', out)
+    assert prepare_cli(['finediving', str(videos), str(out)]) == 1
+    assert "3 done, 0 holes, 0 skipped, 0 missing, 1 failed" in (text := capsys.readouterr().out) and "failed: 01/2: ('01', 2): dive_score is" in text
+    assert prepare_videos('finediving', videos, out).values[:, :3].tolist()[2:] == [['Tokyo_final_r1/3', 'skipped', N], ['01/2', 'failed', 0]]
+
+
+def test_trampoline_is_no_failure(tmp_path):
+    from fspn_nb.data.matlab import mat_bytes
+    (tmp_path/'out'/'Split_4').mkdir(parents=True)
+    for split, rows in dict(train=[(1, 1, 50.), (7, 1, 60.)], test=[(1, 2, 50.)]).items():
+        (tmp_path/'out'/'Split_4'/f'split_4_{split}_list.mat').write_bytes(mat_bytes(f'consolidated_{split}_list', rows))
+    encode_video(film(103), tmp_path/'videos'/'diving-out'/'001.mp4')
+    assert prepare_videos('aqa7', tmp_path/'videos', tmp_path/'out').values[:, :2].tolist() == [['diving/001', 'done'], ['diving/002', 'missing']]
+
+
 def test_wrong_folders(diving, tmp_path, capsys):
     videos, out = diving
     (tmp_path/'empty').mkdir()

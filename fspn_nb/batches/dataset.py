@@ -15,6 +15,7 @@ from torch import Tensor
 from .exemplars import CandidateSets,find_candidates
 from ..config import RunCfg
 from ..core import data_cache,rng_for
+from ..escaping import one_line
 from ..stored_files import remove_unfinished
 from ..data.aqa7 import ranges_of,read_aqa7
 from ..data.clips import frame_indices
@@ -22,7 +23,7 @@ from ..data.finediving import read_finediving
 from ..data.mtl_aqa import read_mtl_aqa
 from ..data.records import Release,check_samples,steps_on_axis
 from ..data.stats import release_stats
-from ..protocols import LabelTransform,protocol_variant
+from ..protocols import LabelTransform,SPORTS,protocol_variant
 from ..synthetic.release import MARKER,synth_release
 
 # %% ../../nbs/batches/02_dataset.ipynb #f50926aa
@@ -38,6 +39,20 @@ def release_kind(
 # %% ../../nbs/batches/02_dataset.ipynb #7b1b6381
 _READERS = {'finediving': read_finediving, 'mtl_aqa': read_mtl_aqa, 'aqa7': read_aqa7}
 
+def _read(cfg, root):
+    "(samples of the action of `cfg` below `root`, {name: message} of those with a wrong entry, which are an error unless `allow_missing`)"
+    action,problems = protocol_variant(cfg.dataset, cfg.protocol).action,[]
+    samples = [sample for sample in _READERS[cfg.dataset](root, problems=problems) if action in ('', sample.action)]
+    others = {*SPORTS,'trampoline'}-{action} if action else () # classes that this run does not use
+    wrong = {uid:message for uid,message in problems if uid.partition('/')[0] not in others}
+    first,more = list(wrong)[:3],len(wrong)-3
+    if wrong and not cfg.allow_missing:
+        raise ValueError(f"{wrong[first[0]]}{f' (and {len(wrong)-1} more wrong entries)' if len(wrong) > 1 else ''}; "
+                         'or go on without such samples: -p allow_missing True')
+    for uid in first: print(one_line(f'{uid} is left out, its entry is wrong: {wrong[uid]}'))
+    if more > 0: print(f'{more} more samples are left out for wrong entries; fspn_check names them')
+    return samples,wrong
+
 def load_samples(
     cfg:RunCfg, # `dataset`, `protocol`, `data_root`, `allow_missing` and `synthetic` are read
 )->Release: # Never empty in train or test
@@ -46,14 +61,13 @@ def load_samples(
     remove_unfinished(data_cache())
     if cfg.data_root: root = Path(cfg.data_root).expanduser()
     else: root = synth_release(None, cfg.dataset, made.n_train, made.n_test, made.seed)
-    action = protocol_variant(cfg.dataset, cfg.protocol).action
-    samples = [sample for sample in _READERS[cfg.dataset](root) if action in ('', sample.action)]
+    samples,wrong = _read(cfg, root)
     usable = check_samples(samples, allow_missing=cfg.allow_missing)
     for split in ('train','test'):
         if not any(sample.split == split for sample in usable):
             raise ValueError(f'{root}: no {split} sample has its frames; put them under {root} or pass another data_root')
     uids = {sample.uid for sample in usable}
-    missing = tuple(sample.uid for sample in samples if sample.uid not in uids)
+    missing = tuple(uid for uid in dict.fromkeys([*wrong, *(sample.uid for sample in samples)]) if uid not in uids)
     return Release(tuple(usable), release_kind(root, usable), root.resolve(), missing, release_stats(cfg.dataset, samples))
 
 # %% ../../nbs/batches/02_dataset.ipynb #9bc1e30f

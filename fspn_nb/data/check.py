@@ -31,7 +31,7 @@ _MISSING = { # kind: what to do
     'frames missing': f'add the frames with these numbers, {_ADD}'}
 _WRONG = {
     'unreadable release': 'do what the message says, then check again',
-    'wrong entry': 'do what the message says, or take the annotations anew from the release; until then the sample is left out',
+    'wrong entry': 'do what the message says, or take the annotations anew from the release, or train without the sample (allow_missing)',
     'changed file': 'take it anew from the release: a changed score shows nowhere else',
     'off by one': 'rename the files so that the first has the number of the first annotated frame',
     'other numbers': 'export the sample anew with the numbers of the broadcast',

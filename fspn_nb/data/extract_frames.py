@@ -180,7 +180,7 @@ def prepare_videos(
     import_av()
     videos = Path(videos).expanduser()
     if not videos.is_dir(): raise FileNotFoundError(f"need a folder of videos, got {videos}, which is none; check the path")
-    pieces = pieces_of(dataset, out, annotations)
+    pieces = pieces_of(dataset, out, annotations, problems := [])
     films = find_videos(videos, {piece.video.rpartition('/')[0] for piece in pieces})
     out = Path(out).expanduser()
     with hold_lock(out/_LOCK, f'frames in {out}', 'wait until that process has ended; the same command then goes on with what is missing'):
@@ -190,7 +190,8 @@ def prepare_videos(
             raise FileNotFoundError(f"need videos of {PROTOCOLS[dataset].title} in {videos}, found none that is annotated "
                                     f"(such as {pieces[0].video}.mp4); check names and folder")
         new,about = _cut_all(jobs, out, rate, height, quality, workers)
-    table = pd.DataFrame([(rows|new)[piece.name] for piece in pieces], columns=['name','status','frames','why'])
+    wrong = [(uid, 'failed', 0, why) for uid,why in problems if not uid.startswith('trampoline/')] # which are left out by everybody
+    table = pd.DataFrame([*((rows|new)[piece.name].values() for piece in pieces), *wrong], columns=['name','status','frames','why'])
     table = table.assign(why=table.why.map(escape)) # a name of a film may hold bytes that are no UTF-8
     table.attrs['films'] = [escape(line) for line in about]
     return table

@@ -181,5 +181,5 @@ class Release:
     samples:tuple[Sample,...] # Usable ones, train and test
     source:str # 'real' | 'synthetic'
     root:Path # The folder that they were read from
-    missing:tuple[str,...]=() # Names of samples left out because their frames are missing
+    missing:tuple[str,...]=() # Names of samples left out: their frames are missing, or their entry is wrong
     stats:dict=field(default_factory=dict) # Counts over all annotations, with or without frames (`release_stats`)

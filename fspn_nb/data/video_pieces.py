@@ -61,30 +61,30 @@ class Piece:
     grows:bool=False # Hours long: frames go into the folder one by one; other folders appear when they are complete
 
 # %% ../../nbs/data/13_video_pieces.ipynb #3c2bceee
-def _finediving_pieces(out, annotations):
+def _finediving_pieces(out, annotations, problems):
     "A piece for each dive"
     pieces = []
-    for s in read_finediving(None, annotations or out/'Annotations'):
+    for s in read_finediving(None, annotations or out/'Annotations', problems):
         video,numbers = s.uid.rpartition('/')[0],range(s.start_frame, s.end_frame+1)
         pieces.append(Piece(s.uid, video, out/FINEDIVING_FRAMES/s.uid, '{:05d}.jpg', numbers, s.end_frame))
     return pieces
 
 # %% ../../nbs/data/13_video_pieces.ipynb #4b5b17c5
-def _mtl_aqa_pieces(out, annotations):
+def _mtl_aqa_pieces(out, annotations, problems):
     "A piece for each broadcast"
     ends,spare = {},PROTOCOLS['mtl_aqa'].jitter
-    for s in read_mtl_aqa(None, annotations or out/'info'):
+    for s in read_mtl_aqa(None, annotations or out/'info', problems):
         video = s.uid.partition('/')[0]
         ends[video] = max(s.end_frame, ends.get(video, 0))
     return [Piece(video, video, out/MTL_AQA_FRAMES/video, '{:08d}.jpg', range(1, end+1+spare), end, grows=True)
             for video,end in sorted(ends.items())]
 
 # %% ../../nbs/data/13_video_pieces.ipynb #d9a74475
-def _aqa7_pieces(out, annotations):
+def _aqa7_pieces(out, annotations, problems):
     "A piece for each video"
     n,pieces = PROTOCOLS['aqa7'].frames,[]
     lists = annotations or next((folder for folder in (out/'Split_4',out) if folder.is_dir()), out/'Split_4')
-    for s in read_aqa7(None, lists):
+    for s in read_aqa7(None, lists, problems):
         video = '-out/'.join(s.uid.split('/'))
         pieces.append(Piece(s.uid, video, out/video, 'img_{:05d}.jpg', range(1, n+1), n))
     return pieces
@@ -94,11 +94,12 @@ def pieces_of(
     dataset:str, # 'finediving' | 'mtl_aqa' | 'aqa7'
     out, # Root of the release to be
     annotations=None, # Folder of the annotations; None: where the release has them below `out`
+    problems:list|None=None, # Gets (uid, message) of each wrong entry, which has no piece; None: the first one raises
 )->list[Piece]: # In the order of the annotations
     "The pieces that make up the frames of `dataset`"
     where_to_get(dataset) # raises for another name
     functions = dict(finediving=_finediving_pieces, mtl_aqa=_mtl_aqa_pieces, aqa7=_aqa7_pieces)
-    return functions[dataset](Path(out).expanduser(), annotations)
+    return functions[dataset](Path(out).expanduser(), annotations, problems)
 
 # %% ../../nbs/data/13_video_pieces.ipynb #f7aaab47
 def import_av():

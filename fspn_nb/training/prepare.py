@@ -101,7 +101,7 @@ def deviations(
 )->list[str]: # One sentence each, empty for a run on the paper's data
     "What in a run is not what the paper used"
     messages = ['data: a synthetic release, not comparable with the paper'] if release.source == 'synthetic' else []
-    if release.missing: messages.append(f'data: {len(release.missing)} samples left out, their frames are missing')
+    if release.missing: messages.append(f'data: {len(release.missing)} samples left out, their frames are missing or their annotations wrong')
     if actor in _ACTOR_DEVIATIONS: messages.append(_ACTOR_DEVIATIONS[actor])
     if n := len(candidate_sets.no_candidate):
         messages.append(f'exemplars: drawn from all training dives for {n} dives whose group has no training dive')
