@@ -209,3 +209,23 @@ def test_the_crop_shows_the_diver(load, truth, made):
     frames,right = load_frames(sample, [0,30,60]),load_actor_boxes(made, ActorCfg())[1][sample.uid]
     boxes = load(scaled(truth, 2.5, 2.5, width=640, height=360))[0][sample.uid]
     assert torch.equal(crop_actor(frames, boxes[[0,30,60]]), crop_actor(frames, right[[0,30,60]]))
+
+
+# ---- how much
+
+def test_a_table_of_all_frames_with_every_digit_is_read(tmp_path):
+    "FineDiving has 312,256 frames; as pandas writes float64, with the picture's size, that is a third more than 25 MiB"
+    from fspn_nb.actor.box_table import TABLE_BYTES
+    boxes = np.random.default_rng(0).random((1000, 4))*100+[0, 0, 100, 100]
+    rows = pd.DataFrame(boxes, columns=CORNERS).assign(uid='FINADivingWorldCup2021_Men10m_final_r1/10', width=256, height=256)
+    rows.insert(0, 'frame', range(1000))
+    assert len(rows.to_csv(index=False))*312.256 < TABLE_BYTES, 'also with the longest name in every row'
+    rows.to_csv(path := tmp_path/'boxes.csv', index=False)
+    with open(path, 'ab') as file: file.truncate(TABLE_BYTES+1)
+    with pytest.raises(ValueError, match='need a table of at most 67108864 bytes, .* or round to two decimals'): read_boxes(path)
+
+
+def test_a_table_of_millions_of_short_rows_is_refused_at_once(tmp_path):
+    "64 MiB of them would take minutes and 2 GB"
+    (path := tmp_path/'boxes.csv').write_bytes(b'uid,frame,x1,y1,x2,y2\n'+b'a,0,0,0,1,1\n'*(2**20+1))
+    with pytest.raises(ValueError, match='need a table of at most 1048576 rows'): read_boxes(path)

@@ -13,7 +13,8 @@ import pandas as pd
 
 # %% ../../nbs/actor/07_box_table.ipynb #4017b232
 BOX_COLUMNS = ('uid','frame','x1','y1','x2','y2')
-TABLE_BYTES,_HEADER = 2**25,1000 # Largest table (one of all frames of FineDiving has 13 MB); characters of its header
+TABLE_BYTES,_HEADER = 2**26,1000 # Largest table (all frames of FineDiving with every digit of a float64: 34 MiB); characters of its header
+_ROWS = 2**20 # FineDiving has 312,256; short rows need 300 bytes of memory each while they are read
 SIZE_COLUMNS = ('width','height') # Optional: the picture on which the box of this row was measured, pixels; 1,1: shares of the picture
 
 # %% ../../nbs/actor/07_box_table.ipynb #65a24dd8
@@ -39,10 +40,12 @@ def _read_table(path):
                                 'or choose actor source none')
     if path.stat().st_size > TABLE_BYTES:
         raise ValueError(f'{path}: need a table of at most {TABLE_BYTES} bytes, got {path.stat().st_size}; '
-                         'leave out other columns, or the dives without frames')
+                         'leave out other columns, or the dives without frames, or round to two decimals')
     try: text = path.read_bytes().decode('utf-8-sig')
     except UnicodeDecodeError as e:
         raise ValueError(f'{path}: need a CSV table in UTF-8, got other bytes ({e}); save it as CSV (UTF-8)') from e
+    if text.count('\n') > _ROWS+1:
+        raise ValueError(f"{path}: need a table of at most {_ROWS} rows, got {text.count(chr(10))} lines; leave out dives without frames")
     first = text[:_HEADER].partition('\n')[0]
     if len(first) == _HEADER: raise ValueError(f'{path}: need a header of less than {_HEADER} characters, got a longer one; leave out other columns')
     mark,names = _header(first.strip(), path)
