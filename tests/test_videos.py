@@ -424,6 +424,33 @@ def test_missing_films_are_no_failure(diving, capsys):
     assert '1 done, 0 holes, 0 skipped, 3 missing, 0 failed' in (printed := capsys.readouterr().out) and 'missing: 01/1, 01/2, 01/6: no video 01' in printed
 
 
+def test_files_that_are_passed_over_are_named(diving, capsys):
+    videos, out = diving
+    (videos/'01.mp4').rename(videos/'01.mxf')
+    (videos/'1.mp4.part').write_bytes(b'half')
+    why = prepare_videos('finediving', videos, out).why
+    assert why[0] == 'no video 01, passed over for another ending: 01.mxf, 1.mp4.part; put such a film into an mkv or mp4' and why[3] == ''
+    (videos/'Tokyo_final_r1.mkv').unlink()
+    shutil.rmtree(out/'FINADiving_MTL_256s'/'Tokyo_final_r1')
+    assert prepare_cli(['finediving', str(videos), str(out)]) == 1
+    assert '(such as 01.mp4), passed over for another ending: 01.mxf, 1.mp4.part; put such' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('ending, form, codec', [('asf', 'asf', 'mpeg4'), ('m2v', 'mpeg2video', 'mpeg2video'), ('f4v', 'mp4', 'libx264'), ('divx', 'avi', 'mpeg4'), ('h264', 'h264', 'libx264')])
+def test_endings_of_films(diving, ending, form, codec):
+    videos, out = diving
+    (videos/'01.mp4').unlink()
+    with av.open(str(videos/f'01.{ending}'), 'w', format=form) as box:
+        s = box.add_stream(codec, rate=25)
+        s.width, s.height, s.pix_fmt = 128, 72, 'yuv420p'
+        for frame in film(3*N+20): box.mux(s.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
+        box.mux(s.encode())
+    table = prepare_videos('finediving', videos, out)
+    assert table.status.tolist() == ['done']*4, table.why.tolist()
+    folder = out/'FINADiving_MTL_256s'/'01'/'2'
+    assert [number_of(folder/f'{i:05d}.jpg') for i in (N+10, 2*N)] == [(N+10) % 125, 2*N % 125]
+
+
 def test_two_films_of_one_name(diving):
     videos, out = diving
     (videos/'1.mkv').write_bytes((videos/'01.mp4').read_bytes())

@@ -15,7 +15,7 @@ import pandas as pd
 from ..core import check_space,escape,progress
 from .check_files import check_image
 from .release_files import FrameWriter,append_jsonl,frames_there,read_jsonl
-from .video_io import ANNOTATION_RATE,describe_faults,find_videos,numbering_rate,video_frames,video_key
+from .video_io import ANNOTATION_RATE,_passed_over,describe_faults,find_videos,numbering_rate,video_frames,video_key
 from .video_pieces import Piece,import_av,pieces_of,read_film,where_to_get
 from ..processes import explain_memory,hold_lock,short_errors
 from ..protocols import PROTOCOLS
@@ -142,13 +142,14 @@ def _cut_all(jobs, out, rate, height, quality, workers):
             pool.shutdown(cancel_futures=True)
     return rows,sorted(filter(None, films))
 
-def _plan(pieces, films, height, rate, lines):
+def _plan(pieces, films, others, height, rate, lines):
     "(jobs {film: pieces}, rows {name: row} of pieces for which there is nothing to do or no film)"
     jobs,rows,log = {},{},{}
     for line in lines: log[line.get('name')] = log.get(line.get('name'), {}) | line # begun again, it keeps its rate
     for piece in pieces:
         paths = films.get(video_key(piece.video), [])
         row = _row_without_video(piece, height, rate, log.get(piece.name, {}), paths)
+        if row and row['status'] == 'missing': row['why'] += _passed_over(others.get(video_key(piece.video)))
         if row: rows[piece.name] = row
         else: jobs.setdefault(paths[0], []).append(replace(piece, grows=piece.grows or piece.folder.exists()))
     return jobs,rows
@@ -181,14 +182,15 @@ def prepare_videos(
     videos = Path(videos).expanduser()
     if not videos.is_dir(): raise FileNotFoundError(f"need a folder of videos, got {videos}, which is none; check the path")
     pieces = pieces_of(dataset, out, annotations, problems := [])
-    films = find_videos(videos, {piece.video.rpartition('/')[0] for piece in pieces})
+    films = find_videos(videos, {piece.video.rpartition('/')[0] for piece in pieces}, others := {})
     out = Path(out).expanduser()
     with hold_lock(out/_LOCK, f'frames in {out}', 'wait until that process has ended; the same command then goes on with what is missing'):
-        jobs,rows = _plan(pieces, films, height, rate, read_jsonl(out/_LOG))
+        jobs,rows = _plan(pieces, films, others, height, rate, read_jsonl(out/_LOG))
         no_film = not any(video_key(piece.video) in films for piece in pieces)
         if no_film and any(row['status'] == 'missing' for row in rows.values()):
+            passed = _passed_over(next((others[key] for piece in pieces if (key := video_key(piece.video)) in others), None))
             raise FileNotFoundError(f"need videos of {PROTOCOLS[dataset].title} in {videos}, found none that is annotated "
-                                    f"(such as {pieces[0].video}.mp4); check names and folder")
+                                    f"(such as {pieces[0].video}.mp4){passed}; check names and folder")
         new,about = _cut_all(jobs, out, rate, height, quality, workers)
     wrong = [(uid, 'failed', 0, why) for uid,why in problems if not uid.startswith('trampoline/')] # which are left out by everybody
     table = pd.DataFrame([*((rows|new)[piece.name].values() for piece in pieces), *wrong], columns=['name','status','frames','why'])

@@ -73,7 +73,7 @@ def encode_video(
 
 # %% ../../nbs/data/14_video_io.ipynb #38e3ac51
 _ENDINGS = {'.mp4','.mkv','.webm','.avi','.mov','.m4v','.mpg','.mpeg','.ts','.mts','.m2ts','.vob','.wmv','.flv','.ogv',
-            '.3gp','.gif'}
+            '.3gp','.gif','.asf','.m2v','.f4v','.divx','.h264'} # of the containers that `_open` reads
 
 def video_key(
     video:str, # '05', '5', 'diving-out/001'
@@ -86,15 +86,23 @@ def video_key(
 def find_videos(
     videos:Path, # Folder of the videos
     folders, # Folders in it to look into ('': itself); each may also be one level down
+    others:dict|None=None, # Gets {`video_key`: names} of files with other endings; the name of '05.mp4.part' is '05'
 )->dict[tuple[str,str],list[Path]]: # {`video_key`: paths}
     "The video files in `folders` of `videos`"
     by_key = {}
     for name in sorted(folders):
         for place in ([videos] if not name else [*videos.glob(name), *videos.glob(f'*/{name}')]):
             for path in sorted(place.iterdir()) if place.is_dir() else ():
-                if path.suffix.lower() not in _ENDINGS or path.name.startswith('.') or not path.is_file(): continue
-                by_key.setdefault(video_key(f'{name}/{path.stem}' if name else path.stem), []).append(path)
+                if path.name.startswith('.') or not path.is_file(): continue
+                is_film = path.suffix.lower() in _ENDINGS
+                stem = path.stem if is_film else path.name.partition('.')[0]
+                found = by_key if is_film else {} if others is None else others
+                found.setdefault(video_key(f'{name}/{stem}' if name else stem), []).append(path if is_film else path.name)
     return by_key
+
+def _passed_over(names):
+    "Files that are named like a missing film, in words; `names` may be None"
+    return f", passed over for another ending: {', '.join(names[:3])}; put such a film into an mkv or mp4" if names else ''
 
 # %% ../../nbs/data/14_video_io.ipynb #0ca335b5
 def _shape(picture, pixel_aspect, height):
