@@ -110,7 +110,8 @@ def _row_without_video(piece, height, rate, line, films):
     if numbered and films: return _row(piece, 'failed', n, f'{numbered}; move or remove its folder')
     damaged,odd = _look(piece, there, height, line) if n else ('','')
     if damaged:
-        return _row(piece, 'failed', n, f"{damaged}; get it again, or remove {'it' if ours else 'its folder'}: with the film the same command cuts it anew")
+        what = 'it' if ours else 'its folder'
+        return _row(piece, 'failed', n, f'{damaged}; get it again, or remove {what}: with the film the same command cuts it anew')
     if complete:
         why = '; '.join(filter(None, [odd, numbered, line.get('why', '')]))
         return _row(piece, 'holes' if status == 'holes' else 'skipped', n, why)
