@@ -147,7 +147,8 @@ def publication():
     "FineDiving's runs on 300 training dives: those of the publication under way, or where it has ended the published ones"
     packed = ROOT/'reports'/'publication'
     root = Path(unpack_runs(packed if packed.is_dir() else ROOT/'reports'/'published'))/'finediving'
-    return {file.parent: json.loads(file.read_text())['model'] for file in root.glob('*/config.json')}
+    configs = {file.parent: json.loads(file.read_text()) for file in root.glob('*/config.json')}
+    return {run: config['model'] for run, config in configs.items() if config['clip']['orientation'] == 'correct'} # others are rows of their own
 
 
 def runs_of(publication, name, protocol, **switches):
