@@ -64,7 +64,8 @@ def open_picture(
     "A picture file, opened; an `OSError` for a pipe, a folder, or a file of more than 32 MiB"
     fd = os.open(path, _FLAGS)
     info = os.fstat(fd)
-    if stat.S_ISREG(info.st_mode) and info.st_size <= _BYTES: return open(fd, 'rb', buffering=0) # a buffer costs as much as to open the file
+    if stat.S_ISREG(info.st_mode) and info.st_size <= _BYTES:
+        return open(fd, 'rb', buffering=0) # a buffer costs as much as to open the file
     os.close(fd)
     raise OSError(0, f'no file of at most {_BYTES} bytes')
 

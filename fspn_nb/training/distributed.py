@@ -175,8 +175,8 @@ def _start_others(processes, nodes):
     from lightning_fabric.plugins.environments.lightning import find_free_network_port
     main,env = sys.modules['__main__'].__spec__,os.environ
     if nodes > 1 and (missing := [name for name in ('MASTER_ADDR','MASTER_PORT','NODE_RANK') if name not in env]):
-        raise ValueError(f'need MASTER_ADDR, MASTER_PORT and NODE_RANK in the environment of {nodes} machines, got no {", ".join(missing)}; '
-                         'set them, or start with torchrun or srun')
+        raise ValueError(f'need MASTER_ADDR, MASTER_PORT and NODE_RANK in the environment of {nodes} machines, '
+                         f'got no {", ".join(missing)}; set them, or start with torchrun or srun')
     for name,value in dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=find_free_network_port(), NODE_RANK=0).items(): env.setdefault(name, str(value))
     env |= dict(LOCAL_RANK='0', WORLD_SIZE=str(processes*nodes))
     command = [sys.executable, *(['-m', main.name] if main else [os.path.abspath(sys.argv[0])]), *sys.argv[1:]]
@@ -239,5 +239,6 @@ def init_distributed(
     elif _FIRST in os.environ: _stay_together(processes, first=int(os.environ[_FIRST]))
     fabric.launch()
     if fabric.world_size != processes*nodes:
-        raise ValueError(f'need {processes*nodes} processes, got {fabric.world_size}; give the numbers that the processes were started with')
+        raise ValueError(f'need {processes*nodes} processes, got {fabric.world_size}; '
+                         'give the numbers that the processes were started with')
     return DistributedContext(fabric.global_rank, fabric.world_size, fabric)
