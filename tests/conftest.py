@@ -24,6 +24,12 @@ def shared():
     return find
 
 
+def as_trained(*args, **changes):
+    "A configuration (`make_config`) with the epochs and the learning rate that run notebooks give its method"
+    from fspn_nb.config import make_config,method_schedule
+    return method_schedule(make_config(*args, **changes))
+
+
 def edit_pickle(path, change):
     "Replace the content of one annotation pickle by `change(content)` (None: changed in place)"
     from fspn_nb.data.safe_pickle import load_pickle

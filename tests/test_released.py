@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from conftest import as_trained
 from fspn_nb.analysis.compare import compare,compare_seeds
 from fspn_nb.analysis.ledger import quoted_epochs,quoted_results
 from fspn_nb.analysis.published import pack_runs,unpack_runs
@@ -38,7 +39,7 @@ def videos(monkeypatch):
 def real_runs(root, miss=(('fspn', 5.), ('i3d_mlp', 9.)), seeds=(0, 1), data_root='somewhere'):
     for seed in seeds:
         for method, error in miss:
-            cfg = override(make_config('finediving', 'demo', protocol='w_dn'), seed=seed, model__name=method, data_root=data_root)
+            cfg = as_trained('finediving', 'demo', protocol='w_dn', seed=seed, model__name=method, data_root=data_root)
             fake_run(root, cfg, error, counts=COUNTS if data_root else None)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from conftest import as_trained
 from fspn_nb.analysis import runs
 from fspn_nb.analysis.class_averages import add_averages,average_gaps
 from fspn_nb.analysis.compare import Scorer
@@ -30,7 +31,7 @@ from fspn_nb.analysis.run_groups import RANKING,left_out,left_out_line,main_runs
 from fspn_nb.analysis.runs import average_seeds,collect,read_predictions,read_run
 from fspn_nb.analysis.seed_spread import published_scores,seed_spread
 from fspn_nb.analysis.significance import holm
-from fspn_nb.config import make_config,method_schedule,override
+from fspn_nb.config import make_config,override
 from fspn_nb.core import write_json
 from fspn_nb.escaping import csv_text,escape_md,escape_tex,md_code,one_line,unquote_formulas
 from fspn_nb.experiments.variants import config_of,grid_base
@@ -327,7 +328,7 @@ def beside_published(tmp_path_factory):
 
 
 def add_nine_dives(root, preset='smoke', **changes):
-    return [fake_run(root, make_config('finediving', preset, data_root='/data/FineDiving', model__name=method, protocol=protocol, **changes), 8., n=3,
+    return [fake_run(root, as_trained('finediving', preset, data_root='/data/FineDiving', model__name=method, protocol=protocol, **changes), 8., n=3,
                      counts=dict(train=6, test=3)) for method in ('i3d_mlp','fspn') for protocol in ('wo_dn','w_dn')]
 
 
@@ -350,7 +351,7 @@ def test_nine_real_dives_replace_nothing(beside_published, preset):
 def test_a_full_real_run_takes_the_page(tmp_path):
     counts = dict(train=2251, test=749)
     for seed in (0, 1, 2): fake_run(tmp_path, config_of(grid_base('demo'), 'fspn', seed), 5.)
-    fake_run(tmp_path, method_schedule(make_config('finediving', 'paper', data_root='/data/FineDiving')), 5., counts=counts)
+    fake_run(tmp_path, as_trained('finediving', 'paper', data_root='/data/FineDiving'), 5., counts=counts)
     index = open_index(tmp_path, n=20, tests=20, sizes=False)
     assert '- FineDiving: real data, preset paper, 1 seed (0), all 3,000 dives' in intro(index) and '3 of the runs are not shown' in intro(index)
     nine, one = methods_section(index, 'finediving'), ablation_section(index, 'I')
@@ -370,7 +371,7 @@ def test_partial_data_is_said_in_captions_and_titles(tmp_path):
 
 
 def test_a_synthetic_release_given_as_folder_is_called_synthetic(tmp_path):
-    folder = fake_run(tmp_path, make_config('finediving', 'demo', data_root='/data/made_up'), 5.)
+    folder = fake_run(tmp_path, as_trained('finediving', 'demo', data_root='/data/made_up'), 5.)
     for name in ('metrics', 'provenance'): edit(f'{name}.json', data='synthetic')(folder)
     index = open_index(tmp_path, n=20, tests=20, sizes=False)
     assert 'Synthetic data, not comparable' in provenance_line(index.main) and 'all 142 dives' in provenance_line(index.main)
@@ -380,7 +381,7 @@ def test_a_synthetic_release_given_as_folder_is_called_synthetic(tmp_path):
 
 def test_seeds_on_other_inputs_are_never_averaged(tmp_path):
     for seed, inputs in ((0, ''), (1, ''), (2, 'a1'), (3, 'a1'), (4, 'b2')):
-        fake_run(tmp_path, make_config('finediving', 'demo', seed=seed), 5., inputs=inputs)
+        fake_run(tmp_path, as_trained('finediving', 'demo', seed=seed), 5., inputs=inputs)
     runs = collect(tmp_path, strict=True)
     assert sorted(average_seeds(runs).seeds) == ['0,1', '2,3', '4']
     table = ours_vs_paper('IX', runs)
@@ -415,7 +416,7 @@ def test_the_runs_of_one_row_have_one_number_of_epochs(tmp_path):
 
 def test_the_classes_of_a_row_have_one_number_of_epochs(tmp_path):
     for i, sport in enumerate(SPORTS):
-        cfg = make_config('aqa7', 'demo', protocol=sport)
+        cfg = as_trained('aqa7', 'demo', protocol=sport)
         fake_run(tmp_path, cfg, 6., n=20)
         if i < 3: fake_run(tmp_path, override(cfg, seed=1, train__epochs=2), 20., n=20)
     index = open_index(tmp_path, n=20, tests=20, sizes=False)
@@ -428,7 +429,7 @@ def test_a_class_is_compared_on_one_set_of_inputs(tmp_path):
     for sport in SPORTS:
         for name in ('fspn', 'usdl', 'i3d_mlp'):
             odd = name == 'i3d_mlp' and sport == 'diving'
-            fake_run(tmp_path, make_config('aqa7', 'demo', protocol=sport, model__name=name), 6., n=20-odd, inputs=f'{sport}{"other"*odd}')
+            fake_run(tmp_path, as_trained('aqa7', 'demo', protocol=sport, model__name=name), 6., n=20-odd, inputs=f'{sport}{"other"*odd}')
     index = open_index(tmp_path, n=20, tests=20, sizes=False)
     assert sorted(index.main.method[index.main.protocol == 'diving']) == ['fspn', 'usdl'] and len(index.main) == 17
     assert index.hidden.reason.tolist() == ['other inputs than the runs that are shown']
@@ -438,8 +439,8 @@ def test_a_class_is_compared_on_one_set_of_inputs(tmp_path):
 
 def test_p_of_a_sentence_is_that_of_the_table(tmp_path):
     for seed, (name, miss) in itertools.product((0, 1, 2), dict(fspn=8., i3d_mlp=11., usdl=9.).items()):
-        fake_run(tmp_path, make_config('finediving', 'demo', model__name=name, seed=seed), miss, n=60)
-        for sport in SPORTS: fake_run(tmp_path, make_config('aqa7', 'demo', protocol=sport, model__name=name, seed=seed), miss, n=20)
+        fake_run(tmp_path, as_trained('finediving', 'demo', model__name=name, seed=seed), miss, n=60)
+        for sport in SPORTS: fake_run(tmp_path, as_trained('aqa7', 'demo', protocol=sport, model__name=name, seed=seed), miss, n=20)
     index = open_index(tmp_path, n=20, tests=50, sizes=False)
     nine, ten = (methods_section(index, dataset) for dataset in ('finediving', 'aqa7'))
     row = nine.table[(nine.table.method == 'i3d_mlp') & nine.table.seeds.notna()].iloc[0]
@@ -476,7 +477,7 @@ def test_the_best_parser_is_tested_as_the_best_of_many(tmp_path):
 
 def test_the_average_of_r_has_the_interval_of_whole_ranges(tmp_path):
     "R is relative to the range of a class's scores: a resample keeps that range"
-    for sport in SPORTS: fake_run(tmp_path, make_config('aqa7', 'demo', protocol=sport), 6., n=12)
+    for sport in SPORTS: fake_run(tmp_path, as_trained('aqa7', 'demo', protocol=sport), 6., n=12)
     runs = collect(tmp_path)
     average = add_averages(runs, tmp_path, 600).iloc[-1]
     whole = average_cell(tmp_path, runs, 600)
@@ -486,7 +487,7 @@ def test_the_average_of_r_has_the_interval_of_whole_ranges(tmp_path):
 
 def test_a_printed_row_stands_once(tmp_path):
     "A method that lacks classes here: the paper's row is whole, ours has gaps"
-    for sport in ('diving', 'gym_vault'): fake_run(tmp_path, make_config('aqa7', 'demo', protocol=sport), 6., n=20)
+    for sport in ('diving', 'gym_vault'): fake_run(tmp_path, as_trained('aqa7', 'demo', protocol=sport), 6., n=20)
     shown = methods_section(open_index(tmp_path, n=20, tests=20, sizes=False), 'aqa7').shown
     rho = shown[shown.metric == 'rho'].set_index('method')
     assert (rho.index == 'FSPN (Ours)').sum() == (rho.index == 'FSPN, here').sum() == 1
@@ -501,7 +502,7 @@ def test_the_epochs_of_one_block_empty_no_cell_of_another(tmp_path):
 
 
 def test_a_group_is_ranked_by_the_runs_that_it_would_show(tmp_path):
-    cfg = make_config('finediving', 'demo')
+    cfg = as_trained('finediving', 'demo')
     for seed in (0, 1): fake_run(tmp_path, override(cfg, seed=seed), 5., inputs='a')
     for seed in (0, 1, 2): fake_run(tmp_path, override(cfg, seed=seed, train__epochs=20 if seed == 0 else 2, train__lr_backbone=2e-4), 5., inputs='b')
     index = open_index(tmp_path, (0, 1), n=20, tests=20, sizes=False)
@@ -526,7 +527,7 @@ def test_what_lies_beside_runs_is_no_run(good, name):
 # What one seed is worth
 
 def test_the_spread_of_seeds_is_computed_from_the_runs_at_hand(tmp_path):
-    cfg = make_config('finediving', 'demo', protocol='wo_dn')
+    cfg = as_trained('finediving', 'demo', protocol='wo_dn')
     alone = collect(fake_run(tmp_path/'alone', cfg, 5.).parent.parent)
     published = published_scores()
     line = caption('IX', alone)
@@ -543,7 +544,7 @@ def test_the_spread_of_seeds_is_computed_from_the_runs_at_hand(tmp_path):
 # Few test videos
 
 def test_a_perfect_class_has_no_average(tmp_path):
-    for sport in SPORTS: fake_run(tmp_path, make_config('aqa7', 'demo', protocol=sport), 0. if sport == 'diving' else 9., n=5)
+    for sport in SPORTS: fake_run(tmp_path, as_trained('aqa7', 'demo', protocol=sport), 0. if sport == 'diving' else 9., n=5)
     ten = methods_section(open_index(tmp_path, (0,), n=20, sizes=False), 'aqa7')
     body = section_md(ten)
     assert ten.table[(ten.table.protocol == 'average') & (ten.table.method == 'fspn')].rho.isna().all()
@@ -553,7 +554,7 @@ def test_a_perfect_class_has_no_average(tmp_path):
 def test_an_average_has_the_seeds_that_all_classes_have(tmp_path):
     for i, sport in enumerate(SPORTS):
         for method, seed in (('fspn', 0), ('i3d_mlp', 0), *[('fspn', 1)]*(i < 3)):
-            fake_run(tmp_path, make_config('aqa7', 'demo', protocol=sport, seed=seed, model__name=method), 6. if method == 'fspn' else 9., n=20)
+            fake_run(tmp_path, as_trained('aqa7', 'demo', protocol=sport, seed=seed, model__name=method), 6. if method == 'fspn' else 9., n=20)
     index = open_index(tmp_path, (0, 1), n=60, tests=60, sizes=False)
     ten = methods_section(index, 'aqa7')
     rows = ten.table[ten.table.method == 'fspn'].set_index('protocol')
@@ -567,8 +568,8 @@ def test_an_average_has_the_seeds_that_all_classes_have(tmp_path):
 
 def test_a_class_with_two_runs_of_one_seed_has_no_average_and_says_so(tmp_path):
     root = tmp_path/'runs'
-    for sport in SPORTS: fake_run(root, make_config('aqa7', 'demo', protocol=sport), 6., n=20, inputs='a')
-    again = fake_run(tmp_path/'other', make_config('aqa7', 'demo', protocol='diving'), 9., n=20, inputs='b')
+    for sport in SPORTS: fake_run(root, as_trained('aqa7', 'demo', protocol=sport), 6., n=20, inputs='a')
+    again = fake_run(tmp_path/'other', as_trained('aqa7', 'demo', protocol='diving'), 9., n=20, inputs='b')
     shutil.copytree(again, root/'aqa7'/f'{again.name}-again')
     runs = add_averages(collect(root, strict=True), root, 20)
     table = seed_intervals(ours_vs_paper('X', runs), runs, Scorer(root, 20, 20))
@@ -616,7 +617,7 @@ def test_a_reason_is_read_from_metrics(tmp_path):
 # Publishing
 
 def test_published_files_name_no_folder_of_the_machine(tmp_path):
-    folder = fake_run(tmp_path/'runs', make_config('finediving', 'demo', data_root='/data/me/My Films/FineDiving', actor__boxes=r'C:\aqa\boxes.csv'), 5.,
+    folder = fake_run(tmp_path/'runs', as_trained('finediving', 'demo', data_root='/data/me/My Films/FineDiving', actor__boxes=r'C:\aqa\boxes.csv'), 5.,
                       inputs='a1b2')
     edit('provenance.json', actor_boxes=['read from /home/me/boxes.csv, 3 dives without'])(folder)
     files = pack_runs([tmp_path/'runs'], tmp_path/'published')
@@ -878,6 +879,6 @@ def test_a_difference_is_that_of_the_two_rows_where_one_method_has_more_seeds(tm
 
 def test_seeds_of_one_release_in_two_places_are_one_row(tmp_path):
     "Another machine has the data in another folder: the same videos and labels, so one configuration"
-    for seed, place in enumerate(('/data/FineDiving', '/scratch/FineDiving')): fake_run(tmp_path, make_config('finediving', 'demo', data_root=place, seed=seed), 5.)
+    for seed, place in enumerate(('/data/FineDiving', '/scratch/FineDiving')): fake_run(tmp_path, as_trained('finediving', 'demo', data_root=place, seed=seed), 5.)
     runs = collect(tmp_path, strict=True)
     assert runs.config.nunique() == 1 and average_seeds(runs).seeds.tolist() == ['0,1']
