@@ -10,7 +10,7 @@ from fspn_nb.analysis.compare import compare,compare_seeds
 from fspn_nb.analysis.ledger import quoted_epochs,quoted_results
 from fspn_nb.analysis.published import pack_runs,unpack_runs
 from fspn_nb.analysis.runs import collect,read_predictions,read_run
-from fspn_nb.config import make_config,override
+from fspn_nb.config import make_config
 from fspn_nb.metrics import spearman
 from fspn_nb.protocols import SPORTS
 from fspn_nb.report import fake_runs,released
