@@ -67,8 +67,8 @@ class ModelCfg:
     use_actor:bool=True # False: the scene plays both roles (Table V)
     use_gc:bool=True # Group contrastive loss (Table IV)
     use_bce:bool=True # Interval loss (Table IV)
-    adapter:bool|str='auto' # Learned layer on frozen features: 'on', 'off', 'auto': for FSPN and TSA (D-21); True: 'auto', False: 'off'
-    standardise:str='auto' # Frozen features by the training videos' mean and deviation: 'on', 'off', or 'auto': for TPT (D-142)
+    adapter:bool|str='auto' # Learned layer on frozen features: 'on', 'off', 'auto': as its method (D-21, D-148); True: 'auto', False: 'off'
+    standardise:str='auto' # Frozen features by the training videos' mean and deviation: 'on', 'off', or 'auto': as its method (D-142)
     norm:str='released' # tsa: its BatchNorm mixes running statistics of vectors and of maps, or keeps them 'apart' (D-141)
     dropout:float=0. # In the score head
     clips:int=9 # K: as many as `clip.starts`
@@ -216,11 +216,13 @@ def method_schedule(
     cfg:RunCfg, # A run of any method
     searched:bool=True, # False: without what the search chose
 )->RunCfg: # The same run as its method is trained
-    "Give the method of `cfg` the epochs and the learning rate that its preset has for it; a rate other than the preset's stays"
+    "Give the method of `cfg` the epochs, rate and layers that its preset has for it; a rate or layers of your own stay"
     row,usual = METHODS[cfg.model.name],cfg.train.lr == make_config(cfg.dataset, cfg.preset).train.lr
-    factor = row.searched if searched and (cfg.preset, cfg.train.backbone) == ('demo','frozen') else {}
+    searched = searched and (cfg.preset, cfg.train.backbone) == ('demo','frozen')
+    factor = row.searched if searched else {}
+    layers = row.layers_on.get(cfg.dataset, {}) if searched and cfg.model.adapter == cfg.model.standardise == 'auto' else {}
     epochs = cfg.train.epochs*row.epoch_multiplier.get(cfg.preset, 1)*factor.get('epochs', 1)
-    return override(cfg, train__epochs=round(epochs), train__lr=cfg.train.lr*(factor.get('lr', 1) if usual else 1))
+    return override(cfg, train__epochs=round(epochs), train__lr=cfg.train.lr*(factor.get('lr', 1) if usual else 1), **layers)
 
 # %% ../nbs/base/05_config.ipynb #9aa72930
 def run_id(

@@ -29,6 +29,7 @@ class Method:
     adapter:str='' # Learned layer where model.adapter='auto': 'parser' (inside FSPN's), 'inputs' (in front, in frozen mode only), '' (none)
     standardise:bool=False # model.standardise='auto' standardises what it reads in frozen mode
     searched:dict[str,float]=field(default_factory=dict) # Factors of 'lr' and 'epochs' that a search chose, frozen demo only
+    layers_on:dict[str,dict]=field(default_factory=dict) # Dataset -> its own 'model.adapter' and 'model.standardise', frozen demo only
     learns_from:tuple[str,...]=() # Labels beside the score that it is trained with: 'transitions' (true steps), 'judges' (single marks)
 
     def __post_init__(self):
@@ -40,22 +41,24 @@ _LONGER = {'demo': 5} # for heads with cheap epochs, whose training loss is stil
 
 # %% ../nbs/base/03_methods.ipynb #4835b3a9
 METHODS = {m.name: m for m in (
-    Method('fspn', 'FSPN (Ours)', baseline=False, adapter='parser'),
-    Method('fspn_m', 'FSPN-M', baseline=False, adapter='parser'),
-    Method('fspn_s', 'FSPN-S', baseline=False, adapter='parser'),
+    Method('fspn', 'FSPN (Ours)', baseline=False, adapter='parser', standardise=True, searched=dict(lr=3)),
+    Method('fspn_m', 'FSPN-M', baseline=False, adapter='parser', standardise=True, searched=dict(lr=3)), # sizes of FSPN take what it got
+    Method('fspn_s', 'FSPN-S', baseline=False, adapter='parser', standardise=True, searched=dict(lr=3)),
     Method('fspn_viterbi', 'FSPN-Viterbi', baseline=False),
     Method('i3d_mlp', 'I3D+MLP', epoch_multiplier=_LONGER),
-    Method('i3d_clip_mlp', 'i3d_clip_mlp'),
-    Method('i3d_lstm', 'i3d_lstm'),
+    Method('i3d_clip_mlp', 'i3d_clip_mlp', adapter='inputs', standardise=True, searched=dict(lr=3)),
+    Method('i3d_lstm', 'i3d_lstm', adapter='inputs', standardise=True, searched=dict(lr=3, epochs=.5)),
     Method('i3d_avg', 'i3d_avg', epoch_multiplier=_LONGER),
-    Method('i3d_svr', 'i3d_svr', epoch_multiplier=_LONGER),
-    Method('usdl', 'USDL [5]', epoch_multiplier=_LONGER),
-    Method('musdl', 'MUSDL [5]', epoch_multiplier=_LONGER, given_difficulty=True, learns_from=('judges',)),
-    Method('core_tree', 'CoRe [38]', epoch_multiplier=_LONGER),
-    Method('tsa', 'TSA [20]', ('feature_maps',), adapter='inputs', learns_from=('transitions',)),
+    Method('i3d_svr', 'i3d_svr', epoch_multiplier=_LONGER, adapter='inputs', searched=dict(lr=1/3)),
+    Method('usdl', 'USDL [5]', epoch_multiplier=_LONGER, searched=dict(epochs=2)),
+    Method('musdl', 'MUSDL [5]', epoch_multiplier=_LONGER, standardise=True, given_difficulty=True, learns_from=('judges',)),
+    Method('core_tree', 'CoRe [38]', epoch_multiplier=_LONGER, standardise=True),
+    Method('tsa', 'TSA [20]', ('feature_maps',), adapter='inputs', standardise=True, searched=dict(lr=3, epochs=2),
+           learns_from=('transitions',)),
     Method('tsa_net', 'TSA-Net [9]', ('boxes',), finetune_only=True),
-    Method('tpt', 'TAP [39]', ('short_clip_features',), epoch_multiplier=_LONGER, standardise=True),
-    Method('hgcn', 'H-GCN [41]', epoch_multiplier=_LONGER),
+    Method('tpt', 'TAP [39]', ('short_clip_features',), epoch_multiplier=_LONGER, adapter='inputs',
+           layers_on={'aqa7': dict(model__adapter='off', model__standardise='on')}), # the layer wants more than 90 training videos
+    Method('hgcn', 'H-GCN [41]', epoch_multiplier=_LONGER, adapter='inputs'),
 )}
 
 # %% ../nbs/base/03_methods.ipynb #bce90c82

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from conftest import as_trained
 from fspn_nb.analysis import run_groups
 from fspn_nb.analysis.compare import read_baselines
 from fspn_nb.analysis.published import unpack_runs
@@ -160,6 +161,16 @@ def test_runs_from_before_a_search_are_no_seeds_of_its_rate(tmp_path, monkeypatc
     main = run_groups.main_runs(runs := collect(tmp_path, strict=True), tmp_path)
     assert main.groupby('method').seed.agg(set).to_dict() == dict(fspn={0, 1}, i3d_mlp={0, 1}) and main.family.nunique() == 1
     assert old.name not in ' '.join(main.run) and run_groups.left_out(runs, tmp_path, main).runs.tolist() == [1]
+
+
+def test_layers_of_a_dataset_are_no_other_family(tmp_path):
+    "TPT's row of AQA-7 stands beside the others with the layers that it has there; with those of the other datasets it is no row"
+    made = {name: as_trained('aqa7', 'demo', protocol='diving', model__name=name) for name in ('fspn', 'i3d_mlp', 'tpt')}
+    for cfg in made.values(): fake_run(tmp_path, cfg, 5.)
+    other = fake_run(tmp_path, override(made['tpt'], model__adapter='auto', model__standardise='auto', seed=1), 5.)
+    main = run_groups.main_runs(runs := collect(tmp_path, strict=True), tmp_path)
+    assert set(main.method) == set(made) and main.family.nunique() == 1 and set(main.seed) == {0}
+    assert other.name not in ' '.join(main.run) and run_groups.left_out(runs, tmp_path, main).reason.tolist() == ["settings of the method that are not its preset's"]
 
 
 # ---- what is published, once a publication has ended

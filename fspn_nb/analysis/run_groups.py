@@ -17,7 +17,7 @@ from ..protocols import PROTOCOLS,SPORTS
 
 # %% ../../nbs/analysis/08_run_groups.ipynb #3c8d1590
 def _family(cfg, preset):
-    "Hash of all that runs of one table must share: all but method, protocol, seed, epochs, and a learning rate that is the method's own"
+    "Hash of what runs of one table share: all but method, protocol, seed, epochs, and the method's own rate and layers"
     shared = {k: v for k,v in cfg.items() if k not in ('seed','protocol','fspn_nb')} # the version that wrote the file is no setting
     shared['data_root'] = bool(cfg.get('data_root'))
     shared['train'] = {k: v for k,v in cfg.get('train', {}).items() if k != 'epochs'}
@@ -25,15 +25,17 @@ def _family(cfg, preset):
     if preset and lr == preset['train']['lr']: shared['train']['lr'] = preset['usual_lr']
     elif preset and lr == preset['usual_lr']: shared['train']['lr'] = 'not its own' # as before a search gave the method another
     shared['model'] = {k: v for k,v in cfg.get('model', {}).items() if k != 'name'}
+    for k,(own,usual) in preset.get('layers', {}).items(): shared['model'][k] = usual if shared['model'].get(k) == own else 'not its own'
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:8]
 
 # %% ../../nbs/analysis/08_run_groups.ipynb #3b5b15fe
 @lru_cache
 def _preset_of(dataset, preset, method):
     "The configuration that a preset gives a method, as JSON holds it; {} where there is none"
-    try: cfg = method_schedule(make_config(dataset, preset, model__name=method))
+    try: cfg = method_schedule(usual := make_config(dataset, preset, model__name=method))
     except (KeyError, ValueError): return {}
-    return json.loads(json.dumps(asdict(cfg)))|dict(usual_lr=make_config(dataset, preset).train.lr)
+    layers = {k: (v,getattr(usual.model, k)) for k,v in asdict(cfg.model).items() if v != getattr(usual.model, k)}
+    return json.loads(json.dumps(asdict(cfg)))|dict(usual_lr=usual.train.lr, layers=layers)
 
 # %% ../../nbs/analysis/08_run_groups.ipynb #fd880c5d
 @lru_cache(maxsize=8192) # a report asks twice

@@ -148,8 +148,9 @@ def fault_section(
     fig = plot_faults(main, table, 'synthetic', f'{titles.get(first, first)}, {n} test dives, seeds {seeds}')
     save_figure(fig, Path(out)/'figures'/'fault_study', pdf=True)
     plt.close(fig)
-    caption = (f'**Synthetic data.** {n} test dives, each drawn without one fault and with it; frozen backbone, preset demo, '
-               f'seeds {seeds}. Brackets: 95 % bootstrap interval (dives drawn, the same ones for all seeds and networks); '
+    caption = (f'**Synthetic data.** {n} test dives, each drawn without one fault and with it; trainings of their own on 130 dives, '
+               f'with rates and inputs from before the search; frozen backbone, preset demo, seeds {seeds}. '
+               'Brackets: 95 % bootstrap interval (dives drawn, the same ones for all seeds and networks); '
                'p: answers of two networks exchanged dive by dive. Heat: HiResCAM at Mixed_4f, counted from a grey clip. '
                'Gain: share of the heat on the fault minus that of a flat map.')
     words = ('Falls against costs, right steps fault by fault, and lost heat; grey: the same network untrained, and with shuffled weights; '
