@@ -8,10 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from fspn_nb.analysis.class_averages import compare_averages
 from fspn_nb.analysis.compare import compare
 from fspn_nb.analysis.parse_quality import overlap_gain,parse_table
 from fspn_nb.analysis.published import unpack_runs
 from fspn_nb.config import make_config
+from fspn_nb.protocols import SPORTS
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = (ROOT/'docs'/'guide.md').read_text(encoding='utf-8')
@@ -143,11 +145,15 @@ def test_what_is_called_outside_of_training():
 
 
 @pytest.fixture(scope='session')
-def publication():
-    "FineDiving's runs on 300 training dives: those of the publication under way, or where it has ended the published ones"
-    packed = ROOT/'reports'/'publication'
-    root = Path(unpack_runs(packed if packed.is_dir() else ROOT/'reports'/'published'))/'finediving'
-    configs = {file.parent: json.loads(file.read_text()) for file in root.glob('*/config.json')}
+def published():
+    "Folder of the runs of the published tables"
+    return Path(unpack_runs(ROOT/'reports'/'published'))
+
+
+@pytest.fixture(scope='session')
+def publication(published):
+    "FineDiving's runs with their models' settings"
+    configs = {file.parent: json.loads(file.read_text()) for file in (published/'finediving').glob('*/config.json')}
     return {run: config['model'] for run, config in configs.items() if config['clip']['orientation'] == 'correct'} # others are rows of their own
 
 
@@ -183,3 +189,30 @@ def test_what_is_left_of_the_lead_with_more_dives_and_searched_rates(publication
                    mean('fspn_viterbi', 'w_dn'), mean('fspn_viterbi', 'wo_dn'), constant)
     assert_numbers(said(r'\(p < \.001\), (\S+ and \S+) for FSPN'), mean('fspn', 'w_dn'), mean('fspn', 'wo_dn'))
     assert all(gain['p'] < .001 for gain in gains)
+
+
+def seeds_of(published, dataset, method, block):
+    "Folders of the five seeds of a headline method, which has one row in each block of these datasets"
+    runs = sorted((published/dataset).glob(f'{method}-{block}-frozen-*'))
+    assert len(runs) == 5, (dataset, method, block)
+    return runs
+
+
+def test_fspn_viterbi_beside_fspn_on_mtl_aqa(published):
+    between = {block: compare(*(seeds_of(published, 'mtl_aqa', name, block) for name in ('fspn_viterbi', 'fspn')), n=50, tests=50).set_index('metric') for block in ('w_dd', 'wo_dd')}
+    assert_numbers(said(r'On MTL-AQA w/o DD it leads, rho (\S+ against \S+ \(p = \S+\))'), *between['wo_dd'].loc['rho', ['a', 'b', 'p']])
+    assert_numbers(said(r'and R x100 (\S+ against \S+) \(p < \.001\); w/ DD'), *between['wo_dd'].loc['r_l2_x100', ['a', 'b']])
+    assert between['wo_dd'].p['r_l2_x100'] < .001
+    assert_numbers(said(r'w/ DD it does not \((\S+ against \S+, p = \S+; \S+ against \S+, p = \S+)\)'),
+                   *between['w_dd'].loc['rho', ['a', 'b', 'p']], *between['w_dd'].loc['r_l2_x100', ['a', 'b', 'p']])
+
+
+def test_fspn_viterbi_beside_fspn_on_aqa7(published):
+    own, other = ({sport: seeds_of(published, 'aqa7', name, sport) for sport in SPORTS} for name in ('fspn_viterbi', 'fspn'))
+    average = compare_averages(own, other).set_index('metric')
+    assert_numbers(said(r'average over the six classes of AQA-7 (\S+ against \S+ \(p = \S+\))'), *average.loc['rho', ['a', 'b', 'p']])
+    assert_numbers(said(r'and R x100 (\S+ against \S+ \(p = \S+\)); by class'), *average.loc['r_l2_x100', ['a', 'b', 'p']])
+    classes = {sport: compare(own[sport], other[sport], n=50, tests=50).set_index('metric') for sport in SPORTS}
+    assert_numbers(said(r'Diving (\S+ against \S+, p = \S+)'), *classes['diving'].loc['rho', ['a', 'b', 'p']])
+    assert {sport for sport, row in classes.items() if row.p['rho'] < .05} == {'diving'}
+    assert {sport for sport, row in classes.items() if row.p['r_l2_x100'] < .05} == {'diving', 'ski_big_air'}
