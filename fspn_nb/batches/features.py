@@ -7,7 +7,6 @@ __all__ = ['feature_key', 'dive_features', 'single_threads', 'videos_at_once', '
            'cache_features']
 
 # %% ../../nbs/batches/05_features.ipynb #b9ef8936
-import hashlib
 import numpy as np
 import psutil
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError,safe_open
 from safetensors.torch import save
 from torch import Tensor
-from .fingerprint import clip_code_hash,clip_settings,short_hash
+from .fingerprint import box_hash,clip_code_hash,clip_settings,short_hash
 from .sources import FeatureDataset,dive_clips
 from ..config import ClipCfg,RunCfg
 from ..core import data_cache,progress,write_atomic
@@ -36,8 +35,7 @@ def feature_key(
     frames:str, # Hash of the sample's frames, from `frame_hashes`
 )->str: # A file name
     "The name of the file with the features of `sample`"
-    boxes_hash = None if boxes is None else hashlib.sha256(np.ascontiguousarray(boxes, np.float64)).hexdigest()
-    key = short_hash(weights, clip_code_hash(cfg.clip), clip_settings(cfg.clip), cfg.actor.pad, boxes_hash, frames)
+    key = short_hash(weights, clip_code_hash(cfg.clip), clip_settings(cfg.clip), cfg.actor.pad, box_hash(boxes), frames)
     return f"{sample.uid.replace('/','_')}-{key}.safetensors"
 
 # %% ../../nbs/batches/05_features.ipynb #572909fa
