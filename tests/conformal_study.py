@@ -188,7 +188,7 @@ def cross_validated(folds):
 
 
 def published():
-    "Rows of the published runs, whose 13 validation dives give the interval, and of random halves of their held-out dives"
+    "Rows of the published runs, whose validation dives give the interval, and of random halves of their held-out dives"
     from fspn_nb.analysis.conformal import held_out_errors
     from fspn_nb.analysis.published import unpack_runs
     rows, rng = [], np.random.default_rng(0)
