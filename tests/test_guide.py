@@ -218,3 +218,37 @@ def test_fspn_viterbi_beside_fspn_on_aqa7(published):
     assert_numbers(said(r'only Diving differs in rho \((\S+ against \S+, p = \S+)\)'), *classes['diving'].loc['rho', ['a', 'b', 'p']])
     assert {sport for sport, row in classes.items() if row.p['rho'] < .05} == {'diving'}
     assert {sport for sport, row in classes.items() if row.p['r_l2_x100'] < .05} == {'diving', 'ski_big_air'}
+
+
+def table(name): return pd.read_csv(ROOT/'reports'/'tables'/f'{name}.csv')
+
+
+def test_what_carries_the_lead():
+    "The paragraph below the table of what was measured, from the published tables"
+    parts, beyond = (table(name).set_index('label') for name in ('table_01', 'beyond'))
+    rho = parts.rho
+    assert_numbers(said(r'\(I3D\+SMT\+MTF, (\S+)\), without parser'), rho['I3D+SMT+MTF'])
+    assert_numbers(said(r'without parser and fusion \(I3D\+SMT, (\S+)\) and with'), rho['I3D+SMT'])
+    assert_numbers(said(r'with the parser alone \(I3D\+IAP, (\S+)\)'), rho['I3D+IAP'])
+    assert_numbers(said(r"from the full model's \((\S+), three seeds\)"), rho['FSPN (Ours)'])
+    assert (parts.rho_p_holm[['I3D+SMT+MTF', 'I3D+SMT', 'I3D+IAP']] > .05).all()
+    assert_numbers(said(r'lead over I3D\+MLP \((\S+)\) is comparing'), rho['I3D+MLP'])
+    assert_numbers(said(r'dive with exemplars \((\S+) when scores'), beyond.rho['absolute scores'])
+    assert beyond.index[beyond.rho_p_holm < .05].tolist() == ['absolute scores']
+    cuts = table('parsing').set_index('label').tiou
+    assert_numbers(said(r'same two frames \(temporal IoU (\S+) against'), cuts['FSPN (Ours)'])
+    xi = table('standing').set_index(['dataset', 'protocol', 'method'])
+    musdl = xi.loc['mtl_aqa', 'wo_dd', 'musdl']
+    assert_numbers(said(r'beyond chance on MTL-AQA \(\+(\S+) in rho, Holm p = \S+\)'), musdl.rho_gain)
+    assert_numbers(said(r'beyond chance on MTL-AQA \(\+\S+ in rho, Holm p = (\S+)\)'), musdl.rho_p_holm)
+    assert xi.loc['finediving', 'wo_dn', 'musdl'].rho_verdict == 'not told apart'
+
+
+def test_fspn_on_aqa7():
+    average = table('table_10').query("protocol == 'average' and rho == rho").set_index('method').rho
+    assert_numbers(said(r'beyond chance \(I3D\+MLP (\S+), FSPN \S+\); class'), average.i3d_mlp)
+    assert_numbers(said(r'beyond chance \(I3D\+MLP \S+, FSPN (\S+)\); class'), average.fspn)
+    page = (ROOT/'reports'/'README.md').read_text().split('## Table X: AQA-7')[1].split('\n## ')[0]
+    assert 'FSPN is above 9 of 10 methods, above 7 of them beyond chance' in page
+    classes = re.findall(r'^- ([^:]+): FSPN minus I3D\+MLP is \S+ in rho \(Holm p [<=] ([.\d]+)\)', page, re.M)
+    assert len(classes) == 6 and {name for name, p in classes if float(p) < .05} == {'Gym Vault', 'BigSki.'}
