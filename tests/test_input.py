@@ -147,7 +147,7 @@ def test_names_tell_them_apart():
     assert keys[0] == keys[1] != keys[2]
     assert record_name(dive, cfg, None) == record_name(dive, other, None), 'kept frames are the same bytes'
     assert len({run_id(override(cfg, clip__stats=stats)) for stats in ('auto', 'unit', 'imagenet')}) == 3
-    assert run_id(make_config('finediving', 'demo', model__standardise='off')) == 'fspn-w_dn-frozen-s0-aee2d7bc', 'the name that published runs have'
+    assert run_id(make_config('finediving', 'demo', model__standardise='off')) == 'fspn-w_dn-frozen-s0-aee2d7bc', 'the name that such a run has always had'
 
 
 def normalize_otherwise(clips, stats='unit'): return clips.float()/255

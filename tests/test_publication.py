@@ -191,6 +191,13 @@ def test_all_published_runs_are_of_one_commit_and_one_precision():
 
 
 @ended
+def test_the_command_would_train_what_is_published(publish):
+    "Whoever runs it anew trains the same runs, under the same names; a setting that changed since would show here"
+    runs = pd.read_csv(PUBLISHED/'runs.csv', dtype=str)
+    assert set(runs.dataset+'/'+runs.run) == {training.run for group in publish.planned() for training in group}
+
+
+@ended
 def test_every_cell_is_filled_by_three_seeds_and_the_headlines_by_five(publish):
     index = open_index(unpack_runs(PUBLISHED), (0, 1, 2), n=20, tests=20, sizes=False)
     assert not (index.runs.problem != '').any() and (index.cells.run != '').all(), index.cells[index.cells.run == '']
